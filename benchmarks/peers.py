@@ -1,0 +1,130 @@
+"""Learning side by side with Stable-Baselines3: same task, sizes, frames, seeds and evaluation.
+
+Each cell (algorithm, learner, seed) trains once and is judged by the mean return of ten deterministic episodes
+with seeds of their own. A finished cell is one JSON file, so an interrupted run continues where it stopped:
+
+    python benchmarks/peers.py run --algo sac --learner sb3 --seeds 1 2 3 4 5
+    python benchmarks/peers.py run --algo sac --learner gaussian --seeds 1 2 3 4 5
+    python benchmarks/peers.py table
+
+Learners: ``sb3`` (Stable-Baselines3), ``gaussian`` (ours, one component), ``pmoe`` (ours, four components).
+Stable-Baselines3 is not a dependency of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FRAMES = {"sac": 50_000, "ppo": 200_000}
+EPISODES = 10
+EVALUATION_SEED = 10_000
+RESULTS = Path(__file__).parent / "results" / "peers"
+# 97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number of seeds n.
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def train_sb3(algo: str, env_id: str, seed: int) -> dict:
+    """Train and evaluate Stable-Baselines3 with its own defaults, which are the sizes ours uses too."""
+    import gymnasium as gym
+    import numpy as np
+    import stable_baselines3 as sb3
+    import torch
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    torch.set_num_threads(1)
+    env = DummyVecEnv([lambda: Monitor(gym.make(env_id))])
+    if algo == "sac":
+        model = sb3.SAC("MlpPolicy", env, learning_starts=1000, seed=seed, device="cpu")
+    else:
+        env = VecNormalize(env)
+        model = sb3.PPO("MlpPolicy", env, seed=seed, device="cpu")
+    model.learn(FRAMES[algo])
+
+    returns, judge = [], gym.make(env_id)
+    for episode in range(EPISODES):
+        observation, _ = judge.reset(seed=EVALUATION_SEED + episode)
+        total, done = 0.0, False
+        while not done:
+            if algo == "ppo":
+                observation = env.normalize_obs(observation)
+            action, _ = model.predict(observation, deterministic=True)
+            observation, reward, terminated, truncated, _ = judge.step(action)
+            total, done = total + float(reward), terminated or truncated
+        returns.append(total)
+    return {"mean": float(np.mean(returns)), "returns": returns, "version": sb3.__version__}
+
+
+def train_ours(algo: str, actor: str, env_id: str, seed: int) -> dict:
+    """Train and evaluate through the commands a user types."""
+    folder = RESULTS.parent / "runs" / f"{algo}-{actor}-{seed}"
+    command = [sys.executable, "-m", "pmoe_lightning.train", f"experiment=peers_{algo}", f"actor={actor}"]
+    command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo]}", f"hydra.run.dir={folder}"]
+    subprocess.run(command, check=True)
+    judge = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
+    judge += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
+    answer = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True).stdout)
+    return {"mean": answer["mean"], "returns": answer["returns"]}
+
+
+def run(algo: str, learner: str, env_id: str, seeds: list[int]) -> None:
+    """Fill the missing cells of one learner."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        cell = RESULTS / f"{algo}-{learner}-{seed}.json"
+        if cell.exists():
+            continue
+        start, cpu = time.monotonic(), time.process_time()
+        result = train_sb3(algo, env_id, seed) if learner == "sb3" else train_ours(algo, learner, env_id, seed)
+        cpu_seconds = time.process_time() - cpu if learner == "sb3" else None
+        wall = time.monotonic() - start
+        head = {"algo": algo, "learner": learner, "env": env_id, "seed": seed, "frames": FRAMES[algo]}
+        partial = cell.with_suffix(".partial")
+        partial.write_text(json.dumps(head | result | {"wall_seconds": wall, "cpu_seconds": cpu_seconds}, indent=1))
+        partial.rename(cell)
+        print(f"{cell.stem}: {result['mean']:.0f} in {wall:.0f} s", flush=True)
+
+
+def table() -> None:
+    """Print every seed and the mean with its 95 % interval over seeds (Student's t)."""
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for cell in sorted(RESULTS.glob("*.json")):
+        data = json.loads(cell.read_text())
+        rows.setdefault((data["algo"], data["learner"]), {})[data["seed"]] = data["mean"]
+    print("| algorithm | frames | learner | seeds (mean of 10 deterministic episodes each) | mean | 95 % interval |")
+    print("|---|---|---|---|---|---|")
+    for (algo, learner), cells in sorted(rows.items()):
+        values = [cells[seed] for seed in sorted(cells)]
+        n, mean = len(values), sum(values) / len(values)
+        half = math.nan
+        if n > 1:
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+            half = STUDENT_T[n] * deviation / math.sqrt(n)
+        seeds = ", ".join(f"{value:.0f}" for value in values)
+        print(f"| {algo} | {FRAMES[algo]:,} | {learner} | {seeds} | {mean:.0f} | {mean - half:.0f} to {mean + half:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("--algo", choices=sorted(FRAMES), required=True)
+    runner.add_argument("--learner", choices=["sb3", "gaussian", "pmoe"], required=True)
+    runner.add_argument("--env", default="HalfCheetah-v5")
+    runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    commands.add_parser("table")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments.algo, arguments.learner, arguments.env, arguments.seeds)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

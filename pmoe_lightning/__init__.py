@@ -1,0 +1,41 @@
+"""Multimodal continuous-control policies: a Lightning trainer built from TorchRL components.
+
+The names below load on first use, so ``import pmoe_lightning`` costs nothing and never brings in Lightning,
+MLflow or Hydra: a plain TorchRL script can take only the actor, the estimator or the loss.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# callbacks/ and conf/ lie beside the package in a checkout, because users edit them, and inside it once installed.
+_package = Path(__file__).resolve().parent
+if not (_package / "conf").is_dir() and (_package.parent / "conf" / "config.yaml").is_file():
+    __path__.append(str(_package.parent))
+
+_HOMES = {
+    "TanhGaussianMixture": "distributions",
+    "make_gaussian_actor": "actors",
+    "make_pmoe_actor": "actors",
+    "make_qvalue_network": "critics",
+    "make_value_network": "critics",
+    "Frequency": "estimators",
+    "Marginalized": "estimators",
+    "Pathwise": "estimators",
+    "PMOESACLoss": "losses",
+    "PMOEPPOLoss": "losses",
+    "load_policy": "checkpoints",
+    "make_env": "envs",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,225 @@
+"""Policies as TorchRL probabilistic actors.
+
+    observation [*B, O] -> trunk -> router: mixture_logits [*B, K];  heads: loc, scale [*B, K, A] -> action [*B, A]
+
+An actor is a ``SafeProbabilisticTensorDictSequential``: it goes wherever TorchRL takes a ``ProbabilisticActor``
+(collectors, ``SACLoss``, ``ClipPPOLoss``), and ``actor.get_dist(tensordict)`` returns the ``TanhGaussianMixture``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModule
+from tensordict.nn.probabilistic import interaction_type
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite
+from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
+
+from pmoe_lightning.distributions import DeterministicRule, TanhGaussianMixture
+from pmoe_lightning.networks import Initialization, initialize, make_mlp
+
+Router = Literal["detached", "attached"]
+Scale = Literal["state_dependent", "state_independent"]
+PARAMETER_KEYS = ("mixture_logits", "loc", "scale")
+_LOG_SCALE_RANGE = (-20.0, 2.0)
+
+
+class MixtureNetwork(nn.Module):
+    """Shared trunk with three heads: router, means and log-scales.
+
+    Args:
+        observation_dim: O.
+        action_dim: A.
+        num_components: K.
+        hidden_sizes: widths of the trunk.
+        activation: ``relu`` or ``tanh``.
+        router: ``detached`` lets the router's losses train only its own layer (the PMOE authors' code);
+            ``attached`` lets them reach the trunk.
+        scale: ``state_dependent`` has a head for log sigma, clamped to [-20, 2] (SAC); ``state_independent`` has one
+            free parameter per component and action dimension, which starts at 0 (PPO).
+        initialization: ``default`` of ``nn.Linear``, or ``orthogonal`` with gain sqrt(2) in the trunk and 0.01 in the
+            heads (PPO).
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        num_components: int,
+        hidden_sizes: Sequence[int],
+        activation: str,
+        router: Router,
+        scale: Scale,
+        initialization: Initialization,
+    ) -> None:
+        super().__init__()
+        self.num_components, self.action_dim, self.router_is_detached = num_components, action_dim, router == "detached"
+        self.trunk = make_mlp(observation_dim, hidden_sizes, activation, initialization)
+        width = hidden_sizes[-1]
+        self.loc = nn.Linear(width, num_components * action_dim)
+        heads = [self.loc]
+        # One component has nothing to route: no layer, so that no parameter stays without a gradient.
+        self.router = nn.Linear(width, num_components) if num_components > 1 else None
+        if self.router is not None:
+            heads.append(self.router)
+        if scale == "state_dependent":
+            self.log_scale = nn.Linear(width, num_components * action_dim)
+            heads.append(self.log_scale)
+        else:
+            self.log_scale = nn.Parameter(torch.zeros(num_components, action_dim))
+        for head in heads:
+            initialize(head, initialization, gain=0.01)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixture logits [*B, K], loc [*B, K, A] and scale [*B, K, A] of the policy at the observation [*B, O]."""
+        features = self.trunk(observation)
+        shape = (*features.shape[:-1], self.num_components, self.action_dim)
+        loc = self.loc(features).view(shape)
+        if isinstance(self.log_scale, nn.Linear):
+            scale = self.log_scale(features).view(shape).clamp(*_LOG_SCALE_RANGE).exp()
+        else:
+            scale = self.log_scale.exp().expand(shape)
+        if self.router is None:
+            return loc.new_zeros(shape[:-1]), loc, scale
+        return self.router(features.detach() if self.router_is_detached else features), loc, scale
+
+
+class MixtureSampler(SafeProbabilisticModule):
+    """Turns mixture parameters into an action; the action bounds are its buffers, so they move with the actor.
+
+    With ``return_log_prob`` it also writes ``action_log_prob`` and ``action_unsquashed`` [*B, A]: the draw before
+    tanh, from which a policy-gradient loss can score the action exactly, however saturated it is.
+    """
+
+    def __init__(
+        self, low: Tensor, high: Tensor, *, deterministic: DeterministicRule, return_log_prob: bool, spec: Bounded
+    ) -> None:
+        super().__init__(
+            in_keys=list(PARAMETER_KEYS),
+            out_keys=["action"],
+            spec=Composite(action=spec),
+            distribution_class=TanhGaussianMixture,
+            distribution_kwargs={"deterministic": deterministic},
+            default_interaction_type=InteractionType.RANDOM,
+            return_log_prob=return_log_prob,
+        )
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    @property
+    def out_keys(self) -> list:
+        keys = super().out_keys
+        return [*keys, "action_unsquashed"] if self.return_log_prob else keys
+
+    @out_keys.setter
+    def out_keys(self, value: list) -> None:
+        self._out_keys = value
+
+    def get_dist(self, tensordict: TensorDictBase) -> TanhGaussianMixture:
+        """The mixture whose parameters the tensordict holds."""
+        parameters = (tensordict.get(key) for key in self.in_keys)
+        return TanhGaussianMixture(*parameters, self.low, self.high, **self.distribution_kwargs)
+
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        tensordict_out: TensorDictBase | None = None,
+        _requires_sample: bool = True,
+    ) -> TensorDictBase:
+        if not self.return_log_prob or not _requires_sample:
+            return super().forward(tensordict, tensordict_out, _requires_sample=_requires_sample)
+        distribution = self.get_dist(tensordict)
+        if (interaction_type() or self.default_interaction_type) is InteractionType.RANDOM:
+            u = distribution.rsample_unsquashed()
+        else:
+            u = distribution.deterministic_unsquashed()
+        log_prob = distribution.log_prob_unsquashed(u) - distribution.log_abs_det_jacobian(u)
+        out = tensordict if tensordict_out is None else tensordict_out
+        return out.update(
+            {"action": distribution.squash(u), "action_unsquashed": u, self.log_prob_key: log_prob}
+        )
+
+
+def make_pmoe_actor(
+    observation_dim: int,
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    *,
+    num_components: int = 4,
+    hidden_sizes: Sequence[int] = (256, 256),
+    activation: str = "relu",
+    router: Router = "detached",
+    scale: Scale = "state_dependent",
+    initialization: Initialization = "default",
+    deterministic: DeterministicRule = "max_weight",
+    return_log_prob: bool = False,
+    observation_key: str = "observation",
+) -> SafeProbabilisticTensorDictSequential:
+    """A probabilistic mixture-of-experts policy (Ren et al. 2021, arXiv 2104.09122).
+
+    Args:
+        observation_dim: O.
+        action_low, action_high: the action bounds [A], from the environment's action spec.
+        num_components: K, the number of Gaussians.
+        hidden_sizes, activation, router, scale, initialization: see ``MixtureNetwork``.
+        deterministic: see ``TanhGaussianMixture``.
+        return_log_prob: also write ``action_log_prob`` and ``action_unsquashed`` (PPO needs both).
+        observation_key: entry the policy reads.
+
+    Returns:
+        an actor that reads ``observation_key`` and writes ``action``.
+
+    Raises:
+        ValueError: an unknown switch, or bounds that are not finite or not ordered.
+
+    Example:
+        >>> actor = make_pmoe_actor(17, [-1.0] * 6, [1.0] * 6, num_components=4)
+        >>> actor(TensorDict(observation=torch.randn(5, 17), batch_size=5))["action"].shape
+        torch.Size([5, 6])
+    """
+    low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (action_low, action_high))
+    if low.ndim != 1 or low.shape != high.shape or not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise ValueError(f"action bounds must be finite vectors with low < high, not {low.tolist()}, {high.tolist()}")
+    if num_components < 1:
+        raise ValueError(f"num_components must be at least 1, not {num_components}")
+    for name, value, choices in (("router", router, Router), ("scale", scale, Scale)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
+    network = MixtureNetwork(
+        observation_dim,
+        low.numel(),
+        num_components=num_components,
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+        router=router,
+        scale=scale,
+        initialization=initialization,
+    )
+    actor = SafeProbabilisticTensorDictSequential(
+        TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
+        MixtureSampler(
+            low,
+            high,
+            deterministic=deterministic,
+            return_log_prob=return_log_prob,
+            spec=Bounded(low.clone(), high.clone(), shape=low.shape),
+        ),
+    )
+    # K (2 A + 1) parameters a step would otherwise go into every buffer.
+    sampler = actor.module[-1]
+    return actor.select_out_keys(*sampler.out_keys)
+
+
+def make_gaussian_actor(
+    observation_dim: int,
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    **arguments,
+) -> SafeProbabilisticTensorDictSequential:
+    """The unimodal squashed Gaussian of SAC: ``make_pmoe_actor`` with one component and the same arguments."""
+    return make_pmoe_actor(observation_dim, action_low, action_high, num_components=1, **arguments)

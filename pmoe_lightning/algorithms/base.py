@@ -1,0 +1,112 @@
+"""What SAC and PPO share as LightningModules: the policy, one manually stepped optimizer, counters and metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.modules import SafeProbabilisticTensorDictSequential
+from torchrl.objectives import LossModule
+
+
+class AbstractAlgorithm(LightningModule, ABC):
+    """Optimises one TorchRL loss module on the batches it is given.
+
+    One Lightning batch is one collector iteration, which holds many updates, so that Lightning's overhead is paid once
+    per iteration. Metrics are summed as tensors and read out by ``drain_metrics``: nothing waits for the device inside
+    an update.
+
+    Args:
+        loss: the loss module; it holds every parameter that is trained.
+        actor: the actor inside ``loss``.
+        policy: what acts in the environment; the actor, or a sequence that ends with it.
+        policy_description: plain values from which ``load_policy`` rebuilds ``policy``; written to checkpoints.
+    """
+
+    def __init__(
+        self,
+        loss: LossModule,
+        actor: SafeProbabilisticTensorDictSequential,
+        policy: TensorDictModuleBase,
+        policy_description: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.loss, self.actor, self.policy = loss, actor, policy
+        self.policy_description = dict(policy_description or {})
+        self.updates = 0
+        self.last_observation: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+
+    @property
+    def observation_key(self) -> str:
+        """The entry the actor reads."""
+        return self.actor.in_keys[0]
+
+    @abstractmethod
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        """Every update of one collector iteration."""
+
+    def step(self, out: TensorDictBase, *, max_grad_norm: float | None = None) -> None:
+        """One optimizer step on the sum of the ``loss_*`` entries; each reaches only its own parameters."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(sum(value for name, value in out.items() if name.startswith("loss_")))
+        if max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm)
+            self.record({"train/gradient_norm": norm})
+        optimizer.step()
+        self.updates += 1
+
+    def _trained_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizers().param_groups for parameter in group["params"]]
+
+    def record(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add to the running means; values stay on their device."""
+        for name, value in metrics.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
+
+    def record_loss(self, out: TensorDictBase) -> None:
+        """Record every entry of a loss module's output under its public name."""
+        names = {name: f"mixture/{name}" if name.startswith("winner") else f"train/{name}" for name in out.keys()}
+        self.record({names[name]: value for name, value in out.items()})
+
+    def drain_metrics(self) -> dict[str, float]:
+        """Means since the last call; vectors are numbered, as in ``mixture/winner_frequency_0``."""
+        metrics: dict[str, float] = {}
+        for name, total in self._sums.items():
+            mean = (total / self._counts[name]).tolist()
+            if isinstance(mean, list):
+                metrics |= {f"{name}_{i}": value for i, value in enumerate(mean)}
+            else:
+                metrics[name] = mean
+        self._sums, self._counts = {}, defaultdict(int)
+        return metrics
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's own transfer rebuilds a TensorDict even where it is in place already."""
+        if isinstance(batch, TensorDictBase) and batch.device != device:
+            return batch.to(device, non_blocking=True)
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["updates"] = self.updates
+        checkpoint["policy"] = {
+            "description": self.policy_description,
+            "state_dict": dict(self.policy.state_dict()),
+            "env_frames": self.trainer.datamodule.env_frames if self.trainer.datamodule else 0,
+            "updates": self.updates,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.updates = checkpoint["updates"]

@@ -1,0 +1,122 @@
+"""Soft actor-critic as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.modules import SafeProbabilisticTensorDictSequential
+from torchrl.objectives import SoftUpdate
+
+from pmoe_lightning.algorithms.base import AbstractAlgorithm
+from pmoe_lightning.critics import make_qvalue_network
+from pmoe_lightning.estimators import AbstractEstimator
+from pmoe_lightning.losses import PMOESACLoss
+
+
+class SAC(AbstractAlgorithm):
+    """Steps a ``PMOESACLoss`` on stacks of minibatches [U, B] and lets the target critics follow.
+
+    One Adam with three parameter groups (actor, critics, temperature): the three losses touch disjoint parameters, so
+    one backward pass of their sum equals three. The actor therefore sees the critics as they were before this step.
+
+    Args:
+        loss: the loss module, with its value estimator (gamma) set.
+        actor: the policy inside ``loss``.
+        lr_actor, lr_qvalue, lr_alpha: learning rates of the groups.
+        tau: the target critics move by tau (Q - Qbar) after every update.
+        policy_description: see ``AbstractAlgorithm``.
+    """
+
+    def __init__(
+        self,
+        loss: PMOESACLoss,
+        actor: SafeProbabilisticTensorDictSequential,
+        *,
+        lr_actor: float = 3e-4,
+        lr_qvalue: float = 3e-4,
+        lr_alpha: float = 3e-4,
+        tau: float = 0.005,
+        policy_description: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(loss, actor, actor, policy_description)
+        self.lr_actor, self.lr_qvalue, self.lr_alpha = lr_actor, lr_qvalue, lr_alpha
+        self.target_updater = SoftUpdate(loss, tau=tau)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": list(self.loss.actor_network_params.parameters()), "lr": self.lr_actor, "name": "actor"},
+            {"params": list(self.loss.qvalue_network_params.parameters()), "lr": self.lr_qvalue, "name": "qvalue"},
+        ]
+        if not self.loss.fixed_alpha:
+            groups.append({"params": [self.loss.log_alpha], "lr": self.lr_alpha, "name": "alpha"})
+        return torch.optim.Adam(groups, fused=True)
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        for minibatch in batch.unbind(0):
+            out = self.loss(minibatch)
+            self.step(out)
+            self.target_updater.step()
+            self.record_loss(out)
+        self.last_observation = minibatch.get(self.observation_key)
+
+
+def make_sac(
+    actor: SafeProbabilisticTensorDictSequential,
+    estimator: AbstractEstimator,
+    *,
+    observation_dim: int,
+    action_dim: int,
+    hidden_sizes: Sequence[int] = (256, 256),
+    activation: str = "relu",
+    lr: float = 3e-4,
+    lr_actor: float | None = None,
+    lr_qvalue: float | None = None,
+    lr_alpha: float | None = None,
+    gamma: float = 0.99,
+    tau: float = 0.005,
+    alpha_init: float = 1.0,
+    target_entropy: float | None = None,
+    policy_description: Mapping[str, Any] | None = None,
+) -> SAC:
+    """SAC for an actor, with two critics of its own.
+
+    Args:
+        actor: the policy.
+        estimator: the gradient estimator of the actor loss.
+        observation_dim, action_dim: O and A.
+        hidden_sizes, activation: of the critics.
+        lr: learning rate of all three groups; ``lr_actor``, ``lr_qvalue`` and ``lr_alpha`` override it.
+        gamma: discount per environment step.
+        tau: target smoothing per update.
+        alpha_init: initial temperature.
+        target_entropy: in nats; ``None`` is -A.
+        policy_description: see ``AbstractAlgorithm``.
+
+    Raises:
+        ValueError: the estimator cannot serve the actor's number of components.
+    """
+    estimator.check(actor[0].module.num_components)
+    critics = [
+        make_qvalue_network(observation_dim, action_dim, hidden_sizes=hidden_sizes, activation=activation)
+        for _ in range(2)
+    ]
+    loss = PMOESACLoss(
+        actor,
+        critics,
+        estimator=estimator,
+        alpha_init=alpha_init,
+        target_entropy=float(-action_dim if target_entropy is None else target_entropy),
+    )
+    loss.make_value_estimator(gamma=gamma)
+    return SAC(
+        loss,
+        actor,
+        lr_actor=lr if lr_actor is None else lr_actor,
+        lr_qvalue=lr if lr_qvalue is None else lr_qvalue,
+        lr_alpha=lr if lr_alpha is None else lr_alpha,
+        tau=tau,
+        policy_description=policy_description,
+    )

@@ -1,0 +1,9 @@
+"""The two errors a user can cause. Their message is one line: what was wrong, where, and what to do."""
+
+
+class ConfigurationError(ValueError):
+    """The request itself is wrong (unknown key, impossible value, incompatible pair); commands exit with 2."""
+
+
+class RunError(RuntimeError):
+    """The request is right but cannot be carried out here (missing file, dead server); commands exit with 1."""

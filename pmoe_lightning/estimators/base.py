@@ -1,0 +1,75 @@
+"""The contract of a gradient estimator.
+
+    estimator(distribution, objective) -> Surrogate
+
+``objective`` is what is minimised in expectation under the policy: J = E_{u ~ pi(.|s)}[cost(s, u, log pi(u|s))].
+The gradient of ``Surrogate.loss`` with respect to the policy's parameters *is* the estimate of the gradient of J. An
+estimator knows nothing of SAC, PPO, TensorDict or critics, so each one serves SAC's actor loss and PPO's entropy term
+alike, with or without an action transform inside the objective.
+
+Sample dimensions come first, as in ``torch.distributions``: u [*S, *B, A], densities [*S, *B].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pmoe_lightning.distributions import TanhGaussianMixture
+
+Scoring = Literal["component", "mixture"]
+
+
+class Evaluation(NamedTuple):
+    """What an objective says of unsquashed actions; every entry has the shape [*S, *B]."""
+
+    cost: Float[Tensor, "*S"]
+    """What is minimised."""
+    log_prob: Float[Tensor, "*S"]
+    """Log-density of the action that is finally taken (squashed, and transformed where a transform is used)."""
+    score: Float[Tensor, "*S"]
+    """Higher is better: min_i Q_i(s, a). Used only to rank components, never differentiated."""
+
+
+class Objective(Protocol):
+    """Maps unsquashed actions and their log-densities to costs; squashing is its first step."""
+
+    def __call__(self, u: Float[Tensor, "*S A"], log_prob: Float[Tensor, "*S"]) -> Evaluation: ...
+
+
+class Surrogate(NamedTuple):
+    """An estimate per state; every tensor has the shape [*B] unless said otherwise."""
+
+    expected_cost: Float[Tensor, "*B"]
+    """Differentiable; its value is the estimated cost."""
+    log_prob: Float[Tensor, "*B"]
+    """Detached estimate of E[log pi(a|s)], for the temperature."""
+    auxiliary: Mapping[str, Tensor] = {}
+    """Further differentiable losses of the estimator, by name."""
+    diagnostics: Mapping[str, Tensor] = {}
+    """Detached quantities worth logging, any shape."""
+
+    @property
+    def loss(self) -> Float[Tensor, "*B"]:
+        """The surrogate whose gradient is the estimate."""
+        return self.expected_cost + sum(self.auxiliary.values())
+
+
+class AbstractEstimator(ABC):
+    """Base of all gradient estimators."""
+
+    log_prob: Scoring = "mixture"
+    """Whose log-density scores a sampled action, here, in the critic target and in the temperature loss."""
+    auxiliary_losses: ClassVar[tuple[str, ...]] = ()
+    """Names that ``Surrogate.auxiliary`` holds."""
+
+    @abstractmethod
+    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+        """Estimate the gradient of the expected cost."""
+
+    def check(self, num_components: int) -> None:
+        """Raise ValueError where the estimator cannot serve that many components."""

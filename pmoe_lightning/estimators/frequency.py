@@ -1,0 +1,121 @@
+"""The frequency estimator of PMOE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Scoring, Surrogate
+
+Score = Callable[[Float[Tensor, "K *B A"]], Float[Tensor, "K *B"]]
+
+
+class Frequency(AbstractEstimator):
+    r"""The weights learn how often each component wins (Ren et al. 2021, arXiv 2104.09122).
+
+        b      = argmax_k score(u_k),    u_k = mu_k + sigma_k eps_k                     (the winner)
+        loss   = cost(u_b) or reduce_k cost(u_k)    +    weight * reduce_k (1[k = b] - w_k)^2
+
+    The second term, the paper's *frequency loss*, has its minimum at w_k = P(component k wins), hence the name: the
+    weights are regressed on outcomes and never see the critic's gradient. Biased for K > 1 (hard argmax; the winner's
+    cost is a maximum over K draws); equal to ``pathwise`` for K = 1. K critic evaluations to rank.
+
+    Only the abstract of the paper and its authors' code were at hand. The defaults follow that code; each choice is a
+    named switch:
+
+    Args:
+        backpropagate: ``max`` sends the winner's cost back (back-propagate-max), ``all`` every component's
+            (back-propagate-all).
+        log_prob: whose log-density enters the cost, the critic target and the temperature loss: the drawing
+            ``component``'s own (the authors' code) or the ``mixture``'s.
+        reduction: ``mean`` over K (the authors' code) or ``sum`` (the paper's form), for both sums above.
+        rank_by: the winner has the largest ``q`` (the authors' code) or the largest ``soft_q`` = -cost.
+        weight: factor of the frequency loss, >= 0.
+
+    Raises:
+        ValueError: an unknown switch or a negative weight.
+    """
+
+    auxiliary_losses: ClassVar[tuple[str, ...]] = ("loss_frequency",)
+
+    def __init__(
+        self,
+        *,
+        backpropagate: Literal["max", "all"] = "max",
+        log_prob: Scoring = "component",
+        reduction: Literal["mean", "sum"] = "mean",
+        rank_by: Literal["q", "soft_q"] = "q",
+        weight: float = 1.0,
+    ) -> None:
+        choices = {"backpropagate": ("max", "all"), "log_prob": ("component", "mixture")}
+        choices |= {"reduction": ("mean", "sum"), "rank_by": ("q", "soft_q")}
+        given = {"backpropagate": backpropagate, "log_prob": log_prob, "reduction": reduction, "rank_by": rank_by}
+        for name, value in given.items():
+            if value not in choices[name]:
+                raise ValueError(f"estimator frequency: {name} must be one of {choices[name]}, not {value!r}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"estimator frequency: weight must be finite and not negative, not {weight}")
+        self.backpropagate, self.reduction, self.rank_by = backpropagate, reduction, rank_by
+        self.log_prob, self.weight = log_prob, weight
+
+    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+        u = distribution.rsample_components()
+        own = self.log_prob == "component"
+        log_prob = distribution.stratum_log_prob_unsquashed(u) if own else distribution.log_prob_unsquashed(u)
+        if self.backpropagate == "all":
+            evaluation = objective(u, log_prob)
+            winner = self._rank(evaluation)
+            expected_cost, entropy_term = self._reduce(evaluation.cost), evaluation.log_prob.mean(0)
+        else:
+            # Ranking needs no gradient: K forward passes without a graph and one with, instead of K with.
+            with torch.no_grad():
+                winner = self._rank(objective(u, log_prob))
+            u_winner = u.gather(0, winner[None, ..., None].expand(1, *u.shape[1:])).squeeze(0)
+            evaluation = objective(u_winner, log_prob.gather(0, winner[None]).squeeze(0))
+            expected_cost, entropy_term = evaluation.cost, evaluation.log_prob
+        routing = self._regression(distribution, winner)
+        return Surrogate(
+            expected_cost,
+            entropy_term.detach(),
+            {"loss_frequency": routing},
+            {"winner_frequency": _frequencies(winner, distribution.num_components)},
+        )
+
+    def routing_loss(
+        self, distribution: TanhGaussianMixture, score: Score
+    ) -> tuple[Float[Tensor, "*B"], dict[str, Tensor]]:
+        """The frequency loss alone, for algorithms that learn the components by other means (PPO).
+
+        Args:
+            distribution: the policy at B states.
+            score: maps unsquashed draws [K, *B, A] to their ranking score [K, *B].
+
+        Returns:
+            the loss per state, whose gradient reaches only the weights, and the winner frequencies [K].
+        """
+        with torch.no_grad():
+            winner = score(distribution.rsample_components()).argmax(0)
+        diagnostics = {"winner_frequency": _frequencies(winner, distribution.num_components)}
+        return self._regression(distribution, winner), diagnostics
+
+    def _rank(self, evaluation) -> Int[Tensor, "*B"]:
+        score = evaluation.score if self.rank_by == "q" else -evaluation.cost
+        return score.detach().argmax(0)
+
+    def _regression(self, distribution: TanhGaussianMixture, winner: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        weights = distribution.weights
+        target = F.one_hot(winner, distribution.num_components).to(weights.dtype)
+        return self.weight * self._reduce((target - weights).square().movedim(-1, 0))
+
+    def _reduce(self, values: Float[Tensor, "K *B"]) -> Float[Tensor, "*B"]:
+        return values.mean(0) if self.reduction == "mean" else values.sum(0)
+
+
+def _frequencies(winner: Int[Tensor, "*B"], num_components: int) -> Float[Tensor, "K"]:
+    return F.one_hot(winner, num_components).float().flatten(0, -2).mean(0)

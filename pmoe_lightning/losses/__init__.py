@@ -1,0 +1,6 @@
+"""Drop-in TorchRL loss modules for mixture policies."""
+
+from pmoe_lightning.losses.ppo import PMOEPPOLoss
+from pmoe_lightning.losses.sac import PMOESACLoss
+
+__all__ = ["PMOEPPOLoss", "PMOESACLoss"]

@@ -1,0 +1,155 @@
+"""Proximal policy optimisation for mixture policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.modules import SafeProbabilisticTensorDictSequential
+from torchrl.objectives import ClipPPOLoss
+
+from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized
+
+
+class PMOEPPOLoss(ClipPPOLoss):
+    r"""TorchRL's ``ClipPPOLoss`` (Schulman et al. 2017, arXiv 1707.06347) for mixture policies.
+
+        loss_objective = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A),    ratio = pi(a|s) / pi_old(a|s)
+        loss_entropy   = -entropy_coeff H(pi(.|s)), its gradient taken by ``estimator``
+        loss_critic    = critic_coeff (V(s) - value_target)^2
+        loss_qvalue    = qvalue_coeff (Q(s, a) - value_target)^2            } with ``routing``: PMOE-PPO
+        loss_frequency = the frequency loss, components ranked by Q(s, .)   }
+
+    Three things differ from ``ClipPPOLoss``. The stored action is scored at ``action_unsquashed`` where the batch holds
+    it: scoring through atanh is wrong by nats once tanh has saturated, and the first ratio would not be one. The
+    entropy bonus goes through a gradient estimator: the Monte Carlo entropy gives the router a gradient of mean zero.
+    And the router can be trained by the frequency loss. The only public form of PMOE-PPO is a co-author's program; how
+    the paper itself (Ren et al. 2021, arXiv 2104.09122) combines the two is not known to us.
+
+    Args:
+        actor_network: an actor whose distribution is a ``TanhGaussianMixture``.
+        critic_network: writes ``state_value``.
+        qvalue_network: writes ``state_action_value``; required by ``routing``, unused otherwise.
+        estimator: of the entropy's gradient; ``Marginalized`` by default, which is unbiased.
+        routing: the frequency estimator whose frequency loss trains the router.
+        qvalue_coeff: weight of the regression of Q on the value target.
+        **arguments: of ``ClipPPOLoss`` (``clip_epsilon``, ``entropy_coeff``, ``critic_coeff`` ...). The critic's
+            distance is ``l2`` unless ``loss_critic_type`` says otherwise.
+
+    Raises:
+        ValueError: ``routing`` without a ``qvalue_network``.
+    """
+
+    @dataclass
+    class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
+        """The keys of ``ClipPPOLoss``, and:
+
+        action_unsquashed: the stored action before tanh. Defaults to ``"action_unsquashed"``.
+        state_action_value: what ``qvalue_network`` writes. Defaults to ``"state_action_value"``.
+        """
+
+        action_unsquashed: NestedKey = "action_unsquashed"
+        state_action_value: NestedKey = "state_action_value"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: SafeProbabilisticTensorDictSequential,
+        critic_network: TensorDictModule,
+        qvalue_network: TensorDictModule | None = None,
+        *,
+        estimator: AbstractEstimator | None = None,
+        routing: Frequency | None = None,
+        qvalue_coeff: float = 1.0,
+        loss_critic_type: str = "l2",
+        **arguments: Any,
+    ) -> None:
+        super().__init__(actor_network, critic_network, loss_critic_type=loss_critic_type, **arguments)
+        if routing is not None and qvalue_network is None:
+            raise ValueError("routing ranks the components by Q(s, a): give PMOEPPOLoss a qvalue_network")
+        self.estimator = Marginalized() if estimator is None else estimator
+        self.routing = routing
+        if routing is not None:
+            self.convert_to_functional(qvalue_network, "qvalue_network")
+        self.register_buffer("qvalue_coeff", torch.tensor(qvalue_coeff, device=self.entropy_coeff.device))
+
+    def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictParams | None = None):
+        unsquashed = tensordict.get(self.tensor_keys.action_unsquashed, None)
+        if unsquashed is None:
+            log_prob, distribution, is_composite = super()._get_cur_log_prob(tensordict, params)
+        else:
+            params = self.actor_network_params if params is None else params
+            with params.to_module(self.actor_network, preserve_module_state=False):
+                distribution = self.actor_network.get_dist(tensordict)
+            log_prob = distribution.log_prob_unsquashed(unsquashed) - distribution.log_abs_det_jacobian(unsquashed)
+            is_composite = False
+        # ``forward`` needs this very distribution again, and the parent does not hand it out.
+        self.__dict__["_distribution"] = distribution
+        return log_prob, distribution, is_composite
+
+    def _get_entropy(self, dist: TanhGaussianMixture, adv_shape: torch.Size) -> Float[Tensor, "*B 1"]:
+        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+            log_prob = log_prob - dist.log_abs_det_jacobian(u)
+            return Evaluation(log_prob, log_prob, -log_prob)
+
+        return -self.estimator(dist, objective).expected_cost.unsqueeze(-1)
+
+    def _qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> Tensor:
+        with parameters.to_module(self.qvalue_network, preserve_module_state=False):
+            return self.qvalue_network(tensordict).get(self.tensor_keys.state_action_value)
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Float[Tensor, "*B 1"]:
+        """qvalue_coeff (Q(s, a) - value_target)^2 at the stored actions."""
+        inputs = tensordict.select(*self.qvalue_network.in_keys)
+        qvalue = self._qvalue(inputs, self.qvalue_network_params)
+        return self.qvalue_coeff * (qvalue - tensordict.get(self.tensor_keys.value_target)).square()
+
+    def frequency_loss(
+        self, tensordict: TensorDictBase, distribution: TanhGaussianMixture
+    ) -> tuple[Float[Tensor, "*B 1"], dict[str, Tensor]]:
+        """The frequency loss with fresh samples of all components ranked by Q, and its diagnostics."""
+        state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
+
+        def score(u: Float[Tensor, "K *B A"]) -> Float[Tensor, "K *B"]:
+            entries = {key: tensordict.get(key).expand(*u.shape[:-1], -1) for key in state_keys}
+            entries[self.tensor_keys.action] = distribution.squash(u)
+            inputs = TensorDict(entries, batch_size=u.shape[:-1])
+            return self._qvalue(inputs, self.qvalue_network_params).squeeze(-1)
+
+        loss, diagnostics = self.routing.routing_loss(distribution, score)
+        return loss.unsqueeze(-1), diagnostics
+
+    @property
+    def out_keys(self) -> list:
+        if self._out_keys is None:
+            keys = list(super().out_keys)
+            self._out_keys = keys if self.routing is None else [*keys, "loss_qvalue", "loss_frequency"]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list) -> None:
+        self._out_keys = values
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        out = super().forward(tensordict)
+        distribution = self.__dict__.pop("_distribution")
+        if self.routing is None:
+            return out
+        loss_frequency, diagnostics = self.frequency_loss(tensordict, distribution)
+        losses = {"loss_qvalue": self.qvalue_loss(tensordict), "loss_frequency": loss_frequency}
+        for name, value in losses.items():
+            out.set(name, self._reduce_loss(value, tensordict).squeeze(-1))
+        return out.update(diagnostics)

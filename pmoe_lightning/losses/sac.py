@@ -1,0 +1,166 @@
+"""Soft actor-critic for mixture policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, dispatch
+from torch import Tensor
+from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
+from torchrl.objectives import SACLoss
+
+from pmoe_lightning.critics import QValueNetwork, stacked_qvalue
+from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Surrogate
+
+
+class PMOESACLoss(SACLoss):
+    r"""TorchRL's ``SACLoss`` (Haarnoja et al. 2018, arXiv 1812.05905) with a gradient estimator for the actor.
+
+        loss_qvalue = sum_i (Q_i(s, a) - y)^2,    y = r + gamma (1 - terminated) [min_i Qbar_i(s', a') - alpha log pi(a'|s')]
+        loss_actor  = estimate of E_{a ~ pi}[alpha log pi(a|s) - min_i Q_i(s, a)]
+        loss_alpha  = -log alpha (log pi + target entropy)
+
+    Each loss reaches exactly its own parameters, so the sum of all ``loss_*`` entries is stepped by one optimizer. A
+    truncated transition bootstraps, a terminated one does not. With one component the losses and gradients equal
+    ``SACLoss`` with ``TanhNormal`` under the same random numbers.
+
+    Args:
+        actor_network: an actor whose distribution is a ``TanhGaussianMixture``.
+        qvalue_network: a list of critics, stacked with their own initial weights.
+        estimator: the gradient estimator of the actor; ``estimator.log_prob`` decides whether the mixture's or the
+            drawing component's log-density enters the critic target and the temperature loss too.
+        loss_function: distance of the critics to their target; ``l2`` here (TorchRL's own default is ``smooth_l1``).
+        **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...).
+
+    Output keys: ``loss_actor``, ``loss_qvalue``, ``loss_alpha``, the estimator's auxiliary losses (such as
+    ``loss_frequency``), ``alpha``, ``entropy``, and the estimator's diagnostics.
+
+    Example:
+        >>> loss = PMOESACLoss(actor, [make_qvalue_network(17, 6) for _ in range(2)], estimator=Frequency())
+        >>> loss.make_value_estimator(gamma=0.99)
+        >>> out = loss(minibatch)
+        >>> sum(value for name, value in out.items() if name.startswith("loss_")).backward()
+    """
+
+    def __init__(
+        self,
+        actor_network: SafeProbabilisticTensorDictSequential,
+        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        *,
+        estimator: AbstractEstimator | None = None,
+        loss_function: str = "l2",
+        **arguments: Any,
+    ) -> None:
+        if isinstance(qvalue_network, Sequence):
+            qvalue_network = list(qvalue_network)
+            arguments.setdefault("num_qvalue_nets", len(qvalue_network))
+        super().__init__(actor_network, qvalue_network, loss_function=loss_function, **arguments)
+        self.estimator = Marginalized() if estimator is None else estimator
+        # TorchRL creates this buffer at its first use; a state dict written before would not fit one written after.
+        _ = self.target_entropy
+
+    def _make_vmap(self) -> None:
+        super()._make_vmap()
+        network = self.qvalue_network
+        if isinstance(network, ValueOperator) and isinstance(network.module, QValueNetwork):
+            self._vmap_qnetworkN0 = self._stacked_qvalue
+
+    def _stacked_qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> TensorDictBase:
+        observation, action = (tensordict.get(key) for key in self.qvalue_network.in_keys)
+        values = stacked_qvalue(self.qvalue_network.module, parameters["module"], observation, action)
+        key = self.tensor_keys.state_action_value
+        return TensorDict._new_unsafe({key: values.unsqueeze(-1)}, batch_size=values.shape)
+
+    def qvalues(
+        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], parameters: TensorDictParams
+    ) -> Float[Tensor, "Q *S"]:
+        """Q_i(s, a) of every critic at actions [*S, *B, A], the states [*B] being repeated over the sample dimensions."""
+        state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
+        batch = action.shape[:-1]
+        entries = {key: tensordict.get(key) for key in state_keys}
+        entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}
+        inputs = TensorDict({**entries, self.tensor_keys.action: action}, batch_size=batch)
+        return self._vmap_qnetworkN0(inputs, parameters).get(self.tensor_keys.state_action_value).squeeze(-1)
+
+    def _distribution(self, tensordict: TensorDictBase) -> TanhGaussianMixture:
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            return self.actor_network.get_dist(tensordict)
+
+    @torch.no_grad()
+    def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
+        next_tensordict = tensordict.get("next")
+        distribution = self._distribution(next_tensordict)
+        u, log_prob = _draw(distribution, self.estimator.log_prob)
+        log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+        qvalue = self.qvalues(next_tensordict, distribution.squash(u), self.target_qvalue_network_params)
+        next_value = (qvalue.min(0).values - self._alpha * log_prob).unsqueeze(-1)
+        bootstrapped = tensordict.clone(False)
+        bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value)
+        return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
+
+    def estimate(self, tensordict: TensorDictBase) -> Surrogate:
+        """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
+        distribution = self._distribution(tensordict)
+
+        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+            log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+            qvalue = self.qvalues(tensordict, distribution.squash(u), self._cached_detached_qvalue_params)
+            qvalue = qvalue.min(0).values
+            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
+
+        return self.estimator(distribution, objective)
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
+        """The reduced actor loss, and ``log_prob``, ``auxiliary`` (reduced) and ``diagnostics`` of the estimate."""
+        surrogate = self.estimate(tensordict)
+        weights = self._maybe_get_priority_weight(tensordict)
+        auxiliary = {
+            name: self._reduce_loss(value, tensordict=tensordict, weights=weights)
+            for name, value in surrogate.auxiliary.items()
+        }
+        loss = self._reduce_loss(surrogate.expected_cost, tensordict=tensordict, weights=weights)
+        metadata = {"log_prob": surrogate.log_prob, "auxiliary": auxiliary, "diagnostics": surrogate.diagnostics}
+        return loss, metadata
+
+    @property
+    def out_keys(self) -> list:
+        if self._out_keys is None:
+            losses = ["loss_actor", "loss_qvalue", "loss_alpha", *self.estimator.auxiliary_losses]
+            self._out_keys = [*losses, "alpha", "entropy"]
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list) -> None:
+        self._out_keys = values
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        loss_qvalue, qvalue_metadata = self.qvalue_v2_loss(tensordict)
+        loss_actor, metadata = self.actor_loss(tensordict)
+        weights = self._maybe_get_priority_weight(tensordict)
+        loss_alpha = self._alpha_loss(log_prob=metadata["log_prob"])
+        loss_alpha = self._reduce_loss(loss_alpha, tensordict=tensordict, weights=weights)
+        tensordict.set(self.tensor_keys.priority, qvalue_metadata["td_error"])
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_alpha": loss_alpha}
+        losses |= metadata["auxiliary"]
+        if self.reduction == "none":
+            return TensorDict(losses, batch_size=tensordict.batch_size)
+        entropy = -metadata["log_prob"].mean()
+        return TensorDict({**losses, "alpha": self._alpha, "entropy": entropy, **metadata["diagnostics"]})
+
+
+def _draw(distribution: TanhGaussianMixture, scoring: str) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
+    """An unsquashed action, and its log-density under the mixture or under the component that drew it."""
+    if scoring == "mixture":
+        u = distribution.rsample_unsquashed()
+        return u, distribution.log_prob_unsquashed(u)
+    component = distribution.sample_component()
+    loc, scale = (distribution.take_component(value, component) for value in (distribution.loc, distribution.scale))
+    drawn = TanhGaussianMixture(loc.new_zeros(*loc.shape[:-1], 1), loc.unsqueeze(-2), scale.unsqueeze(-2))
+    u = drawn.rsample_unsquashed()
+    return u, drawn.log_prob_unsquashed(u)

@@ -1,0 +1,238 @@
+"""The LightningModules under a real Trainer: counters, optimizer groups, metrics, the KL stop, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from tensordict import TensorDict
+
+from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.algorithms import make_ppo, make_sac
+from pmoe_lightning.data import OffPolicyData, OnPolicyData
+from pmoe_lightning.envs import make_env
+from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
+from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+
+O, A, LOW, HIGH = 3, 1, [-2.0], [2.0]
+pendulum = partial(make_env, "Pendulum-v1")
+
+
+def sac(estimator=None, **arguments):
+    actor = make_pmoe_actor(O, LOW, HIGH, hidden_sizes=(16, 16))
+    return make_sac(
+        actor, estimator or Frequency(), observation_dim=O, action_dim=A, hidden_sizes=(16, 16), **arguments
+    )
+
+
+def ppo(estimator=None, **arguments):
+    normalizer = ObservationNormalizer(O)
+    actor = make_pmoe_actor(
+        O,
+        LOW,
+        HIGH,
+        num_components=3,
+        hidden_sizes=(16,),
+        scale="state_independent",
+        return_log_prob=True,
+        observation_key="observation_normalized",
+    )
+    sizes = {"hidden_sizes": (16,), "minibatch_size": 32, "num_epochs": 2}
+    return make_ppo(
+        actor, estimator or Frequency(), observation_dim=O, action_dim=A, normalizer=normalizer, **(sizes | arguments)
+    )
+
+
+def fit(algorithm, data) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(algorithm, datamodule=data)
+    return trainer
+
+
+def off_policy(algorithm, total_frames=80):
+    return OffPolicyData(
+        pendulum,
+        algorithm.policy,
+        total_frames=total_frames,
+        frames_per_epoch=40,
+        frames_per_batch=8,
+        init_random_frames=16,
+        batch_size=32,
+    )
+
+
+def on_policy(algorithm, total_frames=384):
+    return OnPolicyData(
+        pendulum,
+        algorithm.policy,
+        total_frames=total_frames,
+        frames_per_epoch=128,
+        frames_per_batch=128,
+        num_envs=2,
+        normalizer=algorithm.policy[0],
+        reward_scaler=RewardScaler(2),
+    )
+
+
+@pytest.mark.parametrize("estimator", [Frequency(), Marginalized()], ids=lambda e: type(e).__name__)
+def test_sac_counts_updates_moves_every_parameter_and_follows_with_the_targets(estimator):
+    torch.manual_seed(0)
+    algorithm = sac(estimator)
+    before = {name: value.clone() for name, value in algorithm.loss.state_dict().items()}
+    trainer = fit(algorithm, off_policy(algorithm))
+    assert algorithm.updates == trainer.global_step == 64  # one per frame after 16 warm-up frames
+    still = {"actor_network_params.module.1.low", "actor_network_params.module.1.high", "alpha_init", "_target_entropy"}
+    if isinstance(estimator, Frequency):
+        assert "loss_frequency" in algorithm.loss.out_keys
+    for name, value in algorithm.loss.state_dict().items():
+        moved = not torch.equal(value, before[name])
+        assert moved or any(name.endswith(end) for end in still) or "gamma" in name or name.startswith("__"), name
+
+
+def test_the_acting_policy_is_the_trained_one():
+    algorithm = sac()
+    trained = {parameter.data_ptr() for parameter in algorithm.loss.actor_network_params.parameters()}
+    acting = {parameter.data_ptr() for parameter in algorithm.policy.parameters()}
+    assert acting == trained
+
+
+def test_sac_optimizer_has_three_groups_with_their_own_rates():
+    optimizer = sac(lr=1e-3, lr_alpha=5e-4).configure_optimizers()
+    assert [(group["name"], group["lr"]) for group in optimizer.param_groups] == [
+        ("actor", 1e-3),
+        ("qvalue", 1e-3),
+        ("alpha", 5e-4),
+    ]
+
+
+def test_one_summed_backward_equals_three_separate_ones():
+    """The losses touch disjoint parameters, so one optimizer step on their sum is the step of three optimizers."""
+    torch.manual_seed(0)
+    algorithm = sac()
+    data = off_policy(algorithm)
+    fit(algorithm, data)
+    batch = data.buffer.sample(32)
+    grads = []
+    for together in (True, False):
+        loss = algorithm.loss
+        loss.zero_grad()
+        torch.manual_seed(1)
+        losses = [value for name, value in loss(batch.clone()).items() if name.startswith("loss_")]
+        for part in [sum(losses)] if together else losses:
+            part.backward(retain_graph=True)
+        grads.append({name: value.grad.clone() for name, value in loss.named_parameters() if value.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", [Frequency(), Marginalized()], ids=lambda e: type(e).__name__)
+def test_ppo_passes_over_the_rollout_and_moves_every_parameter(estimator):
+    torch.manual_seed(0)
+    algorithm = ppo(estimator)
+    before = {name: value.clone() for name, value in algorithm.loss.named_parameters()}
+    fit(algorithm, on_policy(algorithm))
+    assert algorithm.updates == 2 * 2 * 4  # the first of three rollouts only initialises the normaliser
+    for name, value in algorithm.loss.named_parameters():
+        if "router" in name and isinstance(estimator, Marginalized):
+            continue  # with ratios alone the router may move as little as the advantage asks
+        assert not torch.equal(value, before[name]), name
+    assert ("qvalue_network_params" in dict(algorithm.loss.named_children())) == isinstance(estimator, Frequency)
+
+
+def test_ppo_gradients_are_clipped_to_the_norm():
+    algorithm = ppo(max_grad_norm=1e-12)
+    before = {name: value.clone() for name, value in algorithm.loss.named_parameters()}
+    fit(algorithm, on_policy(algorithm, total_frames=256))
+    moved = max((value - before[name]).abs().max() for name, value in algorithm.loss.named_parameters())
+    # Adam's eps is 1e-5: a gradient of norm 1e-12 moves a parameter by at most lr 1e-12 / 1e-5 per update.
+    assert 0 <= moved < 1e-8
+    assert algorithm.drain_metrics()["train/gradient_norm"] > 1e-3  # the norm that is logged is the one before clipping
+
+
+def test_ppo_stops_its_epochs_when_the_policy_has_moved_too_far():
+    algorithm = ppo(target_kl=1e-9, num_epochs=10, lr=0.01)
+    fit(algorithm, on_policy(algorithm, total_frames=256))
+    assert 4 <= algorithm.updates < 40
+
+
+def test_gae_bootstraps_truncation_but_not_termination():
+    """delta_t = r + gamma (1 - terminated) V(s') - V(s); A_t = delta_t + gamma lmbda (1 - done) A_{t+1}, by hand."""
+    torch.manual_seed(0)
+    algorithm = ppo(gamma=0.9, lmbda=0.8)
+    T = 5
+    terminated = torch.tensor([0, 1, 0, 0, 0], dtype=torch.bool).view(1, T, 1)
+    truncated = torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool).view(1, T, 1)
+    after = {"observation_normalized": torch.randn(1, T, O), "reward": torch.randn(1, T, 1)}
+    after |= {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+    batch = TensorDict(
+        {"observation_normalized": torch.randn(1, T, O), "next": TensorDict(after, batch_size=[1, T])}, batch_size=[1, T]
+    )
+    with torch.no_grad():
+        algorithm.advantage(batch)
+        value, after_value = (
+            algorithm.loss.critic_network(TensorDict(observation_normalized=x, batch_size=[1, T]))["state_value"]
+            for x in (batch["observation_normalized"], after["observation_normalized"])
+        )
+    expected, following = [], 0.0
+    for t in reversed(range(T)):
+        bootstrap = 0.0 if terminated[0, t] else 0.9 * after_value[0, t].item()
+        delta = after["reward"][0, t].item() + bootstrap - value[0, t].item()
+        following = delta + (0.0 if after["done"][0, t] else 0.9 * 0.8 * following)
+        expected.insert(0, following)
+    assert batch["advantage"].flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_metrics_are_means_and_are_drained():
+    algorithm = sac()
+    for value in (1.0, 2.0):
+        algorithm.record_loss(TensorDict(loss_actor=torch.tensor(value), winner_frequency=torch.tensor([value, 0.0])))
+    drained = algorithm.drain_metrics()
+    expected = {"train/loss_actor": 1.5, "mixture/winner_frequency_0": 1.5, "mixture/winner_frequency_1": 0.0}
+    assert drained == expected
+    assert algorithm.drain_metrics() == {}
+
+
+@pytest.mark.parametrize("make", [sac, ppo])
+def test_pathwise_is_refused_for_a_mixture(make):
+    with pytest.raises(ValueError, match="actor=gaussian"):
+        make(Pathwise())
+
+
+@pytest.mark.parametrize("make, data", [(sac, off_policy), (ppo, on_policy)], ids=["sac", "ppo"])
+def test_checkpoint_restores_weights_optimizer_and_counters(make, data, tmp_path):
+    torch.manual_seed(0)
+    algorithm = make()
+    trainer = fit(algorithm, data(algorithm))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert checkpoint["updates"] == checkpoint["policy"]["updates"] == algorithm.updates
+    assert checkpoint["policy"]["env_frames"] == trainer.datamodule.env_frames
+    other = make()
+    other.load_state_dict(checkpoint["state_dict"])
+    other.on_load_checkpoint(copy.deepcopy(checkpoint))
+    assert other.updates == algorithm.updates
+    observation = TensorDict(observation=torch.randn(4, O), batch_size=4)
+    for key in ("action",):
+        torch.manual_seed(2)
+        mine = algorithm.policy(observation.clone())[key]
+        torch.manual_seed(2)
+        assert torch.equal(other.policy(observation.clone())[key], mine)
+
+
+def test_one_component_runs_with_every_estimator():
+    for estimator in (Pathwise(), Frequency(), Marginalized()):
+        actor = make_gaussian_actor(O, LOW, HIGH, hidden_sizes=(16,))
+        algorithm = make_sac(actor, estimator, observation_dim=O, action_dim=A, hidden_sizes=(16,))
+        fit(algorithm, off_policy(algorithm, total_frames=24))
+        assert algorithm.updates == 8
