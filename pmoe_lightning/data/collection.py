@@ -1,0 +1,189 @@
+"""What both kinds of data share: a TorchRL collector driven by Lightning's training loop, frame by counted frame.
+
+One item of the loader is one collector iteration (or the few it takes until there is something to train on), and it is
+collected only when the training loop asks for it: never ahead, because data collected ahead is data of a stale policy.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
+
+from pmoe_lightning.errors import ConfigurationError
+
+__all__ = ["CollectedData", "CollectorLoader"]
+
+
+class CollectedData(LightningDataModule, ABC):
+    """A data module whose training data are collected with the policy being trained.
+
+    The collector is made at the first iteration, when the policy is on its device; environments stay on the CPU. The
+    collector holds the policy object itself, so it always acts with the newest weights.
+
+    A Lightning epoch ends at the next multiple of ``frames_per_epoch``. The run ends at ``total_frames``: no iteration
+    starts once they are reached, and the trainer is told to stop. Iterations are never cut short: if ``total_frames``
+    is not a multiple of ``frames_per_batch``, up to ``frames_per_batch - 1`` frames more are collected, and counted.
+
+    Attributes:
+        env_frames: environment steps taken, over all environments, warm-up included.
+        episodes: episodes finished.
+        total_frames: as given.
+        collector: the TorchRL collector, None before the first iteration and after teardown.
+
+    Args:
+        make_env: called as ``make_env(num_envs=..., seed=...)``; the environment must write ``episode_return`` and
+            ``episode_length`` beside the reward, as :class:`pmoe_lightning.envs.GymnasiumEnv` does.
+        policy: the module that acts and is trained.
+        total_frames: environment steps of the whole run.
+        frames_per_epoch: environment steps of a Lightning epoch.
+        frames_per_batch: environment steps of a collector iteration, over all environments.
+        num_envs: number of environments stepped together.
+        seed: environment i receives ``seed + i``.
+
+    Raises:
+        ConfigurationError: if a number is not positive, ``frames_per_batch`` is not a multiple of ``num_envs``, or
+            ``frames_per_epoch`` is smaller than ``frames_per_batch``.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[..., EnvBase],
+        policy: TensorDictModuleBase,
+        *,
+        total_frames: int,
+        frames_per_epoch: int,
+        frames_per_batch: int,
+        num_envs: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "total_frames": total_frames,
+            "frames_per_epoch": frames_per_epoch,
+            "frames_per_batch": frames_per_batch,
+            "num_envs": num_envs,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigurationError(f"data.{name}={value} must be at least 1")
+        if frames_per_batch % num_envs:
+            raise ConfigurationError(
+                f"data.frames_per_batch={frames_per_batch} must be a multiple of data.num_envs={num_envs}: "
+                f"use {-(-frames_per_batch // num_envs) * num_envs}"
+            )
+        if frames_per_epoch < frames_per_batch:
+            raise ConfigurationError(
+                f"data.frames_per_epoch={frames_per_epoch} must not be smaller than "
+                f"data.frames_per_batch={frames_per_batch}"
+            )
+        self.make_env, self.policy = make_env, policy
+        self.total_frames, self.frames_per_epoch = total_frames, frames_per_epoch
+        self.frames_per_batch, self.num_envs, self.seed = frames_per_batch, num_envs, seed
+        self.env_frames = 0
+        self.episodes = 0
+        self.collector: Collector | None = None
+        self._iterations: Iterator[TensorDictBase] | None = None
+        self._finished_episodes: list[tuple[float, int]] = []
+
+    @abstractmethod
+    def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
+        """Turn one rollout [N, T], on the CPU, into a training batch on the policy's device; None: collect again."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is, and where training batches are put."""
+        tensor = next(chain(self.policy.parameters(), self.policy.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def setup(self, stage: str) -> None:
+        # Silent otherwise: each process would count, normalise and end the run by its own experience only.
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"training on {self.trainer.world_size} processes is not supported: use trainer.devices=1"
+            )
+
+    def train_dataloader(self) -> "CollectorLoader":
+        return CollectorLoader(self)
+
+    def collect(self) -> TensorDictBase:
+        """Run one collector iteration, count its frames and episodes, and return the rollout [N, T]."""
+        if self._iterations is None:
+            self.collector = self._make_collector()
+            self._iterations = iter(self.collector)
+        rollout = next(self._iterations)
+        rollout.names = None
+        self.env_frames += rollout.numel()
+        self._count_episodes(rollout)
+        if self.env_frames >= self.total_frames and self.trainer is not None:
+            self.trainer.should_stop = True
+        return rollout
+
+    def drain_episodes(self) -> list[tuple[float, int]]:
+        """The (return, length) of every training episode finished since the last call, in the order they finished."""
+        finished, self._finished_episodes = self._finished_episodes, []
+        return finished
+
+    def _make_collector(self, init_random_frames: int = 0) -> Collector:
+        devices = {}
+        if self.device.type != "cpu":
+            devices = {"policy_device": self.device, "env_device": "cpu", "storing_device": "cpu"}
+        return Collector(
+            self.make_env(num_envs=self.num_envs, seed=self.seed),
+            self.policy,
+            frames_per_batch=self.frames_per_batch,
+            total_frames=-1,
+            init_random_frames=init_random_frames,
+            exploration_type=ExplorationType.RANDOM,
+            track_traj_ids=False,
+            use_buffers=False,  # random warm-up frames lack whatever a policy writes beside its action
+            auto_register_policy_transforms=False,
+            **devices,
+        )
+
+    def _count_episodes(self, rollout: TensorDictBase) -> None:
+        done = rollout.get(("next", "done")).squeeze(-1).T
+        if done.any():
+            totals = (rollout.get(("next", key)).squeeze(-1).T for key in ("episode_return", "episode_length"))
+            finished = list(zip(*(total[done].tolist() for total in totals), strict=True))
+            self.episodes += len(finished)
+            self._finished_episodes += finished
+
+    def teardown(self, stage: str) -> None:
+        """Close the environments. A later fit starts new episodes and goes on counting."""
+        if self.collector is not None:
+            self.collector.shutdown()
+        self.collector = self._iterations = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"env_frames": self.env_frames, "episodes": self.episodes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.env_frames, self.episodes = state_dict["env_frames"], state_dict["episodes"]
+
+
+class CollectorLoader:
+    """Iterates over the batches of one epoch of a :class:`CollectedData`."""
+
+    def __init__(self, data: CollectedData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        """The most batches an epoch can have. Its being defined also keeps Lightning from fetching a batch ahead."""
+        return -(-self.data.frames_per_epoch // self.data.frames_per_batch)
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        data = self.data
+        # From the counter alone, because Lightning abandons the iterator at the last batch of an epoch.
+        epoch_end = (data.env_frames // data.frames_per_epoch + 1) * data.frames_per_epoch
+        while data.env_frames < min(epoch_end, data.total_frames):
+            batch = data.make_batch(data.collect())
+            if batch is not None:
+                yield batch

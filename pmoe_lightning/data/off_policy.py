@@ -1,0 +1,116 @@
+"""Replay data for off-policy learning: collected transitions go to a buffer, updates draw from it at a fixed ratio."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import EnvBase
+
+from pmoe_lightning.data.collection import CollectedData
+from pmoe_lightning.errors import ConfigurationError
+
+__all__ = ["OffPolicyData"]
+
+_NEXT_KEYS = ("observation", "reward", "done", "terminated", "truncated")
+_KEYS = ("observation", "action", *(("next", key) for key in _NEXT_KEYS))
+
+
+class OffPolicyData(CollectedData):
+    """Yields stacks of U minibatches [U, B] drawn uniformly from a replay buffer, U being the updates owed.
+
+    Every frame owes ``utd_ratio`` updates; fractions are carried over exactly, and while none is owed the loader
+    collects on. Warm-up: until the buffer holds ``init_random_frames`` transitions no updates are owed, and in a fresh
+    run these frames take uniformly random actions. Warm-up frames are counted in ``env_frames``; they never owe updates
+    later. The warm-up is made of whole iterations, that is, rounded up to a multiple of ``frames_per_batch``.
+
+    A minibatch holds observation [O], action [A] and next: observation [O], reward [1], done [1], terminated [1],
+    truncated [1]. ``next.observation`` is the true last observation where an episode ended. The buffer lies on the
+    policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is fewer.
+
+    Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
+        init_random_frames: frames of the warm-up.
+        buffer_size: capacity of the replay buffer, in transitions.
+        batch_size: B.
+        utd_ratio: updates per environment frame after the warm-up.
+
+    Raises:
+        ConfigurationError: also if a number is out of range, or the warm-up does not fit into the run or the buffer.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[..., EnvBase],
+        policy: TensorDictModuleBase,
+        *,
+        total_frames: int,
+        frames_per_epoch: int,
+        frames_per_batch: int = 16,
+        num_envs: int = 1,
+        init_random_frames: int = 1000,
+        buffer_size: int = 1_000_000,
+        batch_size: int = 256,
+        utd_ratio: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            make_env,
+            policy,
+            total_frames=total_frames,
+            frames_per_epoch=frames_per_epoch,
+            frames_per_batch=frames_per_batch,
+            num_envs=num_envs,
+            seed=seed,
+        )
+        if batch_size < 1 or utd_ratio <= 0 or init_random_frames < 0:
+            raise ConfigurationError(
+                f"data.batch_size={batch_size} must be at least 1, data.utd_ratio={utd_ratio} positive and "
+                f"data.init_random_frames={init_random_frames} not negative"
+            )
+        self.init_random_frames = _round_up(init_random_frames, frames_per_batch)
+        capacity = min(buffer_size, _round_up(total_frames, frames_per_batch))
+        if self.init_random_frames >= total_frames:
+            raise ConfigurationError(
+                f"data.init_random_frames={init_random_frames} leaves nothing of total_frames={total_frames} "
+                "to train on: lower it"
+            )
+        if max(self.init_random_frames, frames_per_batch) > capacity:
+            raise ConfigurationError(
+                f"data.buffer_size={buffer_size} must hold at least data.init_random_frames={init_random_frames} "
+                f"and data.frames_per_batch={frames_per_batch}"
+            )
+        self.capacity, self.batch_size = capacity, batch_size
+        self.utd_ratio = Fraction(utd_ratio).limit_denominator(1_000_000)
+        self.updates_owed = Fraction(0)
+        self.buffer: ReplayBuffer | None = None
+
+    def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
+        """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
+        if self.buffer is None:
+            self.buffer = ReplayBuffer(storage=LazyTensorStorage(self.capacity, device=self.device))
+        if len(self.buffer) >= self.init_random_frames:
+            self.updates_owed += rollout.numel() * self.utd_ratio
+        self.buffer.extend(rollout.select(*_KEYS).reshape(-1).to(self.device))
+        updates = int(self.updates_owed)
+        if updates == 0:
+            return None
+        self.updates_owed -= updates
+        return self.buffer.sample(updates * self.batch_size).view(updates, self.batch_size)
+
+    def _make_collector(self, init_random_frames: int = 0) -> Collector:
+        # A resumed run refills its buffer with the policy it has already learned.
+        return super()._make_collector(init_random_frames=self.init_random_frames if self.env_frames == 0 else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "updates_owed": float(self.updates_owed)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.updates_owed = Fraction(state_dict["updates_owed"]).limit_denominator(1_000_000)
+
+
+def _round_up(frames: int, multiple: int) -> int:
+    return -(-frames // multiple) * multiple

@@ -1,0 +1,237 @@
+"""A batch of Gymnasium environments as one TorchRL environment, at about the speed of the bare Gymnasium loop.
+
+TorchRL's generic wrapper spends several times the cost of a MuJoCo step on specs and bookkeeping. Here one TensorDict
+is built per batched step, directly from NumPy arrays, and :meth:`GymnasiumEnv.step_and_maybe_reset` replaces the
+generic machinery on the collector's path. A transform around the environment would bypass that path, so what a trainer
+needs from every step (float32 observations, episode return and length) is computed inside.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.wrappers import FlattenObservation
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from pmoe_lightning.errors import ConfigurationError
+
+__all__ = ["GymnasiumEnv", "make_env"]
+
+_ROOT_KEYS = ("observation", "done", "terminated", "truncated")
+
+
+class GymnasiumEnv(EnvBase):
+    """N Gymnasium environments with continuous actions, stepped together.
+
+    Root keys: ``observation`` float32 [N, O], ``done``, ``terminated``, ``truncated`` bool [N, 1].
+    ``next`` holds the same, plus ``reward`` float32 [N, 1], ``episode_return`` float32 [N, 1] and ``episode_length``
+    int64 [N, 1]: running totals since the start of the episode, and its final totals where ``done`` is set.
+    ``done = terminated | truncated``. Where an episode ends, ``next`` holds its true last observation and the following
+    root the first observation of the next episode.
+
+    ``action`` is float32 [N, A] within the bounds of the Gymnasium space, which need not be +-1. Actions are clipped to
+    these bounds on their way to the environment (the stored action is left as it is), so that float rounding in a
+    squashed policy never reaches an environment that checks its input. Observations of any other kind than a flat
+    vector are flattened with :class:`gymnasium.wrappers.FlattenObservation`.
+
+    Args:
+        envs: the Gymnasium environments; all must have the same spaces. They are closed with this environment.
+        seed: environment i receives ``seed + i`` at its first reset (None: nondeterministic).
+
+    Raises:
+        ConfigurationError: if there is no environment, the action space is not a bounded vector, the observations
+            cannot be flattened to a vector, or the environments differ in their spaces.
+    """
+
+    def __init__(self, envs: Sequence[gymnasium.Env], *, seed: int | None = None) -> None:
+        if not envs:
+            raise ConfigurationError("GymnasiumEnv needs at least one environment (num_envs >= 1)")
+        super().__init__(device=None, batch_size=torch.Size([len(envs)]))
+        self.envs = [_with_flat_observation(env) for env in envs]
+        action_space = _bounded_action_space(self.envs)
+        self._observation_shape = (len(envs), *self.envs[0].observation_space.shape)
+        self._action_low, self._action_high = action_space.low, action_space.high
+        self._action_dtype = action_space.dtype
+        self._returns = [0.0] * len(envs)
+        self._lengths = np.zeros((len(envs), 1), np.int64)
+        self._make_specs()
+        self._set_seed(seed)
+
+    def _make_specs(self) -> None:
+        n = len(self.envs)
+
+        def bound(values: np.ndarray) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=torch.float32).expand(n, -1).clone()
+
+        low, high = bound(self._action_low), bound(self._action_high)
+        flags = {key: Categorical(2, shape=(n, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        self.observation_spec = Composite(observation=Unbounded(shape=self._observation_shape), shape=(n,))
+        self.action_spec = Bounded(low=low, high=high, shape=low.shape, dtype=torch.float32)
+        # Entries of the reward spec exist in "next" only, which is where episode totals belong.
+        self.reward_spec = Composite(
+            reward=Unbounded(shape=(n, 1)),
+            episode_return=Unbounded(shape=(n, 1)),
+            episode_length=Unbounded(shape=(n, 1), dtype=torch.int64),
+            shape=(n,),
+        )
+        self.full_done_spec = Composite(**flags, shape=(n,))
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._seeds = [None if seed is None else seed + i for i in range(len(self.envs))]
+        for env, env_seed in zip(self.envs, self._seeds, strict=True):
+            if env_seed is not None:
+                env.action_space.seed(env_seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        rows = range(len(self.envs)) if mask is None else mask.reshape(-1).nonzero().reshape(-1).tolist()
+        # EnvBase.reset keeps the caller's values in the rows outside the mask.
+        return self._start_episodes(np.zeros(self._observation_shape, np.float32), rows)
+
+    def _start_episodes(self, observation: np.ndarray, rows: Iterable[int]) -> TensorDict:
+        for i in rows:
+            observation[i] = self.envs[i].reset(seed=self._seeds[i])[0]
+            self._seeds[i] = None  # later episodes continue the environment's own random stream
+            self._returns[i] = 0.0
+            self._lengths[i] = 0
+        done, terminated, truncated = np.zeros((3, len(self.envs), 1), np.bool_)
+        arrays = {"observation": observation, "done": done, "terminated": terminated, "truncated": truncated}
+        return self._tensordict(self._tensors(arrays))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        return self._tensordict(self._tensors(self._step_envs(tensordict.get("action"))))
+
+    def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+        """Step all environments, write ``next``, reset those that are done; returns (the input, the next root)."""
+        arrays = self._step_envs(tensordict.get("action"))
+        tensors = self._tensors(arrays)
+        # Unchecked like the constructor below, and for the same reason.
+        tensordict._set_str("next", self._tensordict(tensors), validated=True, inplace=False, non_blocking=False)
+        ended = np.flatnonzero(arrays["done"])
+        if ended.size:
+            return tensordict, self._start_episodes(arrays["observation"].copy(), ended.tolist())
+        return tensordict, self._tensordict({key: tensors[key] for key in _ROOT_KEYS})
+
+    def _step_envs(self, action: torch.Tensor) -> dict[str, np.ndarray]:
+        actions = action.numpy(force=True)  # from any device
+        if actions.dtype != self._action_dtype:
+            actions = actions.astype(self._action_dtype)
+        actions = np.minimum(np.maximum(actions, self._action_low), self._action_high)
+        observation = np.empty(self._observation_shape, np.float32)
+        reward, episode_return = np.empty((2, len(self.envs), 1), np.float32)
+        done, terminated, truncated = np.empty((3, len(self.envs), 1), np.bool_)
+        for i, env in enumerate(self.envs):
+            observation[i], value, terminated[i, 0], truncated[i, 0], _ = env.step(actions[i])
+            reward[i, 0] = value
+            self._returns[i] += float(value)
+            episode_return[i, 0] = self._returns[i]
+        np.logical_or(terminated, truncated, out=done)
+        # In place through out=: an attribute assignment on a module costs more than the addition.
+        np.add(self._lengths, 1, out=self._lengths)
+        return {
+            "observation": observation,
+            "done": done,
+            "terminated": terminated,
+            "truncated": truncated,
+            "reward": reward,
+            "episode_return": episode_return,
+            "episode_length": self._lengths.copy(),
+        }
+
+    def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        if self.device is None or self.device.type == "cpu":
+            return tensors
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+    def _tensordict(self, tensors: dict[str, torch.Tensor]) -> TensorDict:
+        # The checked constructor costs as much as a MuJoCo step; here shapes and device are right by construction.
+        return TensorDict._new_unsafe(tensors, batch_size=self.batch_size, device=self.device)
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Close every Gymnasium environment."""
+        super().close(raise_if_closed=raise_if_closed)
+        for env in self.envs:
+            env.close()
+
+
+def make_env(
+    id: str, *, num_envs: int = 1, seed: int | None = None, render_mode: str | None = None, **kwargs
+) -> GymnasiumEnv:
+    """Make a batch of one registered Gymnasium environment.
+
+    Args:
+        id: Gymnasium id, such as ``"HalfCheetah-v5"`` (``"module:Name-v0"`` imports ``module`` first).
+        num_envs: number of environments stepped together.
+        seed: environment i receives ``seed + i`` at its first reset.
+        render_mode: as in :func:`gymnasium.make`.
+        **kwargs: passed to :func:`gymnasium.make`.
+
+    Raises:
+        ConfigurationError: if the id is unknown, a package it needs is missing, an argument is not accepted, or the
+            spaces are not supported (see :class:`GymnasiumEnv`).
+
+    Example:
+        >>> env = make_env("Pendulum-v1", num_envs=2, seed=0)
+        >>> env.rollout(5)["next", "reward"].shape
+        torch.Size([2, 5, 1])
+    """
+    envs: list[gymnasium.Env] = []
+    try:
+        for _ in range(num_envs):
+            envs.append(gymnasium.make(id, render_mode=render_mode, disable_env_checker=True, **kwargs))
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ConfigurationError(f"environment {id!r} needs a package that is not installed: {_line(error)}") from error
+    except gymnasium.error.UnregisteredEnv as error:
+        raise ConfigurationError(f"unknown environment id {id!r}{_closest(id)}") from error
+    except ImportError as error:
+        raise ConfigurationError(f"environment {id!r} cannot be imported: {_line(error)}") from error
+    except (gymnasium.error.Error, TypeError) as error:
+        raise ConfigurationError(f"environment {id!r} cannot be made with {kwargs}: {_line(error)}") from error
+    return GymnasiumEnv(envs, seed=seed)
+
+
+def _closest(id: str) -> str:
+    known = {known_id.lower(): known_id for known_id in gymnasium.registry}
+    matches = difflib.get_close_matches(id.lower(), known, n=3, cutoff=0.6)
+    if not matches:
+        return ": list the known ones with gymnasium.pprint_registry()"
+    return f": did you mean {', '.join(known[match] for match in matches)}?"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _with_flat_observation(env: gymnasium.Env) -> gymnasium.Env:
+    space = env.observation_space
+    if isinstance(space, Box) and len(space.shape) == 1:
+        return env
+    flat = FlattenObservation(env)
+    if not isinstance(flat.observation_space, Box):
+        raise ConfigurationError(f"environment {_name(env)!r} has observations that cannot be flattened: {space}")
+    return flat
+
+
+def _bounded_action_space(envs: Sequence[gymnasium.Env]) -> Box:
+    space = envs[0].action_space
+    if not isinstance(space, Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+        raise ConfigurationError(
+            f"environment {_name(envs[0])!r} has the action space {space}: only continuous vectors (Box) are supported"
+        )
+    if not space.is_bounded("both"):
+        raise ConfigurationError(
+            f"environment {_name(envs[0])!r} has an unbounded action space {space}: wrap it so that its Box has bounds"
+        )
+    if any((env.action_space, env.observation_space) != (space, envs[0].observation_space) for env in envs):
+        raise ConfigurationError("all environments of a GymnasiumEnv must have the same spaces")
+    return space
+
+
+def _name(env: gymnasium.Env) -> str:
+    return env.spec.id if env.spec is not None else str(env)

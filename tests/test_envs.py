@@ -1,0 +1,255 @@
+"""The batched Gymnasium environment against plain Gymnasium loops and a scripted environment."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, Sequence
+from probe_envs import ScriptedEnv, expected_transitions, make_scripted_env
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import check_env_specs
+
+from pmoe_lightning.envs import GymnasiumEnv, make_env
+from pmoe_lightning.errors import ConfigurationError
+
+
+def play(env: GymnasiumEnv, actions: torch.Tensor, step=GymnasiumEnv.step_and_maybe_reset) -> TensorDictBase:
+    """Step ``env`` through ``actions`` [N, T, A] and stack what a collector would store, [N, T]."""
+    root, steps = env.reset(), []
+    for action in actions.unbind(1):
+        root.set("action", action)
+        stepped, root = step(env, root)
+        steps.append(stepped.clone())
+    return torch.stack(steps, 1)
+
+
+def random_actions(env: GymnasiumEnv, num_steps: int, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.stack([env.action_spec.rand() for _ in range(num_steps)], 1)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("id", ["Pendulum-v1", "HalfCheetah-v5", "Hopper-v5"])
+def test_specs_describe_what_the_environment_returns(id: str, num_envs: int) -> None:
+    check_env_specs(make_env(id, num_envs=num_envs, seed=0))
+
+
+def test_keys_dtypes_and_shapes() -> None:
+    env = make_env("Hopper-v5", num_envs=2, seed=0)
+    stored = play(env, random_actions(env, 5))
+    flags = {"done": torch.bool, "terminated": torch.bool, "truncated": torch.bool}
+    root = {"observation": torch.float32, "action": torch.float32, **flags}
+    following = {
+        "observation": torch.float32,
+        **flags,
+        "reward": torch.float32,
+        "episode_return": torch.float32,
+        "episode_length": torch.int64,
+    }
+    assert {key: value.dtype for key, value in stored.exclude("next").items()} == root
+    assert {key: value.dtype for key, value in stored["next"].items()} == following
+    sizes = {"observation": 11, "action": 3}
+    for key, value in stored.items(include_nested=True, leaves_only=True):
+        assert value.shape == (2, 5, sizes.get(key[-1] if isinstance(key, tuple) else key, 1))
+    assert env.device is None and env.batch_size == (2,)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_transitions_are_exactly_those_of_the_script(num_envs: int) -> None:
+    env = make_scripted_env(num_envs=num_envs, seed=7)
+    stored = play(env, random_actions(env, 40))
+    for i in range(num_envs):
+        for t, expected in enumerate(expected_transitions(40, seed=7, index=i)):
+            step = stored[i, t]
+            assert step["observation"].tolist() == expected.observation
+            assert step["next", "observation"].tolist() == expected.next_observation
+            assert step["next", "reward"].item() == expected.reward
+            assert step["next", "terminated"].item() == expected.terminated
+            assert step["next", "truncated"].item() == expected.truncated
+            assert step["next", "done"].item() == (expected.terminated or expected.truncated)
+            assert step["next", "episode_return"].item() == expected.episode_return
+            assert step["next", "episode_length"].item() == expected.episode_length
+            assert not step["done"].item() and not step["terminated"].item() and not step["truncated"].item()
+
+
+def test_same_trajectories_as_a_plain_gymnasium_loop() -> None:
+    env = make_env("Hopper-v5", num_envs=2, seed=11)
+    actions = random_actions(env, 120)
+    stored = play(env, actions)
+    assert stored["next", "done"].sum() >= 4
+    for i in range(2):
+        plain = gymnasium.make("Hopper-v5")
+        observation, _ = plain.reset(seed=11 + i)
+        for t in range(120):
+            step = stored[i, t]
+            assert np.array_equal(step["observation"], observation.astype(np.float32))
+            observation, reward, terminated, truncated, _ = plain.step(actions[i, t].numpy())
+            assert np.array_equal(step["next", "observation"], observation.astype(np.float32))
+            assert step["next", "reward"].item() == np.float32(reward)
+            assert (step["next", "terminated"].item(), step["next", "truncated"].item()) == (terminated, truncated)
+            if terminated or truncated:
+                observation, _ = plain.reset()
+
+
+def test_fast_step_equals_the_generic_one() -> None:
+    envs = [make_env("Hopper-v5", num_envs=3, seed=5) for _ in range(2)]
+    actions = random_actions(envs[0], 120)
+    fast, generic = play(envs[0], actions), play(envs[1], actions, EnvBase.step_and_maybe_reset)
+    assert fast["next", "done"].sum() >= 6
+    assert set(fast.keys(True, True)) == set(generic.keys(True, True))
+    assert (fast == generic).all()
+
+
+def test_time_limit_truncates_without_terminating() -> None:
+    env = make_env("Pendulum-v1", seed=0, max_episode_steps=4)
+    stored = play(env, random_actions(env, 8))["next"]
+    assert stored["truncated"].flatten().tolist() == [False, False, False, True] * 2
+    assert stored["done"].equal(stored["truncated"]) and not stored["terminated"].any()
+    assert stored["episode_length"].flatten().tolist() == [1, 2, 3, 4] * 2
+
+
+def test_environment_i_starts_from_seed_plus_i_and_later_episodes_go_on_from_there() -> None:
+    env = make_env("Pendulum-v1", num_envs=2, seed=3, max_episode_steps=2)
+    first = env.reset()["observation"]
+    second = env.reset()["observation"]
+    for i in range(2):
+        plain = gymnasium.make("Pendulum-v1")
+        assert np.array_equal(first[i], plain.reset(seed=3 + i)[0])
+        assert np.array_equal(second[i], plain.reset()[0])
+    env.set_seed(3)
+    assert env.reset()["observation"].equal(first)
+    assert not make_env("Pendulum-v1").reset()["observation"].equal(make_env("Pendulum-v1").reset()["observation"])
+
+
+def test_action_spaces_are_seeded() -> None:
+    samples = [[e.action_space.sample() for e in make_env("Hopper-v5", num_envs=2, seed=s).envs] for s in (0, 0, 1)]
+    assert np.array_equal(samples[0], samples[1])
+    assert not np.array_equal(samples[0], samples[2])
+
+
+def test_partial_reset_leaves_the_other_environments_alone() -> None:
+    env = make_scripted_env(num_envs=3)
+    stepped = env.step(env.rand_action(env.reset()))["next"].select("observation", "done", "terminated", "truncated")
+    stepped.set("_reset", torch.tensor([[False], [True], [False]]))
+    root = env.reset(stepped)
+    assert root["observation"].tolist() == [[0, 0, 1], [1, 1, 0], [2, 0, 1]]
+    stepped = env.step(env.rand_action(root))["next"]
+    assert stepped["episode_length"].flatten().tolist() == [2, 1, 2]
+    assert stepped["episode_return"].flatten().tolist() == [-2.0 - 1.0, 8.0, -2.0 - 1.0]
+
+
+@pytest.mark.parametrize(
+    ("id", "bound"), [("InvertedPendulum-v5", 3.0), ("Pendulum-v1", 2.0), ("Humanoid-v5", 0.4), ("Hopper-v5", 1.0)]
+)
+def test_action_bounds_come_from_the_environment(id: str, bound: float) -> None:
+    spec = make_env(id, num_envs=2).action_spec
+    assert spec.shape[0] == 2 and spec.dtype == torch.float32
+    assert torch.allclose(spec.space.high, torch.tensor(bound)) and torch.allclose(spec.space.low, torch.tensor(-bound))
+
+
+def test_actions_are_clipped_for_the_environment_and_stored_as_they_are() -> None:
+    env = make_scripted_env()
+    actions = torch.tensor([[[0.1, 0.2], [-9.0, 9.0], [9.0, -9.0]]])
+    stored = play(env, actions)
+    assert stored["action"].equal(actions)
+    assert np.allclose(env.envs[0].actions, [[0.1, 0.2], [-0.5, 3.0], [0.25, -2.0]])
+    assert all(env.envs[0].action_space.contains(action) for action in env.envs[0].actions)
+
+
+def test_actions_that_need_gradients_and_float64_action_spaces() -> None:
+    probe = ScriptedEnv()
+    probe.action_space = Box(-np.ones(2), np.ones(2), dtype=np.float64)
+    env = GymnasiumEnv([probe])
+    root = env.reset().set("action", torch.full((1, 2), 0.5, requires_grad=True))
+    env.step(root)
+    assert env.action_spec.dtype == torch.float32
+    assert probe.actions[0].dtype == np.float64 and probe.actions[0].tolist() == [0.5, 0.5]
+
+
+class DictEnv(ScriptedEnv):
+    observation_space = Dict({"position": Box(-1, 1, (2, 2), np.float32), "mode": Discrete(3)})
+
+    def _observation(self) -> dict:
+        return {"position": np.full((2, 2), 0.5, np.float32), "mode": self.elapsed % 3}
+
+
+class MatrixEnv(ScriptedEnv):
+    observation_space = Box(0, 255, (2, 3), np.uint8)
+
+    def _observation(self) -> np.ndarray:
+        return np.arange(6, dtype=np.uint8).reshape(2, 3) + self.elapsed
+
+
+def test_observations_that_are_not_vectors_are_flattened() -> None:
+    env = GymnasiumEnv([DictEnv(), DictEnv()])
+    assert play(env, random_actions(env, 2))["next", "observation"][0].tolist() == [
+        [0.0, 1.0, 0.0, 0.5, 0.5, 0.5, 0.5],
+        [0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5],
+    ]
+    check_env_specs(env)
+    env = GymnasiumEnv([MatrixEnv()])
+    assert play(env, random_actions(env, 1))["next", "observation"][0].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert env.observation_spec["observation"].dtype == torch.float32
+
+
+def probe_with(**attributes) -> ScriptedEnv:
+    probe = ScriptedEnv()
+    for name, value in attributes.items():
+        setattr(probe, name, value)
+    return probe
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_env("HalfCheeta-v5"), "did you mean HalfCheetah-v5"),
+        (lambda: make_env("halfcheetah-v5"), "did you mean HalfCheetah-v5"),
+        (lambda: make_env("Hopper-v99"), "did you mean Hopper-v5"),
+        (lambda: make_env("qqqqqqqq"), "pprint_registry"),
+        (lambda: make_env("nosuchmodule:Hopper-v5"), "nosuchmodule"),
+        (lambda: make_env("Hopper-v3"), "'Hopper-v3' cannot be"),
+        (lambda: make_env("ant maze, large"), "unknown environment id|cannot be made"),
+        (lambda: make_env("Hopper-v5", nonsense=1), "nonsense"),
+        (lambda: make_env("CartPole-v1"), "only continuous vectors"),
+        (lambda: make_env("Hopper-v5", num_envs=0), "num_envs >= 1"),
+        (lambda: GymnasiumEnv([probe_with(action_space=Box(-np.inf, np.inf, (2,)))]), "unbounded"),
+        (lambda: GymnasiumEnv([probe_with(action_space=Box(-1, 1, (2, 2)))]), "only continuous vectors"),
+        (lambda: GymnasiumEnv([probe_with(action_space=Box(0, 9, (2,), np.int64))]), "only continuous vectors"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Sequence(Discrete(2)))]), "cannot be flattened"),
+        (lambda: GymnasiumEnv([ScriptedEnv(), probe_with(action_space=Box(-1, 1, (2,)))]), "same spaces"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(make, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_missing_dependency_is_named() -> None:
+    def needs_package(**kwargs) -> gymnasium.Env:
+        raise gymnasium.error.DependencyNotInstalled("Box2D is missing,\nrun `pip install swig`")
+
+    gymnasium.register("NeedsPackage-v0", entry_point=needs_package)
+    try:
+        with pytest.raises(ConfigurationError, match="'NeedsPackage-v0' needs a package.*Box2D is missing, run"):
+            make_env("NeedsPackage-v0")
+    finally:
+        del gymnasium.registry["NeedsPackage-v0"]
+
+
+def test_moved_to_a_device_everything_is_on_it() -> None:
+    envs = [make_scripted_env(num_envs=2), make_scripted_env(num_envs=2).to("cpu")]
+    actions = random_actions(envs[0], 12)
+    without, moved = (play(env, actions) for env in envs)
+    assert moved.device == moved["next"].device == torch.device("cpu")
+    assert (without == moved).all()
+    check_env_specs(envs[1])
+
+
+def test_rendering_and_closing() -> None:
+    env = make_env("Pendulum-v1", num_envs=2, max_episode_steps=7)
+    assert [e.spec.max_episode_steps for e in env.envs] == [7, 7]
+    probe = make_scripted_env(num_envs=2)
+    probe.close()
+    assert probe.is_closed and all(e.closed for e in probe.envs)
