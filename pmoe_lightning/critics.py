@@ -75,10 +75,9 @@ def stacked_qvalue(
     Args:
         network: the architecture.
         parameters: its parameters by name, each with a leading dimension n (``SACLoss.qvalue_network_params``).
-        observation, action: broadcast against each other in the batch dimensions.
+        observation, action: the inputs, with the same batch dimensions.
     """
-    batch = torch.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
-    inputs = torch.cat([observation.expand(*batch, -1), action.expand(*batch, -1)], -1).flatten(0, -2)
+    inputs = torch.cat([observation, action], -1).flatten(0, -2)
     values = []
     linears = [(str(i), layer) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
     activation = network.layers[1]
@@ -90,4 +89,4 @@ def stacked_qvalue(
             x = F.linear(x, weights[depth][critic], biases[depth][critic])
             x = activation(x) if depth + 1 < len(linears) else x
         values.append(x)
-    return torch.stack(values).view(-1, *batch)
+    return torch.stack(values).view(-1, *action.shape[:-1])

@@ -1,0 +1,384 @@
+"""The actors wherever TorchRL takes a ProbabilisticActor."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict, from_module, from_modules
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
+
+from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.critics import make_qvalue_network, make_value_network
+from pmoe_lightning.distributions import TanhGaussianMixture
+
+OBSERVATION, A, B = 5, 2, 16
+LOW, HIGH = [-2.0, 0.5], [1.0, 2.0]
+SIZES = (16, 16)
+RANDOM, DETERMINISTIC, MODE = ExplorationType.RANDOM, ExplorationType.DETERMINISTIC, ExplorationType.MODE
+MAKERS = [pytest.param(make_pmoe_actor, id="pmoe"), pytest.param(make_gaussian_actor, id="gaussian")]
+
+
+def make(maker=make_pmoe_actor, *, seed: int = 0, **arguments):
+    torch.manual_seed(seed)
+    return maker(OBSERVATION, LOW, HIGH, hidden_sizes=SIZES, **arguments)
+
+
+def states(*batch: int, dtype: torch.dtype = torch.float32) -> TensorDict:
+    observation = torch.randn(*batch, OBSERVATION, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    return TensorDict(observation=observation, batch_size=batch)
+
+
+def network_of(actor) -> nn.Module:
+    return actor[0].module
+
+
+# --- what an actor writes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (B,), (3, B)])
+@pytest.mark.parametrize("return_log_prob", [False, True])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_actor_writes_actions_and_nothing_else(maker, return_log_prob, batch):
+    actor = make(maker, return_log_prob=return_log_prob)
+    data = actor(states(*batch))
+    shapes = {"action": (*batch, A)}
+    if return_log_prob:
+        shapes |= {"action_unsquashed": (*batch, A), "action_log_prob": batch}
+    assert {key: value.shape for key, value in data.exclude("observation").items()} == shapes
+    assert set(actor.out_keys) == set(shapes)
+    assert actor.in_keys == ["observation"]
+    assert actor.spec["action"].is_in(data["action"])
+    distribution = actor.get_dist(states(*batch))
+    assert isinstance(distribution, TanhGaussianMixture)
+    assert distribution.loc.shape == (*batch, 4 if maker is make_pmoe_actor else 1, A)
+
+
+@pytest.mark.parametrize("exploration", [RANDOM, DETERMINISTIC, MODE], ids=str)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_action_unsquashed_and_log_prob_belong_to_the_action(maker, exploration):
+    actor = make(maker, return_log_prob=True)
+    with torch.no_grad():
+        network_of(actor).loc.bias += 9.0  # so far out that the score through the action itself would be wrong
+    with set_exploration_type(exploration):
+        data = actor(states(B))
+    distribution, u = actor.get_dist(states(B)), data["action_unsquashed"]
+    torch.testing.assert_close(data["action"], distribution.squash(u), rtol=0, atol=0)
+    exact = distribution.log_prob_unsquashed(u) - distribution.log_abs_det_jacobian(u)
+    torch.testing.assert_close(data["action_log_prob"], exact)
+    assert (distribution.log_prob(data["action"]) - exact).abs().max() > 1.0
+
+
+def test_keys_are_those_of_a_probabilistic_actor():
+    ours = make(return_log_prob=True)
+    network = TensorDictModule(
+        lambda x: (x[..., :A], x[..., :A].exp()), in_keys=["observation"], out_keys=["loc", "scale"]
+    )
+    theirs = ProbabilisticActor(
+        network, in_keys=["loc", "scale"], spec=ours.spec["action"], distribution_class=TanhNormal, return_log_prob=True
+    )
+    assert ours.log_prob_keys == theirs.log_prob_keys == ["action_log_prob"]
+    assert ours.dist_sample_keys == theirs.dist_sample_keys == ["action"]
+    assert ours[-1].log_prob_key == theirs[-1].log_prob_key
+
+
+@pytest.mark.parametrize("return_log_prob", [False, True])
+@pytest.mark.parametrize("rule", ["max_weight", "sample_component"])
+def test_exploration_types(rule, return_log_prob):
+    actor = make(deterministic=rule, return_log_prob=return_log_prob)
+    distribution = actor.get_dist(states(1000))
+    heaviest = distribution.squash(distribution.loc[torch.arange(1000), distribution.weights.argmax(-1)])
+
+    def act(exploration):
+        with set_exploration_type(exploration):
+            return actor(states(1000))["action"].detach()
+
+    assert not torch.equal(act(RANDOM), act(RANDOM))
+    assert not (act(RANDOM).unsqueeze(-2) == distribution.component_modes).all(-1).any()
+    torch.testing.assert_close(act(MODE), heaviest)
+    chosen = (act(DETERMINISTIC).unsqueeze(-2) - distribution.component_modes).abs().amax(-1).argmin(-1)
+    torch.testing.assert_close(act(DETERMINISTIC) if rule == "max_weight" else heaviest, heaviest)
+    if rule == "max_weight":
+        assert torch.equal(chosen, distribution.weights.argmax(-1))
+    else:  # weights near 1/4 each: every component is used
+        assert set(chosen.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("return_log_prob", [False, True])
+def test_samples_are_pathwise(return_log_prob):
+    actor = make(return_log_prob=return_log_prob)
+    actor(states(B))["action"].sum().backward()
+    assert network_of(actor).loc.weight.grad.any()
+
+
+def test_observation_key():
+    actor = make(observation_key="observation_normalized")
+    assert actor.in_keys == ["observation_normalized"]
+    assert "action" in actor(states(B).rename_key_("observation", "observation_normalized"))
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("router", "reaches"), [("detached", False), ("attached", True)])
+def test_router_reaches_the_trunk_only_when_attached(router, reaches):
+    actor = make(router=router)
+    actor.get_dist(states(B)).weights.square().sum().backward()
+    trunk = [
+        parameter.grad is not None and bool(parameter.grad.any()) for parameter in network_of(actor).trunk.parameters()
+    ]
+    assert trunk == [reaches] * 4
+    assert network_of(actor).router.weight.grad.any()
+
+
+def test_both_routers_compute_the_same_weights():
+    attached, detached = (make(router=router).get_dist(states(B)).weights for router in ("attached", "detached"))
+    torch.testing.assert_close(attached, detached)
+
+
+def test_weights_means_and_scales_depend_on_the_state():
+    distribution = make().get_dist(states(B))
+    for value in (distribution.weights, distribution.loc, distribution.scale):
+        assert (value.std(0) > 1e-4).all()
+
+
+def test_state_independent_scale():
+    actor = make(scale="state_independent", num_components=3)
+    scale = actor.get_dist(states(B)).scale
+    assert scale.shape == (B, 3, A)
+    torch.testing.assert_close(scale, torch.ones(B, 3, A))
+    free = [parameter for parameter in network_of(actor).parameters() if parameter.shape == (3, A)]
+    assert len(free) == 1
+    with torch.no_grad():
+        free[0][1, 0] = 0.5
+    expected = torch.ones(3, A)
+    expected[1, 0] = torch.tensor(0.5).exp()
+    torch.testing.assert_close(actor.get_dist(states(B)).scale, expected.expand(B, 3, A))
+    scale.sum().backward()
+    assert free[0].grad.ne(0).all()
+
+
+@pytest.mark.parametrize(("bias", "log_scale"), [(50.0, 2.0), (-50.0, -20.0), (0.0, None)])
+def test_state_dependent_scale_is_clamped(bias, log_scale):
+    actor = make()
+    with torch.no_grad():
+        network_of(actor).log_scale.bias += bias
+    scale = actor.get_dist(states(B)).scale
+    if log_scale is None:
+        assert scale.std() > 0
+    else:
+        torch.testing.assert_close(scale, torch.full_like(scale, log_scale).exp())
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_orthogonal_initialisation(maker):
+    network = network_of(make(maker, initialization="orthogonal"))
+    trunk = [layer for layer in network.trunk if isinstance(layer, nn.Linear)]
+    heads = [layer for layer in (network.loc, network.log_scale, network.router) if layer is not None]
+    for layer, gain in [(layer, 2**0.5) for layer in trunk] + [(layer, 0.01) for layer in heads]:
+        weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
+        torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=1e-5, atol=1e-6)
+        assert not layer.bias.any()
+
+
+def test_default_initialisation_is_that_of_linear_layers():
+    network = network_of(make())
+    for layer in (module for module in network.modules() if isinstance(module, nn.Linear)):
+        bound = layer.in_features**-0.5
+        for values in (layer.weight, layer.bias):
+            assert 0.5 * bound < values.abs().max() <= bound
+
+
+def test_gaussian_actor_is_one_component_without_a_router():
+    actor = make(make_gaussian_actor)
+    assert actor.get_dist(states(B)).num_components == 1
+    assert network_of(actor).router is None
+    torch.manual_seed(0)
+    peer = make_pmoe_actor(OBSERVATION, LOW, HIGH, num_components=1, hidden_sizes=SIZES)
+    assert {k: v.shape for k, v in actor.state_dict().items()} == {k: v.shape for k, v in peer.state_dict().items()}
+
+
+# --- bounds and errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_bounds_come_from_the_action_spec(maker):
+    spec = Bounded(torch.tensor([-0.4, 1.0, -3.0]), torch.tensor([0.4, 1.5, 7.0]), shape=(3,))
+    actor = maker(OBSERVATION, spec.space.low, spec.space.high, hidden_sizes=SIZES)
+    with torch.no_grad():
+        network_of(actor).loc.bias.uniform_(-3, 3)
+    action = actor(states(5000))["action"].detach()
+    assert spec.is_in(action)
+    span = spec.space.high - spec.space.low
+    assert (action.amin(0) < spec.space.low + 0.05 * span).all() and (
+        action.amax(0) > spec.space.high - 0.05 * span
+    ).all()
+    assert actor.spec["action"] == spec
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "arguments", "message"),
+    [
+        (LOW, HIGH, {"num_components": 0}, "num_components must be at least 1, not 0"),
+        (LOW, HIGH, {"router": "shared"}, "router must be one of .*detached.*attached.*'shared'"),
+        (LOW, HIGH, {"scale": "fixed"}, "scale must be one of .*state_dependent.*'fixed'"),
+        (LOW, HIGH, {"initialization": "xavier"}, "initialization must be one of .*'xavier'"),
+        (LOW, HIGH, {"activation": "gelu"}, "activation must be one of .*'gelu'"),
+        (LOW, HIGH, {"hidden_sizes": ()}, "hidden_sizes needs at least one width"),
+        (LOW, HIGH, {"deterministic": "best_value"}, "deterministic .*max_weight.*sample_component.*'best_value'"),
+        ([0.0], [1.0, 1.0], {}, "action bounds must be finite vectors"),
+        ([1.0, 0.0], [0.5, 1.0], {}, "action bounds .* low < high"),
+        ([0.0, 0.0], [0.0, 1.0], {}, "action bounds .* low < high"),
+        ([-float("inf")], [1.0], {}, "action bounds must be finite"),
+        (-1.0, 1.0, {}, "action bounds must be finite vectors"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_at_once(monkeypatch, low, high, arguments, message):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # users run without the shape checks of the tests
+    with pytest.raises(ValueError, match=message):
+        make_pmoe_actor(OBSERVATION, low, high, **{"hidden_sizes": SIZES, **arguments})
+
+
+# --- as a module -----------------------------------------------------------------------------------------------------
+
+
+def same_actions(first, second, data: TensorDict) -> bool:
+    actions = []
+    for actor in (first, second):
+        torch.manual_seed(0)
+        actions.append(actor(data.clone())["action"])
+    return torch.equal(*actions)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_state_dict_round_trip(maker):
+    actor = make(maker)
+    other = maker(OBSERVATION, [-1.0, -1.0], [1.0, 1.0], hidden_sizes=SIZES)
+    assert not same_actions(actor, other, states(B))
+    other.load_state_dict(actor.state_dict())  # the bounds are buffers and come along
+    assert same_actions(actor, other, states(B))
+
+
+@pytest.mark.parametrize("return_log_prob", [False, True])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_deepcopy(maker, return_log_prob):
+    actor = make(maker, return_log_prob=return_log_prob)
+    twin = copy.deepcopy(actor)
+    assert same_actions(actor, twin, states(B))
+    assert twin.out_keys == actor.out_keys
+    with torch.no_grad():
+        network_of(twin).loc.bias += 1.0
+    assert not same_actions(actor, twin, states(B))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_float64(maker):
+    actor = make(maker, return_log_prob=True).to(torch.float64)
+    data = actor(states(B, dtype=torch.float64))
+    assert {value.dtype for value in data.values()} == {torch.float64}
+    assert actor.get_dist(states(B, dtype=torch.float64)).low.dtype == torch.float64
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_functional_parameters(maker):
+    """As SACLoss calls its actor: the parameters live outside and are put in for the call."""
+    actor, other = make(maker, return_log_prob=True), make(maker, seed=1, return_log_prob=True)
+    parameters = from_module(other).data
+    with parameters.to_module(actor, preserve_module_state=False):
+        torch.manual_seed(0)
+        inside = actor(states(B))
+        distribution = actor.get_dist(states(B))
+    torch.manual_seed(0)
+    expected = other(states(B))
+    for key in ("action", "action_unsquashed", "action_log_prob"):
+        torch.testing.assert_close(inside[key], expected[key], rtol=0, atol=0)
+    torch.testing.assert_close(distribution.loc, other.get_dist(states(B)).loc, rtol=0, atol=0)
+    assert same_actions(actor, make(maker), states(B))  # its own parameters are back
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_an_ensemble_runs_under_vmap(maker):
+    actors = [make(maker, seed=seed, return_log_prob=True) for seed in range(3)]
+    parameters = from_modules(*actors, as_module=False)
+
+    def act(values, data):
+        with values.to_module(actors[0]):
+            return actors[0](data)
+
+    with set_exploration_type(DETERMINISTIC):
+        together = torch.vmap(act, (0, None))(parameters, states(B))
+        alone = torch.stack([actor(states(B)) for actor in actors])
+    for key in ("action", "action_unsquashed", "action_log_prob"):
+        torch.testing.assert_close(together[key], alone[key])
+    with set_exploration_type(RANDOM):
+        drawn = torch.vmap(act, (0, None), randomness="different")(parameters, states(B))
+    assert drawn["action"].shape == (3, B, A)
+
+
+# --- in TorchRL's own losses -----------------------------------------------------------------------------------------
+
+
+def transitions(actor) -> TensorDict:
+    data = states(B)
+    with torch.no_grad():
+        actor(data)
+    generator = torch.Generator().manual_seed(3)
+    done = torch.rand(B, 1, generator=generator) < 0.2
+    after = {
+        "observation": torch.randn(B, OBSERVATION, generator=generator),
+        "reward": torch.randn(B, 1, generator=generator),
+    }
+    data["next"] = TensorDict({**after, "done": done, "terminated": done}, batch_size=B)
+    return data
+
+
+def assert_every_parameter_learns(out: TensorDict, loss: nn.Module) -> None:
+    total = sum(value for key, value in out.items() if key.startswith("loss_"))
+    assert total.isfinite()
+    total.backward()
+    for name, parameter in loss.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+ACTORS = [
+    pytest.param(make_pmoe_actor, {}, id="pmoe"),
+    pytest.param(make_pmoe_actor, {"router": "attached", "scale": "state_independent"}, id="pmoe_attached"),
+    pytest.param(make_gaussian_actor, {}, id="gaussian"),
+]
+
+
+@pytest.mark.parametrize("return_log_prob", [False, True])
+@pytest.mark.parametrize(("maker", "arguments"), ACTORS)
+def test_actor_in_the_sac_loss_of_torchrl(maker, arguments, return_log_prob):
+    actor = make(maker, return_log_prob=return_log_prob, **arguments)
+    loss = SACLoss(
+        actor, [make_qvalue_network(OBSERVATION, A, hidden_sizes=SIZES) for _ in range(2)], target_entropy="auto"
+    )
+    loss.make_value_estimator(gamma=0.9)
+    SoftUpdate(loss, tau=0.005)
+    assert_every_parameter_learns(loss(transitions(actor)), loss)
+    assert loss.target_entropy == -A
+
+
+@pytest.mark.parametrize(("maker", "arguments"), ACTORS)
+def test_actor_in_the_ppo_loss_of_torchrl(maker, arguments):
+    actor = make(maker, return_log_prob=True, **arguments)
+    loss = ClipPPOLoss(
+        actor, make_value_network(OBSERVATION, hidden_sizes=SIZES), entropy_coeff=0.01, normalize_advantage=True
+    )
+    data = transitions(actor)
+    generator = torch.Generator().manual_seed(4)
+    data["advantage"], data["value_target"] = torch.randn(2, B, 1, generator=generator)
+    torch.manual_seed(5)
+    out = loss(data)
+    assert_every_parameter_learns(out, loss)
+    assert out["kl_approx"].abs() < 1e-4
+    torch.manual_seed(5)  # TorchRL takes the class's own entropy, not a Monte Carlo one
+    torch.testing.assert_close(out["entropy"], actor.get_dist(data).entropy().mean())
