@@ -1,0 +1,153 @@
+"""A policy from the data of a checkpoint.
+
+A checkpoint's entry ``"policy"`` holds ``description`` (which actor, its arguments, the action bounds, the environment)
+and ``state_dict``. The description is data: it selects among the factories below and every value of it is checked, so a
+file can neither name code to run nor ask for a network of absurd size.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+
+from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.checkpoints.files import read_checkpoint
+from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
+from pmoe_lightning.errors import RunError
+from pmoe_lightning.normalization import ObservationNormalizer
+
+ACTORS: dict[str, Callable[..., TensorDictModule]] = {"pmoe": make_pmoe_actor, "gaussian": make_gaussian_actor}
+FORMAT = 1
+_MAX_WIDTH = 65_536
+_MAX_PARAMETERS = 500_000_000
+
+
+def load_policy(
+    checkpoint: str | Path | Mapping[str, Any], *, device: str | torch.device = "cpu", rule: str | None = None
+) -> TensorDictModule:
+    """Rebuild the policy of a checkpoint: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
+
+    The observation normaliser, if the policy was trained with one, is part of it. The policy is in evaluation mode and
+    acts deterministically; ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)`` makes it sample.
+
+    Args:
+        checkpoint: a file, an MLflow run id, ``models:/<name>@<alias>`` (see ``resolve_checkpoint``), or a checkpoint
+            already read.
+        device: where the policy is to act.
+        rule: the deterministic rule, ``max_weight`` or ``sample_component``; the trained one when ``None``.
+
+    Raises:
+        RunError: the checkpoint is missing, damaged, foreign, or describes a policy this version cannot build.
+
+    Example:
+        >>> policy = load_policy("checkpoints/best.ckpt")
+        >>> action = policy(TensorDict(observation=torch.zeros(1, 17), batch_size=1))["action"]
+    """
+    where = "the checkpoint"
+    if not isinstance(checkpoint, Mapping):
+        where = f"checkpoint {checkpoint}"
+        checkpoint = read_checkpoint(resolve_checkpoint(checkpoint))
+    return build_policy(policy_entry(checkpoint, where), device=device, rule=rule, where=where)
+
+
+def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
+    """The entry ``"policy"`` of a checkpoint, its description checked.
+
+    Raises:
+        RunError: names what is missing or impossible.
+    """
+    entry = _get(checkpoint, "policy", dict, where)
+    description = _get(entry, "description", dict, f"{where}, policy")
+    _get(entry, "state_dict", Mapping, f"{where}, policy")
+    place = f"{where}, policy.description"
+    if description.get("format") != FORMAT:
+        raise RunError(f"{place}: format {description.get('format')!r} is not {FORMAT}, the one this version reads")
+    if description.get("actor") not in ACTORS:
+        raise RunError(f"{place}: unknown actor {description.get('actor')!r}; known: {', '.join(ACTORS)}")
+    size = _get(description, "observation_dim", int, place)
+    if not 1 <= size <= _MAX_WIDTH:
+        raise RunError(f"{place}: observation_dim {size} is out of range")
+    low, high = (_numbers(description, key, place) for key in ("action_low", "action_high"))
+    if not low or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
+        raise RunError(f"{place}: action_low and action_high are not ordered bounds of the same length")
+    _get(description, "normalize_observation", bool, place)
+    environment = _get(description, "env", dict, place)
+    _get(environment, "id", str, f"{place}.env")
+    reserved = {"id", "num_envs", "seed", "render_mode"}.intersection(_get(environment, "kwargs", dict, f"{place}.env"))
+    if reserved:
+        raise RunError(f"{place}.env: kwargs must not hold {', '.join(sorted(reserved))}")
+    _check_arguments(_get(description, "arguments", dict, place), size, len(low), f"{place}.arguments")
+    return entry
+
+
+def build_policy(
+    entry: Mapping[str, Any],
+    *,
+    device: str | torch.device = "cpu",
+    rule: str | None = None,
+    where: str = "the checkpoint",
+) -> TensorDictModule:
+    """The policy of a checked entry (:func:`policy_entry`); arguments and errors as :func:`load_policy`."""
+    description = entry["description"]
+    arguments = dict(description["arguments"])
+    if rule is not None:
+        arguments["deterministic"] = rule
+    try:
+        policy = ACTORS[description["actor"]](
+            description["observation_dim"], description["action_low"], description["action_high"], **arguments
+        )
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
+    if description["normalize_observation"]:
+        policy = TensorDictSequential(ObservationNormalizer(description["observation_dim"]), policy)
+    try:
+        policy.load_state_dict(entry["state_dict"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
+    for module in policy.modules():
+        if isinstance(module, ProbabilisticTensorDictModule):
+            module.default_interaction_type = InteractionType.DETERMINISTIC
+    return policy.to(device).eval()
+
+
+def _get(mapping: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    if key not in mapping:
+        raise RunError(f"{where}: entry {key!r} is missing; was the file written by pmoe_lightning?")
+    value = mapping[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RunError(f"{where}: entry {key!r} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _numbers(mapping: Mapping[str, Any], key: str, where: str) -> list[float]:
+    values = _get(mapping, key, list, where)
+    if len(values) > _MAX_WIDTH or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    ):
+        raise RunError(f"{where}: entry {key!r} is not a list of finite numbers")
+    return values
+
+
+def _check_arguments(arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str) -> None:
+    """Reject what the factories do not check themselves: types, and a size that would exhaust the memory."""
+    components = arguments.get("num_components", 1)
+    widths = arguments.get("hidden_sizes", [])
+    if not all(isinstance(key, str) for key in arguments):
+        raise RunError(f"{where}: the names of arguments must be text")
+    if not isinstance(components, int) or isinstance(components, bool) or not 1 <= components <= _MAX_WIDTH:
+        raise RunError(f"{where}: num_components {components!r} is out of range")
+    if not isinstance(widths, list | tuple) or not all(
+        isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= _MAX_WIDTH for width in widths
+    ):
+        raise RunError(f"{where}: hidden_sizes {widths!r} is not a list of widths")
+    sizes = [observation_dim, *widths, components * (2 * action_dim + 1)]
+    if sum(a * b for a, b in zip(sizes, sizes[1:], strict=False)) > _MAX_PARAMETERS:
+        raise RunError(f"{where}: the network would have more than {_MAX_PARAMETERS} parameters")
+    for key in ("activation", "router", "scale", "initialization", "deterministic", "observation_key"):
+        if not isinstance(arguments.get(key, ""), str):
+            raise RunError(f"{where}: {key} {arguments[key]!r} is not text")

@@ -1,0 +1,78 @@
+"""From what a user types to a checkpoint file: a path, an MLflow run or a registered model."""
+
+import atexit
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from pmoe_lightning.errors import RunError
+
+_CHECKPOINTS = ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
+
+
+def resolve_checkpoint(reference: str | Path) -> Path:
+    """Find the checkpoint file that ``reference`` means.
+
+    Args:
+        reference: a path; an MLflow run id (32 hexadecimal digits), whose artifact ``checkpoints/best.ckpt`` is taken,
+            else ``checkpoints/last.ckpt``; ``models:/<name>/<version>`` or ``models:/<name>@<alias>``, the checkpoint
+            of the run that registered this version.
+
+    Returns:
+        a local path; a file downloaded from a server is removed when the process ends.
+
+    Raises:
+        RunError: nothing is found, or the tracking server cannot be used.
+    """
+    text = str(reference)
+    if Path(reference).exists():
+        return Path(reference)
+    if re.fullmatch(r"[0-9a-f]{32}", text):
+        return _of_run(text)
+    if text.startswith("models:/"):
+        return _of_run(_run_of_model(text))
+    raise RunError(f"checkpoint {text} does not exist: give a file, an MLflow run id, or models:/<name>@<alias>")
+
+
+def _of_run(run_id: str) -> Path:
+    client, MlflowException = _client()
+    try:
+        present = {item.path for item in client.list_artifacts(run_id, "checkpoints")}
+        artifact = next((path for path in _CHECKPOINTS if path in present), None)
+        if artifact is None:
+            raise RunError(f"MLflow run {run_id} holds neither {' nor '.join(_CHECKPOINTS)}")
+        folder = tempfile.mkdtemp(prefix="pmoe-checkpoint-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(client.download_artifacts(run_id, artifact, folder))
+    except (MlflowException, OSError) as error:
+        raise RunError(f"no checkpoint from MLflow run {run_id}: {str(error).splitlines()[0]}") from error
+
+
+def _run_of_model(uri: str) -> str:
+    match = re.fullmatch(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+)|@(?P<alias>[^/@]+))", uri)
+    if match is None:
+        raise RunError(f"{uri} is not a model reference: write models:/<name>/<version> or models:/<name>@<alias>")
+    client, MlflowException = _client()
+    try:
+        if match["alias"]:
+            version = client.get_model_version_by_alias(match["name"], match["alias"])
+        else:
+            version = client.get_model_version(match["name"], match["version"])
+    except MlflowException as error:
+        raise RunError(f"{uri} is not in the model registry: {str(error).splitlines()[0]}") from error
+    if not version.run_id:
+        raise RunError(f"{uri} was registered without a run, so it has no checkpoint; give the checkpoint itself")
+    return version.run_id
+
+
+def _client():
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from pmoe_lightning.tracking.server import check_server
+
+    check_server(mlflow.get_tracking_uri())
+    return mlflow.MlflowClient(), MlflowException

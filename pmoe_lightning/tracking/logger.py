@@ -1,0 +1,326 @@
+"""The MLflow logger: one run per training, written in the background, closed with the status it deserves."""
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+from lightning.fabric.utilities.logger import _convert_params
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
+
+from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.provenance import provenance
+from pmoe_lightning.tracking.server import check_server
+from pmoe_lightning.tracking.writer import BackgroundWriter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_NAME_LENGTH = 250
+_MAX_VALUE_LENGTH = 6000
+_MAX_PARAMS_PER_REQUEST = 100
+_EXIT_PATIENCE_SECONDS = 20.0
+
+
+def run_status(error: BaseException | None) -> str:
+    """MLflow's word for how a run ended: ``FINISHED``, ``KILLED`` (Ctrl-C, SIGTERM) or ``FAILED``."""
+    if error is None:
+        return "FINISHED"
+    stopped = isinstance(error, (KeyboardInterrupt, SIGTERMException)) or (
+        isinstance(error, SystemExit) and error.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    )
+    return "KILLED" if stopped else "FAILED"
+
+
+class MLflowLogger(MLFlowLogger):
+    """Lightning's MLflow logger, made safe for long runs.
+
+    Metrics and artifacts are queued and sent by one background thread (see :class:`BackgroundWriter`): a logging call
+    never waits for the server, and a server that goes away and comes back loses no point. The run opened by
+    ``mlflow run`` is adopted, so that one training is one MLflow run. No run exists before :meth:`start` or the first
+    use. All methods do nothing on ranks other than 0.
+
+    Args:
+        experiment_name: default ``MLFLOW_EXPERIMENT_ID`` or ``MLFLOW_EXPERIMENT_NAME``, else ``"pmoe_lightning"``.
+        run_name: shown in the MLflow UI; MLflow invents one when ``None``.
+        tracking_uri: default ``mlflow.get_tracking_uri()``.
+        run_id: continue this run; default ``MLFLOW_RUN_ID``, which ``mlflow run`` sets.
+        nested: with ``MLFLOW_RUN_ID`` set, open a child of that run in its experiment, in place of adopting it (one
+            per job of a sweep).
+        tags: tags of the run.
+        flush_seconds: metrics reach the server at most this late.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str | None = None,
+        *,
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        run_id: str | None = None,
+        nested: bool = False,
+        tags: Mapping[str, Any] | None = None,
+        flush_seconds: float = 5.0,
+    ) -> None:
+        opened = os.environ.get("MLFLOW_RUN_ID") or None
+        # A progress bar per uploaded file would tear the training's own one to pieces.
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        super().__init__(
+            experiment_name=experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pmoe_lightning",
+            run_name=run_name,
+            tracking_uri=tracking_uri or mlflow.get_tracking_uri(),
+            run_id=run_id or (None if nested else opened),
+            tags=dict(tags or {}),
+        )
+        if experiment_name is None:
+            self._experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        self._parent_run_id = opened if nested and not run_id else None
+        self._flush_seconds = flush_seconds
+        self._status: str | None = None
+        self._started = False
+
+    # ------------------------------------------------------------------ the run
+
+    @rank_zero_only
+    def start(self) -> str:
+        """Open the run (or adopt one), describe where it comes from, and return its id.
+
+        Whoever starts the run ends it: after ``start`` a successful ``Trainer.fit`` leaves the run open for what
+        follows (packaging, a last evaluation) until :meth:`finish`.
+
+        Raises:
+            RunError: when the tracking server cannot be used or the run to continue does not exist.
+        """
+        check_server(self._tracking_uri)
+        self._started = True
+        run_id = self.run_id
+        origin = provenance()
+        tags = {key: str(value) for key in ("git_commit", "git_dirty") if (value := origin[key]) is not None}
+        tags |= {"python": origin["python"], "platform": origin["platform"]}
+        self.set_tags(tags)
+        self.log_dict(origin, "versions.json")
+        return run_id
+
+    @property
+    def tracking_uri(self) -> str:
+        """The store this run is written to."""
+        return self._tracking_uri
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MlflowClient:
+        """The MLflow client; opens the run on first use.
+
+        Raises:
+            RunError: when the run cannot be opened.
+        """
+        if not self._initialized:
+            try:
+                self._open()
+            except (MlflowException, OSError) as error:
+                raise RunError(f"cannot open an MLflow run in {self._tracking_uri}: {_first_line(error)}") from error
+            self._writer = BackgroundWriter(self._send, refused=_refused, period=self._flush_seconds)
+            self._initialized = True
+        return self._mlflow_client
+
+    def _open(self) -> None:
+        mlflow.set_tracking_uri(self._tracking_uri)
+        client = self._mlflow_client
+        if self._run_id is not None:
+            run = client.get_run(self._run_id)
+            if run.info.lifecycle_stage == "deleted":
+                raise MlflowException(f"run {self._run_id} was deleted; restore it or start a new one")
+            self._experiment_id = run.info.experiment_id
+            if run.info.status != "RUNNING":
+                client.update_run(self._run_id, status="RUNNING")
+            for key, value in self.tags.items():
+                client.set_tag(self._run_id, key, value)
+            return
+        if self._parent_run_id is not None:
+            self._experiment_id = client.get_run(self._parent_run_id).info.experiment_id
+            self.tags["mlflow.parentRunId"] = self._parent_run_id
+        elif self._experiment_id is None:
+            self._experiment_id = self._find_experiment()
+        run = client.create_run(self._experiment_id, tags=resolve_tags(self.tags), run_name=self._run_name)
+        self._run_id = run.info.run_id
+
+    def _find_experiment(self) -> str:
+        client, name = self._mlflow_client, self._experiment_name
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return client.create_experiment(name)
+            except MlflowException:
+                # Another run of the same sweep may have created it in between.
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise MlflowException(f"experiment {name!r} was deleted; restore it or choose another name")
+        return found.experiment_id
+
+    @rank_zero_only
+    def finish(self, status: str) -> None:
+        """Send what is queued and close the run as ``FINISHED``, ``FAILED`` or ``KILLED`` (:func:`run_status`).
+
+        Safe to call more than once; a later, different status replaces the earlier one. Waits a bounded time for a
+        server that does not answer.
+        """
+        if not self._initialized:
+            return
+        if status != self._status:
+            self._status = status
+            ended = int(time.time() * 1000)
+            self._writer.submit(
+                "the run's status", lambda: self._mlflow_client.set_terminated(self._run_id, status, end_time=ended)
+            )
+        if not self._writer.close(_EXIT_PATIENCE_SECONDS):
+            print(
+                f"warning: the MLflow server at {self._tracking_uri} did not answer; {self._writer.pending} points or "
+                f"uploads of run {self._run_id} are not recorded",
+                file=sys.stderr,
+            )
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Called by Lightning when it ends: closes the run, except after a success of a run opened by ``start``."""
+        if not self._initialized:
+            return
+        if status in ("success", "finished"):
+            if self._started:
+                self.flush()
+            else:
+                self.finish("FINISHED")
+        else:
+            self.finish(run_status(sys.exc_info()[1] or RuntimeError(status)))
+
+    @rank_zero_only
+    def flush(self, timeout: float = _EXIT_PATIENCE_SECONDS) -> bool:
+        """Wait until everything queued has been sent; ``False`` when the server did not take all of it in time."""
+        return not self._initialized or self._writer.flush(timeout)
+
+    # ------------------------------------------------------------------ metrics and parameters
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Queue one point per entry at ``step`` (environment frames); numbers or one-element tensors."""
+        _ = self.experiment
+        now = int(time.time() * 1000)
+        self._writer.add(
+            [Metric(_legal(name), float(value), now, int(step or 0)) for name, value in metrics.items()],
+        )
+
+    def _send(self, points: list[Metric]) -> None:
+        self._mlflow_client.log_batch(self._run_id, metrics=points)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace | None = None, *_: Any, **__: Any) -> None:
+        """Record parameters, nested ones under dotted names.
+
+        MLflow parameters cannot change. One that the run already holds (``mlflow run`` records its own, a resumed run
+        has all of them) is left as it is; where the value differs, the tag ``changed_params`` tells both. A value
+        longer than MLflow allows is cut, and says so.
+        """
+        flat = {_legal(name): _short(value) for name, value in _flatten(_convert_params(params or {}))}
+        client = self.experiment
+        present = client.get_run(self._run_id).data.params
+        new = [Param(name, value) for name, value in flat.items() if name not in present]
+        for start in range(0, len(new), _MAX_PARAMS_PER_REQUEST):
+            client.log_batch(self._run_id, params=new[start : start + _MAX_PARAMS_PER_REQUEST])
+        changed = {name: [present[name], value] for name, value in flat.items() if present.get(name, value) != value}
+        if changed:
+            client.set_tag(self._run_id, "changed_params", json.dumps(changed)[:_MAX_VALUE_LENGTH])
+
+    @rank_zero_only
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags of the run, now."""
+        client = self.experiment
+        client.log_batch(self._run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    # ------------------------------------------------------------------ artifacts
+
+    @rank_zero_only
+    def log_figure(self, name: str, figure: "Figure", step: int | None = None) -> None:
+        """Queue a matplotlib figure as ``figures/<name>[_<step>].png``; it is drawn here and may be closed after."""
+        picture = BytesIO()
+        figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
+        suffix = "" if step is None else f"_{step:09d}"
+        self._log_bytes(picture.getvalue(), f"figures/{name}{suffix}.png")
+
+    @rank_zero_only
+    def log_text(self, text: str, artifact_file: str) -> None:
+        """Queue a text file, for example the resolved configuration as ``config.yaml``."""
+        self._log_bytes(text.encode(), artifact_file)
+
+    @rank_zero_only
+    def log_dict(self, dictionary: Mapping[str, Any], artifact_file: str) -> None:
+        """Queue plain values as a JSON file."""
+        self._log_bytes((json.dumps(dictionary, indent=2, default=str) + "\n").encode(), artifact_file)
+
+    @rank_zero_only
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Queue the upload of a file into artifact folder ``folder``; it must stay in place until :meth:`flush`."""
+        self._submit(str(path), lambda: self._mlflow_client.log_artifact(self._run_id, str(path), folder))
+
+    def _log_bytes(self, content: bytes, artifact_file: str) -> None:
+        def upload() -> None:
+            folder, name = os.path.split(artifact_file)
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary, name)
+                path.write_bytes(content)
+                self._mlflow_client.log_artifact(self._run_id, str(path), folder or None)
+
+        self._submit(artifact_file, upload)
+
+    def _submit(self, what: str, job: Callable[[], None]) -> None:
+        _ = self.experiment
+        self._writer.submit(what, job)
+
+
+def _refused(error: Exception) -> bool:
+    """A 4xx answer is final (bad name, deleted run); everything else may pass (no connection, locked database)."""
+    return (
+        isinstance(error, MlflowException)
+        and 400 <= error.get_http_status_code() < 500
+        and error.get_http_status_code() not in (408, 429)
+    )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += _flatten(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, value)]
+    return pairs
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    if len(text) <= _MAX_VALUE_LENGTH:
+        return text
+    note = f"... (cut, {len(text)} characters)"
+    return text[: _MAX_VALUE_LENGTH - len(note)] + note
+
+
+def _legal(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_/. -]", "_", name)[:_MAX_NAME_LENGTH]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,157 @@
+"""The trained policy as an MLflow model: observations in, actions out, without this package.
+
+The deterministic policy, its observation normaliser included, is traced by ``torch.export`` into one graph. Loading it
+needs PyTorch and MLflow only, and executes no code from the file.
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from pmoe_lightning.checkpoints.files import read_checkpoint
+from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
+from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.logger import MLflowLogger
+
+_NOTE = """\
+# A policy for {env}
+
+It maps observations, float32 [N, {observations}], to deterministic actions, float32 [N, {actions}], in the units of the
+environment. Observations are given as the environment returns them: the normalisation is inside.
+
+    import mlflow, numpy as np
+    policy = mlflow.pyfunc.load_model("{uri}")
+    action = policy.predict(np.asarray(observation, dtype=np.float32)[None])[0]
+
+The graph runs on the CPU. As a PyTorch module: mlflow.pytorch.load_model("{uri}", device="cpu").
+
+{metadata}
+"""
+
+
+class PolicyFunction(nn.Module):
+    """A TensorDict policy as a plain function: ``observation [N, O] -> action [N, A]``."""
+
+    def __init__(self, policy: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, observation: Tensor) -> Tensor:
+        tensordict = TensorDict({"observation": observation}, batch_size=[observation.shape[0]])
+        return self.policy(tensordict)["action"]
+
+
+class _CpuFlavor:
+    """MLflow's PyTorch flavor, except that the model says it runs on the CPU.
+
+    An exported graph cannot change its device, and MLflow would otherwise try the GPU of whoever loads it.
+    """
+
+    @staticmethod
+    def save_model(pytorch_model: nn.Module, path: str, mlflow_model: Model, **arguments: Any) -> None:
+        mlflow.pytorch.save_model(pytorch_model, path, mlflow_model=mlflow_model, **arguments)
+        mlflow_model.flavors["python_function"]["config"] = {"device": "cpu"}
+        mlflow_model.save(str(Path(path, "MLmodel")))
+
+
+def log_policy_model(
+    logger: MLflowLogger,
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    register_as: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    name: str = "policy",
+) -> str:
+    """Package the deterministic policy of a checkpoint and log it with the logger's run. Takes a few seconds.
+
+    Args:
+        logger: names the run and its store.
+        checkpoint: a checkpoint file, or a checkpoint already read.
+        register_as: also make it the next version of this registered model.
+        metadata: further facts, such as the algorithm; environment, K, frames and updates are always there.
+        name: name of the model in the run.
+
+    Returns:
+        its URI, ``models:/m-...``, for ``mlflow.pyfunc.load_model``.
+
+    Raises:
+        RunError: the checkpoint cannot be read, the policy cannot be exported, or the store does not take it.
+    """
+    where = "the checkpoint" if isinstance(checkpoint, Mapping) else f"checkpoint {checkpoint}"
+    content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
+    entry = policy_entry(content, where)
+    function = PolicyFunction(build_policy(entry, rule="max_weight", where=where)).eval().requires_grad_(False)
+    facts = _facts(entry) | dict(metadata or {})
+    run_id = logger.run_id
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder, "HOW_TO_USE.md")
+        try:
+            # Model.log alone would put the model into whatever experiment is globally current.
+            model_id = logger.experiment.create_logged_model(logger.experiment_id, name, run_id).model_id
+            note.write_text(_note(facts, f"models:/{model_id}"))
+            _log(function, facts, run_id=run_id, model_id=model_id, registered_model_name=register_as, note=note)
+        except (MlflowException, OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(f"the policy model was not logged to {logger.tracking_uri}: {reason}") from error
+    return f"models:/{model_id}"
+
+
+def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Path, **arguments: Any) -> None:
+    observations, actions = facts["observation_dim"], facts["action_dim"]
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, observations))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, actions))]),
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        # Tracing warns about TensorDict's internals; nothing that a user could act on.
+        warnings.simplefilter("ignore")
+        Model.log(
+            None,
+            _CpuFlavor,
+            run_id=run_id,
+            pytorch_model=function,
+            serialization_format="pt2",
+            signature=signature,
+            # A batch of one would be traced as the constant 1.
+            input_example=np.zeros((2, observations), np.float32),
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
+            extra_files=[str(note)],
+            metadata=dict(facts),
+            **arguments,
+        )
+
+
+def _facts(entry: Mapping[str, Any]) -> dict[str, Any]:
+    description = entry["description"]
+    return {
+        "env": description["env"]["id"],
+        "observation_dim": description["observation_dim"],
+        "action_dim": len(description["action_low"]),
+        "actor": description["actor"],
+        "num_components": description["arguments"].get("num_components", 1),
+        "env_frames": entry.get("env_frames"),
+        "updates": entry.get("updates"),
+    }
+
+
+def _note(facts: Mapping[str, Any], uri: str) -> str:
+    return _NOTE.format(
+        env=facts["env"],
+        observations=facts["observation_dim"],
+        actions=facts["action_dim"],
+        uri=uri,
+        metadata=json.dumps(dict(facts), indent=2, default=str),
+    )

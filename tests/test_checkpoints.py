@@ -1,0 +1,294 @@
+"""Checkpoints: never half-written, never executed, and the policy in them acts as it did."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from policies import make_policy
+from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from pmoe_lightning.checkpoints import load_policy, read_checkpoint, resolve_checkpoint
+from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
+from pmoe_lightning.errors import RunError
+
+
+def act(policy: Any, observation: torch.Tensor, mode: ExplorationType | None = None) -> torch.Tensor:
+    tensordict = TensorDict(observation=observation, batch_size=observation.shape[:-1])
+    if mode is None:
+        return policy(tensordict)["action"].detach()
+    with set_exploration_type(mode):
+        return policy(tensordict)["action"].detach()
+
+
+# ------------------------------------------------------------------ the policy
+
+
+@pytest.mark.parametrize(
+    ("actor", "normalize", "arguments"),
+    [
+        ("pmoe", True, {"num_components": 3, "activation": "tanh", "scale": "state_independent"}),
+        ("pmoe", False, {"num_components": 4, "router": "attached", "initialization": "orthogonal"}),
+        ("pmoe", True, {"return_log_prob": True}),
+        ("gaussian", False, {}),
+    ],
+)
+def test_loaded_policy_acts_as_the_saved_one(tmp_path: Path, actor: str, normalize: bool, arguments: dict) -> None:
+    policy, checkpoint = make_policy(actor=actor, normalize=normalize, **arguments)
+    write_checkpoint(checkpoint, tmp_path / "p.ckpt")
+    loaded = load_policy(tmp_path / "p.ckpt")
+    observation = torch.randn(4, 5, 3) * 3
+    assert not loaded.training
+    # Without a context the loaded policy is deterministic; a context rules.
+    torch.testing.assert_close(
+        act(loaded, observation), act(policy, observation, ExplorationType.DETERMINISTIC), rtol=0, atol=0
+    )
+    torch.manual_seed(1)
+    expected = act(policy, observation, ExplorationType.RANDOM)
+    torch.manual_seed(1)
+    torch.testing.assert_close(act(loaded, observation, ExplorationType.RANDOM), expected, rtol=0, atol=0)
+
+
+def test_rule_replaces_the_trained_one() -> None:
+    _, checkpoint = make_policy(normalize=False, num_components=8, deterministic="max_weight")
+    observation = torch.zeros(200, 3)
+    assert act(load_policy(checkpoint), observation).unique().numel() == 1
+    # The same observation everywhere: a drawn component gives several actions, but never more than components.
+    drawn = act(load_policy(checkpoint, rule="sample_component"), observation).unique().numel()
+    assert 1 < drawn <= 8
+
+
+def test_importing_load_policy_needs_no_trainer() -> None:
+    code = """
+import sys
+from pmoe_lightning import load_policy
+print([name for name in ("lightning", "mlflow", "hydra", "omegaconf", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ------------------------------------------------------------------ files that are no checkpoint
+
+
+class Payload:
+    """Unpickled carelessly, it leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+def _raw_pickle(path: Path, mark: Path) -> None:
+    path.write_bytes(pickle.dumps({"policy": Payload(mark)}))
+
+
+def _zipped_pickle(path: Path, mark: Path) -> None:
+    torch.save({"policy": Payload(mark)}, path)
+
+
+def _module(path: Path, mark: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def _truncated(path: Path, mark: Path) -> None:
+    write_checkpoint(make_policy()[1], path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _flipped_bit_in_a_weight(path: Path, mark: Path) -> None:
+    _, checkpoint = make_policy()
+    write_checkpoint(checkpoint, path)
+    content = bytearray(path.read_bytes())
+    weights = next(value for value in checkpoint["policy"]["state_dict"].values() if value.numel() > 500)
+    at = bytes(content).index(weights.numpy().tobytes()) + 403
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def _compressed(path: Path, mark: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
+
+
+def _other_zip(path: Path, mark: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+BAD_FILES: list[tuple[Callable[[Path, Path], Any], str]] = [
+    (lambda path, mark: None, "does not exist"),
+    (lambda path, mark: path.mkdir(), "is not a file"),
+    (lambda path, mark: path.write_bytes(b""), "is damaged or is not a checkpoint"),
+    (lambda path, mark: path.write_text("hello"), "is damaged or is not a checkpoint"),
+    (lambda path, mark: path.write_bytes(os.urandom(5000)), "is damaged or is not a checkpoint"),
+    (_truncated, "is damaged or is not a checkpoint"),
+    (_raw_pickle, "is damaged or is not a checkpoint"),
+    (_zipped_pickle, "holds objects other than tensors and plain values"),
+    (_module, "holds objects other than tensors and plain values"),
+    (_flipped_bit_in_a_weight, "does not match its checksum"),
+    (_compressed, "is not a PyTorch checkpoint"),
+    (_other_zip, "is not a PyTorch checkpoint"),
+    (lambda path, mark: torch.save([1, 2], path), "holds a list, not a dictionary"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD_FILES)
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, make: Callable[[Path, Path], Any], reason: str) -> None:
+    path, mark = tmp_path / "bad.ckpt", tmp_path / "executed"
+    make(path, mark)
+    for read in (load_policy, read_checkpoint, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(RunError, match=reason) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+def without(key: str) -> Callable[[dict], Any]:
+    return lambda checkpoint: _parent(checkpoint, key).pop(key.split(".")[-1])
+
+
+def with_value(key: str, value: Any) -> Callable[[dict], Any]:
+    return lambda checkpoint: _parent(checkpoint, key).update({key.split(".")[-1]: value})
+
+
+def _parent(checkpoint: dict, key: str) -> dict:
+    for name in key.split(".")[:-1]:
+        checkpoint = checkpoint[name]
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("policy"), "'policy' is missing"),
+        (with_value("policy", [1]), "'policy' is a list"),
+        (without("policy.state_dict"), "'state_dict' is missing"),
+        (without("policy.description"), "'description' is missing"),
+        (with_value("policy.description.format", 2), "format 2 is not 1"),
+        (with_value("policy.description.actor", "os.system"), "unknown actor 'os.system'; known: pmoe, gaussian"),
+        (with_value("policy.description.observation_dim", 0), "observation_dim 0 is out of range"),
+        (with_value("policy.description.observation_dim", True), "'observation_dim' is a bool"),
+        (with_value("policy.description.observation_dim", 4), "does not fit its description"),
+        (with_value("policy.description.action_low", [float("nan")]), "'action_low' is not a list of finite numbers"),
+        (with_value("policy.description.action_low", [3.0]), "not ordered bounds"),
+        (with_value("policy.description.action_low", [-2.0, -2.0]), "not ordered bounds"),
+        (with_value("policy.description.env", {"id": 3, "kwargs": {}}), "'id' is a int"),
+        (with_value("policy.description.env.kwargs", {"render_mode": "human"}), "must not hold render_mode"),
+        (with_value("policy.description.arguments.hidden_sizes", [65536, 65536]), "more than 500000000 parameters"),
+        (with_value("policy.description.arguments.hidden_sizes", ["32"]), "is not a list of widths"),
+        (with_value("policy.description.arguments.hidden_sizes", []), "hidden_sizes needs at least one width"),
+        (with_value("policy.description.arguments.num_components", 0), "num_components 0 is out of range"),
+        (with_value("policy.description.arguments.num_components", 5), "does not fit its description"),
+        (with_value("policy.description.arguments.router", 3), "router 3 is not text"),
+        (with_value("policy.description.arguments.router", "x"), "router must be one of"),
+        (with_value("policy.description.arguments.typo", 1), "unexpected keyword argument 'typo'"),
+        (with_value("policy.state_dict", {"a": 1}), "does not fit its description"),
+    ],
+)
+def test_impossible_descriptions_are_refused_by_name(
+    tmp_path: Path, damage: Callable[[dict], Any], message: str
+) -> None:
+    _, checkpoint = make_policy(num_components=4)
+    damage(checkpoint)
+    write_checkpoint(checkpoint, tmp_path / "p.ckpt")
+    with pytest.raises(RunError, match=message) as caught:
+        load_policy(tmp_path / "p.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_references_are_refused() -> None:
+    with pytest.raises(RunError, match="give a file, an MLflow run id, or models:/"):
+        resolve_checkpoint("no/such/file.ckpt")
+    with pytest.raises(RunError, match="models:/<name>/<version> or models:/<name>@<alias>"):
+        resolve_checkpoint("models:/name")
+
+
+# ------------------------------------------------------------------ writing
+
+
+def test_lightning_saves_and_resumes_through_the_plugin(tmp_path: Path) -> None:
+    settings = {"default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    settings |= {"enable_model_summary": False, "enable_checkpointing": False, "limit_train_batches": 2}
+    trainer = Trainer(plugins=[AtomicCheckpointIO()], max_epochs=1, limit_val_batches=0, **settings)
+    trainer.fit(BoringModel())
+    path = tmp_path / "new" / "folder" / "last.ckpt"
+    trainer.save_checkpoint(path)
+    assert os.listdir(path.parent) == ["last.ckpt"]
+    resumed = Trainer(plugins=[AtomicCheckpointIO()], max_epochs=2, limit_val_batches=0, **settings)
+    resumed.fit(BoringModel(), ckpt_path=path)
+    assert resumed.global_step == 4
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files of this process cannot grow beyond 100 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "last.ckpt"
+    write_checkpoint({"step": 1}, path)
+    with pytest.raises(OSError, match="File too large"):
+        write_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        write_checkpoint({"step": 3, "code": lambda: None}, path)
+    assert read_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+KILLED_WRITER = """
+import os, random, signal, sys, time, torch
+from pmoe_lightning.checkpoints.files import read_checkpoint, write_checkpoint
+
+path, kills = sys.argv[1], int(sys.argv[2])
+weights = torch.arange(300_000.0)
+write_checkpoint({"step": 0, "weights": weights}, path)
+seen = set()
+for kill in range(kills):
+    writer = os.fork()
+    if writer == 0:
+        step = kill * 1_000_000
+        while True:
+            step += 1
+            write_checkpoint({"step": step, "weights": weights + step}, path)
+    time.sleep(0.02 + 0.06 * random.random())
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    found = read_checkpoint(path)
+    assert torch.equal(found["weights"], weights + found["step"]), "mixed content"
+    seen.add(found["step"])
+    assert set(os.listdir(os.path.dirname(path))) <= {os.path.basename(path), ".last.ckpt.partial"}
+print(len(seen))
+"""
+
+
+def test_a_killed_writer_never_damages_the_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, str(tmp_path / "last.ckpt"), "40"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    # The kills must hit writers at work, not only ones that are still starting.
+    assert int(done.stdout) > 10

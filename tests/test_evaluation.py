@@ -1,0 +1,287 @@
+"""Evaluation: the episodes are the right ones, the interval is honest, the video plays, the command is polite."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import imageio_ffmpeg
+import mujoco  # noqa: F401 - rendering must work although it was imported before MUJOCO_GL was chosen
+import numpy as np
+import pytest
+import torch
+from policies import make_policy
+from tensordict import TensorDict
+
+from pmoe_lightning.checkpoints import load_policy
+from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.envs import make_env
+from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.evaluate import Request, main, parse
+from pmoe_lightning.evaluation import evaluate_policy, record_video, student_t_interval
+
+
+def test_student_t_interval_matches_a_textbook_value() -> None:
+    # n = 5, mean 3, s = sqrt(2.5), t_{0.975, 4} = 2.776445
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert student_t_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - half, 3 + half), abs=1e-6)
+    assert all(math.isnan(bound) for bound in student_t_interval([1.0]))
+
+
+def test_student_t_interval_covers_the_mean_as_often_as_it_says() -> None:
+    # 4000 samples of n = 4: the share that covers has standard error 0.0034; 4.5 of them fail once in 150 000 runs.
+    samples = np.random.default_rng(0).normal(7.0, 3.0, (4000, 4))
+    covered = np.mean([low <= 7.0 <= high for low, high in map(student_t_interval, samples)])
+    assert abs(covered - 0.95) < 4.5 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def plain_loop(policy: Any, env_id: str, seed: int) -> tuple[float, int]:
+    """One episode the way the Gymnasium manual does it."""
+    env = gymnasium.make(env_id, max_episode_steps=60)
+    observation, _ = env.reset(seed=seed)
+    total, length, done = 0.0, 0, False
+    while not done:
+        tensordict = TensorDict(observation=torch.as_tensor(observation, dtype=torch.float32)[None], batch_size=1)
+        action = policy(tensordict)["action"][0].detach().numpy()
+        observation, reward, terminated, truncated, _ = env.step(action)
+        total, length, done = total + float(reward), length + 1, terminated or truncated
+    env.close()
+    return total, length
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v5"])
+def test_episodes_are_those_of_a_plain_loop(env_id: str) -> None:
+    policy = load_policy(make_policy(env_id)[1])
+    # Two rounds, the second one not full; a hopper falls after a different time in each environment.
+    result = evaluate_policy(policy, make_env(env_id, num_envs=3, max_episode_steps=60), episodes=5, seed=40)
+    expected = [plain_loop(policy, env_id, 40 + i) for i in range(5)]
+    assert result.lengths == tuple(length for _, length in expected)
+    assert env_id == "Pendulum-v1" or len(set(result.lengths)) > 1
+    np.testing.assert_allclose(result.returns, [total for total, _ in expected], rtol=1e-5)
+    assert result.mean == pytest.approx(np.mean(result.returns))
+    assert result.interval == student_t_interval(result.returns)
+
+
+def test_result_does_not_depend_on_the_number_of_environments() -> None:
+    policy = load_policy(make_policy("HalfCheetah-v5")[1])
+    envs = {n: make_env("HalfCheetah-v5", num_envs=n, max_episode_steps=100) for n in (1, 3, 4)}
+    results = {n: evaluate_policy(policy, env, episodes=4, seed=3) for n, env in envs.items()}
+    assert len(set(results.values())) == 1, results
+    # A second time in environments that have been used: the seed decides, not the history.
+    assert evaluate_policy(policy, envs[3], episodes=4, seed=3) == results[3]
+    assert evaluate_policy(policy, envs[3], episodes=1, seed=5).returns == results[3].returns[2:3]
+
+
+def test_sampling_repeats_itself_and_differs_from_the_deterministic_policy() -> None:
+    policy = load_policy(make_policy()[1])
+    env = make_env("Pendulum-v1", num_envs=2, max_episode_steps=20)
+    sampled = evaluate_policy(policy, env, episodes=2, seed=0, sample=True)
+    torch.rand(1)
+    assert evaluate_policy(policy, env, episodes=2, seed=0, sample=True) == sampled
+    assert sampled != evaluate_policy(policy, env, episodes=2, seed=0)
+
+
+def test_evaluation_leaves_no_trace() -> None:
+    policy = load_policy(make_policy()[1], rule="sample_component").train()
+    policy[0].eval()
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    evaluate_policy(policy, make_env("Pendulum-v1", max_episode_steps=20), episodes=1, seed=9)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert policy.training and policy[1].training and not policy[0].training
+
+
+def test_no_episode_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="episodes must be at least 1, not 0"):
+        evaluate_policy(make_policy()[0], make_env("Pendulum-v1"), episodes=0, seed=0)
+
+
+# ------------------------------------------------------------------ video
+
+
+def test_video_is_what_browsers_play(tmp_path: Path) -> None:
+    policy = load_policy(make_policy()[1])
+    path = record_video(policy, "Pendulum-v1", tmp_path / "new" / "film.mp4", seed=1, max_frames=7)
+    reader = imageio_ffmpeg.read_frames(path)
+    about = next(reader)
+    assert about["codec"] == "h264"
+    assert about["pix_fmt"].startswith("yuv420p")
+    assert about["fps"] == gymnasium.make("Pendulum-v1").metadata["render_fps"]
+    frames = [np.frombuffer(frame, np.uint8) for frame in reader]
+    assert len(frames) == 7
+    assert frames[0].std() > 5, "an empty picture"
+    assert (frames[0] != frames[-1]).any(), "nothing moves"
+
+
+def test_video_ends_with_the_episode(tmp_path: Path) -> None:
+    policy = load_policy(make_policy()[1])
+    path = record_video(
+        policy, "Pendulum-v1", tmp_path / "film.mp4", max_frames=50, env_kwargs={"max_episode_steps": 4}
+    )
+    assert imageio_ffmpeg.count_frames_and_secs(path)[0] == 4
+
+
+def test_a_machine_that_cannot_render_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    afterthoughts: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", afterthoughts.append)
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    policy, _ = make_policy("InvertedPendulum-v5")
+    with pytest.raises(RunError, match="cannot render InvertedPendulum-v5.*MUJOCO_GL=egl.*MUJOCO_GL=osmesa") as caught:
+        record_video(policy, "InvertedPendulum-v5", tmp_path / "film.mp4")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "film.mp4").exists()
+    del caught
+    gc.collect()
+    assert not afterthoughts, "the failed renderer printed a traceback when it was destroyed"
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    _, content = make_policy()
+    content["policy"]["description"]["env"]["kwargs"] = {"max_episode_steps": 20}
+    write_checkpoint(content, tmp_path / "best.ckpt")
+    return tmp_path / "best.ckpt"
+
+
+def test_every_form_of_an_argument_is_understood() -> None:
+    expected = Request(checkpoint="a=b.ckpt", episodes=3, rule="sample", video=True, json=True)
+    assert parse(["checkpoint=a=b.ckpt", "episodes=3", "rule=sample", "video=true", "--json"]) == expected
+    assert parse(["--checkpoint", "a=b.ckpt", "--episodes=3", "--rule", "sample", "--video", "--json"]) == expected
+    # MLflow passes the default "" of a parameter as an empty word, and a parameter it does not know as two words.
+    assert parse(
+        ["", "--json", "true", "checkpoint=a=b.ckpt", "seed=", "--video", "yes", "rule=sample", "episodes=3"]
+    ) == (expected)
+
+
+def test_json_is_the_only_output(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([f"checkpoint={checkpoint}", "episodes=3", "seed=7", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    env = make_env("Pendulum-v1", num_envs=2, max_episode_steps=20)
+    reference = evaluate_policy(load_policy(checkpoint), env, episodes=3, seed=7)
+    assert result == {
+        "checkpoint": str(checkpoint),
+        "env": "Pendulum-v1",
+        "episodes": 3,
+        "seed": 7,
+        "rule": "max_weight",
+        "mean": reference.mean,
+        "interval": list(reference.interval),
+        "returns": list(reference.returns),
+        "lengths": [20] * 3,
+        "video": None,
+    }
+
+
+def test_one_episode_has_no_interval(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([f"checkpoint={checkpoint}", "episodes=1", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["interval"] == [None, None]
+
+
+def test_rules_act_differently(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    means = set()
+    for rule in ("max_weight", "sample_component", "sample"):
+        assert main([f"checkpoint={checkpoint}", "episodes=2", f"rule={rule}", "--json"]) == 0
+        means.add(json.loads(capfd.readouterr().out)["mean"])
+    assert len(means) == 3
+
+
+def test_table_and_video(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([f"checkpoint={checkpoint}", "episodes=2", "video=true", f"output={tmp_path}"]) == 0
+    out = capfd.readouterr().out
+    video = tmp_path / "Pendulum-v1-seed0.mp4"
+    assert video.is_file()
+    for piece in ("Pendulum-v1", "2 (seeds 0 to 1), rule max_weight", "95 % interval", "mean 20.0", str(video)):
+        assert piece in out
+
+
+def test_a_failing_video_is_a_warning(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("a file where the folder should be")
+    assert main([f"checkpoint={checkpoint}", "episodes=1", "video=true", f"output={tmp_path / 'file'}", "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["video"] is None
+    assert "warning: no video: cannot write the video" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "checkpoint is missing"),
+        (["chekpoint=x"], 2, "did you mean checkpoint?"),
+        (["checkpoint={}", "--epsiodes", "3"], 2, "did you mean episodes?"),
+        (["checkpoint={}", "episodes=0"], 2, "episodes must be a whole number of at least 1, not '0'"),
+        (["checkpoint={}", "episodes=many"], 2, "episodes must be a whole number"),
+        (["checkpoint={}", "seed=-1"], 2, "seed must be a whole number of at least 0"),
+        (["checkpoint={}", "rule=max_wait"], 2, "did you mean max_weight?"),
+        (["checkpoint={}", "video=maybe"], 2, "video must be true or false"),
+        (["checkpoint={}", "--seed"], 2, "--seed needs a value"),
+        (["checkpoint={}", "json"], 2, "json needs a value"),
+        (["checkpoint={}", "env=Pendulum-v7"], 2, "Pendulum-v1"),
+        (["checkpoint={}", "env=InvertedPendulum-v5"], 2, "3 observations to 1 actions, but InvertedPendulum-v5 has 4"),
+        (["checkpoint=nowhere.ckpt"], 1, "nowhere.ckpt does not exist"),
+        (["checkpoint=" + __file__], 1, "is not a checkpoint"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    checkpoint: Path, arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.format(checkpoint) for argument in arguments]) == code
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert message in captured.err
+
+
+def test_a_checkpoint_cannot_choose_what_is_imported(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chosen_by_file.py").write_text("import pathlib; pathlib.Path(__file__).with_name('mark').touch()")
+    monkeypatch.syspath_prepend(tmp_path)
+    _, content = make_policy()
+    content["policy"]["description"]["env"]["id"] = "chosen_by_file:Pendulum-v1"
+    write_checkpoint(content, checkpoint)
+    assert main([f"checkpoint={checkpoint}"]) == 1
+    assert "if you trust it, say env=chosen_by_file:Pendulum-v1" in capfd.readouterr().err
+    assert not (tmp_path / "mark").exists()
+    assert main([f"checkpoint={checkpoint}", "env=chosen_by_file:Pendulum-v1", "episodes=1"]) == 0
+    assert (tmp_path / "mark").exists()
+
+
+def test_help_comes_at_once() -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pmoe_lightning.evaluate", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(key in done.stdout for key in ("checkpoint", "episodes", "rule", "video"))
+    assert "torch" not in done.stderr and "gymnasium" not in done.stderr and "mlflow" not in done.stderr
+    assert time.monotonic() - start < 5.0  # 0.2 s on an idle machine
+
+
+def test_a_mujoco_policy_from_the_shell_without_a_display(tmp_path: Path) -> None:
+    _, content = make_policy("HalfCheetah-v5", normalize=False)
+    content["policy"]["description"]["env"]["kwargs"] = {"max_episode_steps": 3}
+    write_checkpoint(content, tmp_path / "best.ckpt")
+    command = [sys.executable, "-m", "pmoe_lightning.evaluate", "--checkpoint", "best.ckpt", "episodes=2", "video=true"]
+    env = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["lengths"] == [3, 3]
+    if result["video"] is None:
+        # No EGL on this machine: the evaluation goes on, and the user learns what is missing.
+        assert "warning: no video: cannot render HalfCheetah-v5 (MUJOCO_GL=egl)" in done.stderr
+    else:
+        assert imageio_ffmpeg.count_frames_and_secs(tmp_path / result["video"])[0] == 3

@@ -1,0 +1,635 @@
+"""Tracking: one run with the right status, no point lost, nothing waits for the server, policies without this package."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import mlflow
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from mlflow import MlflowClient
+from policies import make_policy
+from tensordict import TensorDict
+
+from pmoe_lightning.checkpoints import load_policy, resolve_checkpoint
+from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.errors import RunError
+from pmoe_lightning.evaluate import main as evaluate_main
+from pmoe_lightning.tracking import MLflowLogger, check_server, log_policy_model, provenance, run_status
+from pmoe_lightning.tracking.writer import BackgroundWriter
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite tracking store; making one takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    MlflowClient(uri).create_experiment("pmoe_lightning", artifact_location=str(folder / "artifacts"))
+    return uri
+
+
+@pytest.fixture(autouse=True)
+def clean_surroundings(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(store)
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture
+def logger(store: str) -> Iterator[MLflowLogger]:
+    logger = MLflowLogger(tracking_uri=store)
+    yield logger
+    logger.finish("FINISHED")
+
+
+def history(logger: MLflowLogger, name: str) -> dict[int, float]:
+    points = MlflowClient(logger.tracking_uri).get_metric_history(logger.run_id, name)
+    return {point.step: point.value for point in points}
+
+
+def run_of(logger: MLflowLogger) -> Any:
+    return MlflowClient(logger.tracking_uri).get_run(logger.run_id)
+
+
+def read_artifact(logger: MLflowLogger, path: str, tmp_path: Path) -> bytes:
+    client = MlflowClient(logger.tracking_uri)
+    return Path(client.download_artifacts(logger.run_id, path, str(tmp_path))).read_bytes()
+
+
+# ------------------------------------------------------------------ the run
+
+
+def test_no_run_before_the_first_use(store: str) -> None:
+    client = MlflowClient(store)
+    before = len(client.search_runs(["1"]))
+    logger = MLflowLogger(tracking_uri=store)
+    logger.finalize("success")
+    logger.finish("FINISHED")
+    assert len(client.search_runs(["1"])) == before
+    logger.log_metrics({"a": 1.0}, step=0)
+    assert len(client.search_runs(["1"])) == before + 1
+
+
+def test_start_describes_the_origin(logger: MLflowLogger, tmp_path: Path) -> None:
+    run_id = logger.start()
+    assert logger.run_id == run_id
+    assert logger.flush()
+    run = run_of(logger)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["python"] == ".".join(map(str, sys.version_info[:3]))
+    versions = json.loads(read_artifact(logger, "versions.json", tmp_path))
+    assert versions["packages"]["torch"] == torch.__version__
+
+
+def test_the_run_of_mlflow_run_is_adopted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = MlflowClient(store).create_run("0", tags={"mlflow.runName": "from the command"})
+    MlflowClient(store).log_param(opened.info.run_id, "algo", "ppo")
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    logger = MLflowLogger("another_experiment", tracking_uri=store)
+    assert logger.start() == opened.info.run_id
+    logger.log_hyperparams({"algo": "ppo", "seed": 1})
+    logger.finish("FINISHED")
+    run = run_of(logger)
+    assert run.data.params == {"algo": "ppo", "seed": "1"}
+    assert "changed_params" not in run.data.tags
+    assert (run.info.status, run.info.experiment_id) == ("FINISHED", "0")
+
+    # A continued run is running again.
+    again = MLflowLogger(tracking_uri=store, run_id=opened.info.run_id)
+    again.start()
+    assert run_of(again).info.status == "RUNNING"
+    again.finish("FINISHED")
+
+
+def test_a_sweep_job_is_a_child_of_the_adopted_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = MlflowClient(store).create_run("0")
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    logger = MLflowLogger(tracking_uri=store, nested=True)
+    run_id = logger.start()
+    logger.finish("FINISHED")
+    assert run_id != opened.info.run_id
+    run = run_of(logger)
+    assert run.data.tags["mlflow.parentRunId"] == opened.info.run_id
+    assert run.info.experiment_id == "0"
+
+
+def test_a_run_that_cannot_be_opened_is_one_line(store: str) -> None:
+    deleted = MlflowClient(store).create_run("0").info.run_id
+    MlflowClient(store).delete_run(deleted)
+    for run_id, message in ((deleted, "was deleted"), ("0" * 32, "not found")):
+        with pytest.raises(RunError, match=message) as caught:
+            MLflowLogger(tracking_uri=store, run_id=run_id).start()
+        assert "\n" not in str(caught.value)
+
+
+class Ending(BoringModel):
+    """Logs a point per step and ends as told at the third."""
+
+    def __init__(self, end: Callable[[], Any]) -> None:
+        super().__init__()
+        self.end = end
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trainer.logger.log_metrics({"step": float(batch_idx)}, step=100 * batch_idx)
+        if batch_idx == 2:
+            self.end()
+        return super().training_step(batch, batch_idx)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fail() -> None:
+    raise ArithmeticError("not finite")
+
+
+@pytest.mark.parametrize(
+    ("end", "raised", "status"),
+    [
+        (lambda: None, None, "FINISHED"),
+        (fail, ArithmeticError, "FAILED"),
+        (interrupt, SystemExit, "KILLED"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), SIGTERMException, "KILLED"),
+    ],
+)
+@pytest.mark.parametrize("started", [True, False])
+def test_every_ending_has_its_status_and_all_points(
+    store: str, tmp_path: Path, end: Callable[[], Any], raised: type | None, status: str, started: bool
+) -> None:
+    logger = MLflowLogger(tracking_uri=store, flush_seconds=1000.0)
+    if started:
+        logger.start()
+    trainer = Trainer(
+        max_steps=4,
+        logger=logger,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+    )
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(raised) if raised else contextlib.nullcontext():
+            trainer.fit(Ending(end))
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+        signal.signal(signal.SIGTERM, handlers[1])
+    steps = range(4) if raised is None else range(3)
+    assert history(logger, "step") == {100 * step: float(step) for step in steps}
+    if started and raised is None:
+        assert run_of(logger).info.status == "RUNNING", "whoever starts a run ends it"
+        logger.finish("FINISHED")
+    assert run_of(logger).info.status == status
+    ended = run_of(logger).info.end_time
+    logger.finish(status)
+    assert run_of(logger).info.end_time == ended
+
+
+def test_a_later_failure_replaces_the_success(logger: MLflowLogger) -> None:
+    logger.start()
+    logger.finish("FINISHED")
+    logger.finish("FAILED")
+    assert run_of(logger).info.status == "FAILED"
+
+
+def test_status_of_an_error() -> None:
+    assert run_status(None) == "FINISHED"
+    assert run_status(ValueError()) == run_status(SystemExit(1)) == "FAILED"
+    assert {run_status(e) for e in (KeyboardInterrupt(), SIGTERMException(), SystemExit(143), SystemExit(130))} == {
+        "KILLED"
+    }
+
+
+# ------------------------------------------------------------------ metrics, parameters, artifacts
+
+
+def test_all_points_arrive_whatever_their_number_and_kind(logger: MLflowLogger) -> None:
+    for step in range(700):
+        logger.log_metrics({"a": step, "b": torch.tensor(step / 2), "loss[x]": 1.0}, step=1000 * step)
+    logger.log_metrics({"a": float("nan"), "b": float("inf")}, step=10**9)
+    assert logger.flush()
+    a, b = history(logger, "a"), history(logger, "b")
+    assert len(a) == len(b) == 701
+    assert all(a[1000 * step] == step and b[1000 * step] == step / 2 for step in range(700))
+    assert np.isnan(a[10**9]) and b[10**9] > 1e300
+    assert len(history(logger, "loss_x_")) == 700
+
+
+def test_points_are_sent_without_being_asked_to(store: str) -> None:
+    quick = MLflowLogger(tracking_uri=store, flush_seconds=0.2)
+    quick.log_metrics({"a": 1.0}, step=1)
+    full = MLflowLogger(tracking_uri=store, flush_seconds=1000.0)
+    full.log_metrics({f"m{i}": float(i) for i in range(950)}, step=1)
+    deadline = time.monotonic() + 30
+    while not (history(quick, "a") and history(full, "m949")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert history(quick, "a") == {1: 1.0}
+    assert history(full, "m949") == {1: 949.0}
+    quick.finish("FINISHED")
+    full.finish("FINISHED")
+
+
+def test_parameters_are_flat_complete_and_never_changed(logger: MLflowLogger) -> None:
+    many = {f"p{i}": i for i in range(250)}
+    logger.log_hyperparams({"algo": {"gamma": 0.99, "sizes": [1, 2], "none": None}, "long": "x" * 9000, **many})
+    logger.log_hyperparams({"algo": {"gamma": 0.5, "tau": 0.1}})
+    run = run_of(logger)
+    params = run.data.params
+    assert params["algo.gamma"] == "0.99" and params["algo.tau"] == "0.1"
+    assert params["algo.sizes"] == "[1, 2]" and params["algo.none"] == "None"
+    assert all(params[name] == str(value) for name, value in many.items())
+    assert len(params["long"]) == 6000 and params["long"].endswith("x... (cut, 9000 characters)")
+    assert json.loads(run.data.tags["changed_params"]) == {"algo.gamma": ["0.99", "0.5"]}
+
+
+def test_artifacts(logger: MLflowLogger, tmp_path: Path) -> None:
+    (tmp_path / "best.ckpt").write_bytes(b"weights")
+    figure = matplotlib.figure.Figure()
+    figure.subplots().plot([1, 2])
+    logger.log_text("a: 1\n", "config.yaml")
+    logger.log_dict({"a": [1, None]}, "facts/facts.json")
+    logger.log_artifact(tmp_path / "best.ckpt", "checkpoints")
+    logger.log_figure("weights", figure, step=2048)
+    logger.log_figure("curve", figure)
+    assert logger.flush()
+    assert read_artifact(logger, "config.yaml", tmp_path) == b"a: 1\n"
+    assert json.loads(read_artifact(logger, "facts/facts.json", tmp_path)) == {"a": [1, None]}
+    assert read_artifact(logger, "checkpoints/best.ckpt", tmp_path) == b"weights"
+    for name in ("weights_000002048", "curve"):
+        assert read_artifact(logger, f"figures/{name}.png", tmp_path).startswith(b"\x89PNG")
+
+
+def test_a_failed_upload_is_a_warning(logger: MLflowLogger, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger.log_artifact(tmp_path / "missing.ckpt")
+    logger.log_metrics({"a": 1.0}, step=3)
+    assert logger.flush()
+    assert "could not log" in caplog.text and "missing.ckpt" in caplog.text
+    assert history(logger, "a") == {3: 1.0}
+
+
+# ------------------------------------------------------------------ a server that comes and goes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_server(store: str, port: int) -> Iterator[str]:
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", str(Path(store[10:]).parent / "artifacts")]
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
+    )
+    uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    try:
+        while True:
+            try:
+                check_server(uri)
+                break
+            except RunError:
+                assert process.poll() is None and time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.2)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def test_a_server_that_goes_away_costs_neither_time_nor_points(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port = free_port()
+    with running_server(store, port) as uri:
+        logger = MLflowLogger("over_http", tracking_uri=uri, flush_seconds=0.2)
+        logger.start()
+        logger.log_metrics({"a": 0.0, "bad": float("nan")}, step=0)
+        assert logger.flush()
+    start = time.monotonic()
+    for step in range(1, 50):
+        logger.log_metrics({"a": float(step)}, step=step)
+    assert time.monotonic() - start < 0.5
+    assert not logger.flush(5.0)
+    monkeypatch.setattr("pmoe_lightning.tracking.logger._EXIT_PATIENCE_SECONDS", 1.0)
+    logger.finish("FAILED")
+    assert "did not answer" in capsys.readouterr().err
+    with running_server(store, port):
+        logger.finish("FINISHED")
+        assert logger.flush(30.0)
+        assert history(logger, "a") == {step: float(step) for step in range(50)}
+        assert np.isnan(history(logger, "bad")[0])
+        assert run_of(logger).info.status == "FINISHED"
+        assert json.loads(read_artifact(logger, "versions.json", tmp_path))["python"]
+
+
+def test_points_refused_for_good_do_not_block_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    arrived: list[int] = []
+
+    def send(points: list[int]) -> None:
+        if 3 in points:
+            raise ValueError("no 3 here")
+        arrived.extend(points)
+
+    writer = BackgroundWriter(send, refused=lambda error: isinstance(error, ValueError), period=1000.0, batch=2)
+    writer.add([1, 2])
+    assert writer.flush(10)
+    writer.add([3, 4, 5, 6])
+    assert writer.close(10)
+    assert arrived == [1, 2, 5, 6]
+    assert "refused 2 metric points, dropped: no 3 here" in caplog.text
+    writer.add([7])
+    assert writer.flush(10)
+    assert arrived[-1] == 7
+
+
+def test_flush_counts_a_batch_that_is_under_way() -> None:
+    arrived: list[int] = []
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def send(points: list[int]) -> None:
+        under_way.set()
+        assert go_on.wait(20)
+        arrived.extend(points)
+
+    writer = BackgroundWriter(send, refused=lambda error: False, period=0.01)
+    writer.add([1])
+    assert under_way.wait(20)
+    assert not writer.flush(0.05)
+    writer.add([2])
+    go_on.set()
+    assert writer.flush(20)
+    assert arrived == [1, 2]
+
+
+def test_a_forked_process_starts_afresh() -> None:
+    code = """
+import os, time
+from pmoe_lightning.tracking.writer import BackgroundWriter
+writer = BackgroundWriter(lambda points: os.write(1, f"{os.getpid() == parent}{points} ".encode()), refused=bool, period=1000.0)
+parent = os.getpid()
+writer.add(["before"])
+child = os.fork()
+writer.add(["after"])
+if not child:
+    writer.flush(10)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    # The child sends only its own point; the parent sends at its exit, without being asked to.
+    assert done.stdout == "False['after'] True['before', 'after'] ", done.stderr
+
+
+# ------------------------------------------------------------------ is the server there?
+
+
+class NotMlflow(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.split("/")[1]))
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html></html>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotMlflow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def refusal(uri: str) -> str:
+    start = time.monotonic()
+    with pytest.raises(RunError) as caught:
+        check_server(uri)
+    assert time.monotonic() - start < 10.0
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_store_that_works_is_accepted(store: str, tmp_path: Path) -> None:
+    check_server(store)
+    check_server(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_closed_port_is_refused_at_once() -> None:
+    port = free_port()
+    assert f"http://127.0.0.1:{port} does not answer" in refusal(f"http://127.0.0.1:{port}")
+
+
+def test_a_silent_server_is_refused_within_ten_seconds() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        message = refusal(f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}")
+    assert "does not answer" in message and "secret" not in message
+
+
+def test_other_servers_are_told_apart(other_server: str) -> None:
+    assert "refuses the credentials (HTTP 401)" in refusal(f"{other_server}/401")
+    assert "not answer as an MLflow server (HTTP 200)" in refusal(f"{other_server}/200")
+    assert "not answer as an MLflow server (HTTP 500)" in refusal(f"{other_server}/500")
+
+
+def test_databases_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    assert "file is not a database" in refusal(f"sqlite:///{tmp_path}/text.db")
+    assert "cannot be written" in refusal(f"sqlite:///{tmp_path}/text.db/below/mlflow.db")
+    assert "cannot be reached" in refusal(f"postgresql://user:secret@127.0.0.1:{free_port()}/mlflow")
+
+
+# ------------------------------------------------------------------ provenance
+
+
+def test_provenance_of_a_checkout_and_of_none(tmp_path: Path) -> None:
+    assert provenance(tmp_path)["git_commit"] is None and provenance(tmp_path)["git_dirty"] is None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "first")
+    (tmp_path / "untracked").write_text("results do not make a checkout dirty")
+    origin = provenance(tmp_path)
+    assert origin["git_commit"] == git("rev-parse", "HEAD") and origin["git_dirty"] is False
+    (tmp_path / "a").write_text("2")
+    assert provenance(tmp_path)["git_dirty"] is True
+    assert json.loads(json.dumps(origin)) == origin
+    assert origin["packages"]["mlflow"] == mlflow.__version__
+
+
+# ------------------------------------------------------------------ policies in MLflow
+
+
+@pytest.fixture(scope="module")
+def trained(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[MLflowLogger, Path, str]:
+    """A run with a best checkpoint, and its policy packaged and registered."""
+    path = tmp_path_factory.mktemp("run") / "best.ckpt"
+    _, checkpoint = make_policy("HalfCheetah-v5", deterministic="sample_component")
+    checkpoint["policy"]["description"]["env"]["kwargs"] = {"max_episode_steps": 5}
+    write_checkpoint(checkpoint, path)
+    logger = MLflowLogger(tracking_uri=store)
+    logger.start()
+    logger.log_artifact(path, "checkpoints")
+    uri = log_policy_model(logger, path, register_as="runner", metadata={"algorithm": "sac"})
+    logger.finish("FINISHED")
+    MlflowClient(store).set_registered_model_alias("runner", "champion", "1")
+    return logger, path, uri
+
+
+STRANGER = """
+import sys, mlflow, numpy as np
+try:
+    import pmoe_lightning
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package is here")
+uri, store, observations, actions = sys.argv[1:]
+mlflow.set_tracking_uri(store)
+policy = mlflow.pyfunc.load_model(uri)
+observation = np.load(observations)
+action = policy.predict(observation)
+assert policy.predict(observation[:1]).shape == (1, 6)
+np.save(actions, action)
+assert "pmoe_lightning" not in sys.modules and "torchrl" not in sys.modules and "tensordict" not in sys.modules
+try:
+    policy.predict(observation[:, :3])
+except mlflow.MlflowException:
+    pass
+else:
+    raise SystemExit("the signature is not enforced")
+"""
+
+
+def test_a_stranger_uses_the_packaged_policy(trained: tuple, store: str, tmp_path: Path) -> None:
+    _, path, uri = trained
+    observation = torch.randn(7, 17) * 3
+    np.save(tmp_path / "observation.npy", observation.numpy())
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", STRANGER, "models:/runner@champion", store]
+    command += [str(tmp_path / "observation.npy"), str(tmp_path / "action.npy")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    # Whatever rule it was trained with, the packaged policy is a function: the likeliest component's mean.
+    policy = load_policy(path, rule="max_weight")
+    expected = policy(TensorDict(observation=observation, batch_size=7))["action"].detach()
+    np.testing.assert_allclose(np.load(tmp_path / "action.npy"), expected, atol=1e-5)
+
+
+def test_the_packaged_policy_says_what_it_is(trained: tuple, tmp_path: Path) -> None:
+    logger, _, uri = trained
+    model = mlflow.models.get_model_info(uri)
+    assert model.run_id == logger.run_id
+    assert model.metadata == {
+        "env": "HalfCheetah-v5",
+        "observation_dim": 17,
+        "action_dim": 6,
+        "actor": "pmoe",
+        "num_components": 4,
+        "env_frames": 1000,
+        "updates": 10,
+        "algorithm": "sac",
+    }
+    assert model.flavors["python_function"]["config"] == {"device": "cpu"}
+    folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert sorted(line.split("==")[0] for line in requirements) == ["mlflow", "numpy", "torch"]
+    note = next(folder.rglob("HOW_TO_USE.md")).read_text()
+    assert uri in note and "float32 [N, 17]" in note
+    logged = MlflowClient(logger.tracking_uri).get_logged_model(uri.removeprefix("models:/"))
+    assert (logged.name, logged.source_run_id, logged.experiment_id) == ("policy", logger.run_id, logger.experiment_id)
+
+
+def test_references_to_the_store_are_resolved(trained: tuple, store: str, tmp_path: Path) -> None:
+    logger, path, _ = trained
+    for reference in (logger.run_id, "models:/runner/1", "models:/runner@champion"):
+        assert resolve_checkpoint(reference).read_bytes() == path.read_bytes()
+    last = MLflowLogger(tracking_uri=store)
+    (tmp_path / "last.ckpt").write_bytes(b"last")
+    last.log_artifact(tmp_path / "last.ckpt", "checkpoints")
+    last.finish("FINISHED")
+    assert resolve_checkpoint(last.run_id).read_bytes() == b"last"
+
+
+def test_references_that_lead_nowhere_are_one_line(trained: tuple, logger: MLflowLogger) -> None:
+    for reference, message in (
+        ("0" * 32, "not found"),
+        (logger.run_id, "holds neither checkpoints/best.ckpt nor checkpoints/last.ckpt"),
+        ("models:/runner/2", "not in the model registry"),
+        ("models:/runner@nobody", "not in the model registry"),
+        ("models:/nobody/1", "not in the model registry"),
+    ):
+        with pytest.raises(RunError, match=message) as caught:
+            resolve_checkpoint(reference)
+        assert "\n" not in str(caught.value)
+
+
+def test_evaluate_by_run_id_adds_to_the_run_of_mlflow_run(
+    trained: tuple, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_id = MlflowClient(store).create_run("1").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    assert evaluate_main(["--checkpoint", trained[0].run_id, "--episodes", "2", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["lengths"] == [5, 5]
+    metrics = MlflowClient(store).get_run(run_id).data.metrics
+    low, high = result["interval"]
+    assert metrics == {
+        "eval/episode_return": result["mean"],
+        "eval/episode_return_low": low,
+        "eval/episode_return_high": high,
+    }
+    logged = MlflowClient(store).download_artifacts(run_id, "evaluation.json", str(tmp_path))
+    assert json.loads(Path(logged).read_text()) == result
+
+
+def test_evaluate_says_that_the_server_is_down(capfd: pytest.CaptureFixture[str]) -> None:
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port()}")
+    start = time.monotonic()
+    assert evaluate_main(["checkpoint=" + "0" * 32]) == 1
+    assert time.monotonic() - start < 10.0
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "does not answer" in error
+
+
+def test_a_policy_that_is_not_one_is_not_packaged(logger: MLflowLogger) -> None:
+    with pytest.raises(RunError, match="'policy' is missing"):
+        log_policy_model(logger, {"state_dict": {}})
