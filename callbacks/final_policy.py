@@ -1,0 +1,94 @@
+"""What a finished run leaves behind: its checkpoints, a film of its best policy, and that policy as a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger
+
+from pmoe_lightning.callbacks.reporting import log_artifact, warn_on_failure
+from pmoe_lightning.checkpoints import load_policy
+from pmoe_lightning.evaluation import record_video
+
+
+class FinalPolicy(Checkpoint):
+    """When training ends, log the run's checkpoints, film its best policy and package it as an MLflow model.
+
+    Checkpoints go to the artifact folder ``checkpoints``, the film to ``videos`` and beside the best checkpoint; the
+    model is called ``policy``. The best policy is that of the run's monitoring ``ModelCheckpoint``, else the last one
+    saved. Without a logger only the film is made, without a checkpoint nothing. What fails here, for example rendering
+    on a machine that cannot, is a one-line warning: the training itself is done and kept.
+
+    After an error or an interrupt only the checkpoints are logged, because whoever stops a run does not want to wait.
+
+    Lightning calls ``Checkpoint`` callbacks last and in the given order: put this one behind every
+    ``ModelCheckpoint``.
+
+    Args:
+        video: film an episode.
+        video_seed: seed of that episode.
+        video_frames: the film ends after this many frames, or with the episode.
+        model: package the policy; needs the ``MLflowLogger``.
+        register_as: also make the model the next version of this registered MLflow model.
+    """
+
+    def __init__(
+        self,
+        *,
+        video: bool = True,
+        video_seed: int = 0,
+        video_frames: int = 1000,
+        model: bool = True,
+        register_as: str | None = None,
+    ) -> None:
+        self.video, self.video_seed, self.video_frames = video, video_seed, video_frames
+        self.model, self.register_as = model, register_as
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        best = self._log_checkpoints(trainer)
+        if best is None or not trainer.is_global_zero:
+            return
+        if self.video:
+            with warn_on_failure("no video of the best policy"):
+                self._film(trainer, pl_module, best)
+        if self.model:
+            with warn_on_failure("the best policy was not packaged"):
+                self._package(trainer, best)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with warn_on_failure("the checkpoints were not logged"):
+            self._log_checkpoints(trainer)
+
+    def _log_checkpoints(self, trainer: Trainer) -> Path | None:
+        """Queue the upload of every checkpoint the run kept; return the best one."""
+        savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+        savers.sort(key=lambda saver: saver.monitor is None)
+        saved = [Path(saver.best_model_path) for saver in savers if saver.best_model_path]
+        # What was saved because of an exception does not become a best_model_path.
+        saved += [Path(saver.format_checkpoint_name({})) for saver in savers if saver.save_on_exception]
+        kept = [path for path in dict.fromkeys(saved) if path.is_file()]
+        for path in kept:
+            log_artifact(trainer, path, "checkpoints")
+        return kept[0] if kept else None
+
+    def _film(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Path) -> None:
+        env = pl_module.policy_description["env"]
+        video = record_video(
+            load_policy(checkpoint),
+            env["id"],
+            checkpoint.with_suffix(".mp4"),
+            seed=self.video_seed,
+            max_frames=self.video_frames,
+            env_kwargs=env["kwargs"],
+        )
+        log_artifact(trainer, video, "videos")
+
+    def _package(self, trainer: Trainer, checkpoint: Path) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MLFlowLogger):
+                from pmoe_lightning.tracking import check_server, log_policy_model
+
+                check_server(logger.tracking_uri)
+                log_policy_model(logger, checkpoint, register_as=self.register_as)

@@ -1,0 +1,41 @@
+"""The learning curve of the run as a figure."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pmoe_lightning import figures
+from pmoe_lightning.callbacks.evaluation import Evaluation
+from pmoe_lightning.callbacks.metrics import MetricsLogger
+from pmoe_lightning.callbacks.reporting import find_callback, log_figure, warn_on_failure
+
+
+class LearningCurve(Callback):
+    """Log the figure ``learning_curve`` when training ends, also when an error or an interrupt ends it.
+
+    Shows the training returns of the run's ``MetricsLogger`` and the evaluations of its ``Evaluation``; put this
+    callback after both.
+
+    Args:
+        title: text above the axes, for example the environment and the algorithm.
+    """
+
+    def __init__(self, title: str = "Learning curve") -> None:
+        self.title = title
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with warn_on_failure("the learning curve was not logged"):
+            self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        metrics, evaluation = find_callback(trainer, MetricsLogger), find_callback(trainer, Evaluation)
+        episodes = metrics.episodes if metrics is not None else []
+        evaluations = evaluation.history if evaluation is not None else []
+        if episodes or evaluations:
+            draw = partial(figures.learning_curve, episodes, evaluations, title=self.title)
+            log_figure(trainer, "learning_curve", draw)

@@ -1,0 +1,88 @@
+"""Metrics of the training itself, logged every so many environment frames."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pmoe_lightning.callbacks.reporting import log_metrics, reached, warn_on_failure
+
+
+class MetricsLogger(Callback):
+    """Log what training has produced since the last time: losses, returns of finished episodes, speed.
+
+    ======================================== ============================================================
+    ``train/loss_*``, ``train/alpha``, ...   means over the updates of the interval, from the algorithm
+    ``train/episode_return``                 mean undiscounted return of the episodes that finished in it
+    ``train/episode_length``                 mean length of those episodes, in environment steps
+    ``train/updates``, ``train/episodes``    totals since the start of training
+    ``time/frames_per_second``               frames of the interval over wall-clock time, evaluation included
+    ``time/updates_per_second``              the same for updates
+    ======================================== ============================================================
+
+    Everything is logged against environment frames, after the batch that reaches a multiple of the interval and at the
+    end. Any other batch costs one comparison. Reading the metrics waits for the device, so the interval should not be
+    much shorter than a second of training.
+
+    Args:
+        every_frames: environment frames between two reports.
+
+    Attributes:
+        latest: the last value of everything logged.
+        episodes: rows (env_frames, mean return, number of episodes), one per interval with finished episodes.
+    """
+
+    def __init__(self, every_frames: int = 1000) -> None:
+        self.every_frames = every_frames
+        self.latest: dict[str, float] = {}
+        self.episodes: list[list[float]] = []
+        self._frames = self._updates = 0
+        self._time = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if reached(self.every_frames, self._frames, trainer.datamodule.env_frames):
+            self._report(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with warn_on_failure("the last training metrics were not logged"):
+            self._report(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"episodes": torch.tensor(self.episodes, dtype=torch.float64)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.episodes = state_dict["episodes"].tolist()
+
+    def _mark(self, trainer: Trainer) -> None:
+        self._frames, self._updates = trainer.datamodule.env_frames, trainer.lightning_module.updates
+        self._time = time.monotonic()
+
+    def _report(self, trainer: Trainer) -> None:
+        frames, updates = trainer.datamodule.env_frames, trainer.lightning_module.updates
+        metrics = trainer.lightning_module.drain_metrics() | self._drain_episodes(trainer, frames)
+        if metrics or frames > self._frames:
+            metrics |= {"train/updates": float(updates), "train/episodes": float(trainer.datamodule.episodes)}
+            if reached(self.every_frames, self._frames, frames):  # the rest of an interval is too short to time
+                seconds = max(time.monotonic() - self._time, 1e-9)
+                metrics["time/frames_per_second"] = (frames - self._frames) / seconds
+                metrics["time/updates_per_second"] = (updates - self._updates) / seconds
+            log_metrics(trainer, metrics, frames)
+            self.latest |= metrics
+        self._mark(trainer)
+
+    def _drain_episodes(self, trainer: Trainer, frames: int) -> dict[str, float]:
+        finished = trainer.datamodule.drain_episodes()
+        if not finished:
+            return {}
+        returns, lengths = (sum(column) / len(finished) for column in zip(*finished, strict=True))
+        self.episodes.append([float(frames), float(returns), float(len(finished))])
+        return {"train/episode_return": float(returns), "train/episode_length": float(lengths)}

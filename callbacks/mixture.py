@@ -1,0 +1,149 @@
+"""What the mixture policy is doing: how it shares states between components and how far these lie apart."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from tensordict import TensorDict
+from torch import Tensor
+
+from pmoe_lightning import figures
+from pmoe_lightning.callbacks.reporting import log_figure, log_metrics, reached, warn_on_failure
+from pmoe_lightning.distributions import TanhGaussianMixture
+
+
+class MixtureDiagnostics(Callback):
+    """Measure the policy's mixture on a recent batch of states.
+
+    With w_k(s) the weights, H the entropy in nats and bars the mean over the states of the batch, logged against
+    environment frames:
+
+    ========================================== ================================================================
+    ``mixture/weight_k``                       mean weight of component k
+    ``mixture/router_entropy``                 mean over states of H(w(s)); log K where the router never decides
+    ``mixture/effective_components``           exp H(mean w): components in use at all; 1 means collapse
+    ``mixture/effective_components_per_state`` mean of exp H(w(s)): components in use within one state
+    ``mixture/component_distance``             mean distance between two component modes (see below); K > 1 only
+    ``mixture/scale``                          mean standard deviation of the unsquashed action
+    ========================================== ================================================================
+
+    The distance between two modes is the root mean square over action dimensions of their difference divided by the
+    range of the action: 0 where they coincide, 1 at opposite corners.
+
+    Figures: ``mixture_weights``, the weights over the run, and ``component_modes``, the actions that the components
+    offer in a few states. Nothing is drawn at random, so training is not changed. A policy that is not a
+    ``TanhGaussianMixture`` is left alone.
+
+    Args:
+        every_frames: environment frames between two measurements.
+        figure_every_frames: environment frames between two versions of the figures, which are also logged at the end.
+        max_states: states of the batch that are used at most.
+    """
+
+    def __init__(self, every_frames: int = 5000, figure_every_frames: int = 100_000, max_states: int = 256) -> None:
+        self.every_frames, self.figure_every_frames, self.max_states = every_frames, figure_every_frames, max_states
+        self.history: list[list[float]] = []
+        self._frames = self._figure_frames = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._frames = self._figure_frames = trainer.datamodule.env_frames
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        frames = trainer.datamodule.env_frames
+        if reached(self.every_frames, self._frames, frames):
+            self._measure(trainer, pl_module, frames)
+        if reached(self.figure_every_frames, self._figure_frames, frames):
+            self._draw(trainer, pl_module, frames)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with warn_on_failure("the mixture figures were not logged"):
+            self._finish(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": torch.tensor(self.history, dtype=torch.float64)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"].tolist()
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        frames = trainer.datamodule.env_frames
+        if frames > self._figure_frames:
+            self._draw(trainer, pl_module, frames)
+        elif frames > self._frames:
+            self._measure(trainer, pl_module, frames)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
+        self._frames = frames
+        mixture = _recent_mixture(pl_module, self.max_states)
+        if mixture is not None:
+            metrics = mixture_metrics(mixture)
+            log_metrics(trainer, metrics, frames)
+            weights = [metrics[f"mixture/weight_{k}"] for k in range(mixture.num_components)]
+            self.history.append([float(frames), *weights])
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
+        self._figure_frames = frames
+        if frames > self._frames:
+            self._measure(trainer, pl_module, frames)
+        if self.history:
+            log_figure(trainer, "mixture_weights", partial(figures.mixture_weights, self.history), frames)
+        mixture = _recent_mixture(pl_module, 6)
+        if mixture is not None:
+            log_figure(trainer, "component_modes", partial(_draw_modes, mixture), frames)
+
+
+@torch.no_grad()
+def mixture_metrics(mixture: TanhGaussianMixture) -> dict[str, float]:
+    """The table of :class:`MixtureDiagnostics` for a mixture with batch shape [B]; one transfer from the device."""
+    weights = mixture.weights
+    mean_weights, entropy = weights.mean(0), _entropy(weights)
+    values = {f"mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
+    values |= {
+        "mixture/router_entropy": entropy.mean(),
+        "mixture/effective_components": _entropy(mean_weights).exp(),
+        "mixture/effective_components_per_state": entropy.exp().mean(),
+        "mixture/scale": mixture.scale.mean(),
+    }
+    if mixture.num_components > 1:
+        values["mixture/component_distance"] = _component_distance(mixture)
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    return torch.special.entr(weights).sum(-1)
+
+
+def _component_distance(mixture: TanhGaussianMixture) -> Tensor:
+    modes = mixture.component_modes / (mixture.high - mixture.low)  # [B, K, A]
+    first, second = torch.triu_indices(mixture.num_components, mixture.num_components, 1, device=modes.device)
+    return (modes[:, first] - modes[:, second]).square().mean(-1).sqrt().mean()
+
+
+@torch.no_grad()
+def _recent_mixture(pl_module: LightningModule, num_states: int) -> TanhGaussianMixture | None:
+    observation = pl_module.last_observation
+    if observation is None:
+        return None
+    observation = observation[:: max(1, len(observation) // num_states)][:num_states]
+    mixture = pl_module.actor.get_dist(TensorDict({pl_module.observation_key: observation}, [len(observation)]))
+    return mixture if isinstance(mixture, TanhGaussianMixture) else None
+
+
+def _draw_modes(mixture: TanhGaussianMixture) -> Figure:
+    action_dim = mixture.loc.shape[-1]
+    lower, upper = mixture.squash(mixture.loc - mixture.scale), mixture.squash(mixture.loc + mixture.scale)
+    return figures.component_modes(
+        mixture.component_modes.cpu().numpy(),
+        mixture.weights.cpu().numpy(),
+        mixture.low.expand(action_dim).cpu().numpy(),
+        mixture.high.expand(action_dim).cpu().numpy(),
+        lower=lower.cpu().numpy(),
+        upper=upper.cpu().numpy(),
+    )

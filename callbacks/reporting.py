@@ -1,0 +1,63 @@
+"""What several callbacks need: the way to the loggers, to each other, and out of trouble while a run is ending."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
+
+_log = logging.getLogger(__name__)
+C = TypeVar("C", bound=Callback)
+
+
+def reached(every_frames: int, before: int, now: int) -> bool:
+    """Whether a multiple of ``every_frames`` lies in (before, now], so that the reports of all runs are aligned."""
+    return now // every_frames > before // every_frames
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], env_frames: int) -> None:
+    """Send metrics to every logger of the trainer, against environment frames."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=env_frames)
+
+
+def loggers_with(trainer: Trainer, method: str) -> list[Logger]:
+    """The loggers that have a method beyond Lightning's own; none on processes that do not log."""
+    return [logger for logger in trainer.loggers if hasattr(logger, method)] if trainer.is_global_zero else []
+
+
+def log_figure(trainer: Trainer, name: str, draw: Callable[[], Figure], env_frames: int | None = None) -> None:
+    """Draw a figure and send it to the loggers that take figures; where none does, it is not drawn."""
+    loggers = loggers_with(trainer, "log_figure")
+    if loggers:
+        figure = draw()
+        for logger in loggers:
+            logger.log_figure(name, figure, env_frames)
+
+
+def log_artifact(trainer: Trainer, path: Path, folder: str) -> None:
+    """Send a file to the loggers that take files."""
+    for logger in loggers_with(trainer, "log_artifact"):
+        logger.log_artifact(path, folder)
+
+
+def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
+    """The first callback of this kind, if the run has one."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+
+
+@contextmanager
+def warn_on_failure(what: str) -> Iterator[None]:
+    """Turn an error into a one-line warning, where raising would hide the error that ended the run."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _log.warning("%s: %s", what, reason)
+        _log.debug("%s", what, exc_info=True)

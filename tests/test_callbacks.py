@@ -1,0 +1,489 @@
+"""Callbacks in real, short training runs: what they log, what they keep, and that training does not notice them."""
+
+import io
+import math
+import random
+import re
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from matplotlib.figure import Figure
+
+from pmoe_lightning.actors import make_pmoe_actor
+from pmoe_lightning.algorithms import SAC, make_ppo, make_sac
+from pmoe_lightning.callbacks import (
+    Evaluation,
+    FinalPolicy,
+    FramesProgressBar,
+    LearningCurve,
+    MetricsLogger,
+    MixtureDiagnostics,
+)
+from pmoe_lightning.callbacks.mixture import mixture_metrics
+from pmoe_lightning.checkpoints import load_policy
+from pmoe_lightning.data import OffPolicyData, OnPolicyData
+from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.envs import make_env
+from pmoe_lightning.estimators import Frequency, Pathwise
+from pmoe_lightning.evaluation import evaluate_policy
+
+EPISODE, EPOCH, TOTAL = 20, 100, 300
+pendulum = partial(make_env, "Pendulum-v1", max_episode_steps=EPISODE)
+
+
+class Recorder(Logger):
+    """Keeps what the callbacks send."""
+
+    name, version = "recorder", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.figures, self.artifacts, self.checkpoint_frames = [], [], [], {}
+
+    def log_hyperparams(self, *args, **kwargs) -> None: ...
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.rows.append((step, metrics))
+
+    def log_figure(self, name, figure, step=None) -> None:
+        assert isinstance(figure, Figure)
+        self.figures.append((name, step))
+
+    def log_artifact(self, path, folder=None) -> None:
+        self.artifacts.append(f"{folder}/{Path(path).name}")
+        if Path(path).suffix == ".ckpt":
+            frames = torch.load(path, weights_only=True)["policy"]["env_frames"]
+            self.checkpoint_frames[Path(path).name] = frames
+
+    def steps(self, name) -> list[int]:
+        return [step for step, metrics in self.rows if name in metrics]
+
+    def values(self, name) -> list[float]:
+        return [metrics[name] for _, metrics in self.rows if name in metrics]
+
+
+class StopAt(Callback):
+    """Fails like a bug in training, or an interrupt, would."""
+
+    def __init__(self, env_frames: int, error: BaseException) -> None:
+        self.env_frames, self.error = env_frames, error
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.datamodule.env_frames >= self.env_frames:
+            raise self.error
+
+
+def make_run(callbacks, folder, *, num_components=3, logger=None, total_frames=TOTAL, **trainer_arguments):
+    """A tiny SAC on a short pendulum: 20 frames a batch, one update per 10 frames, the first 40 frames random."""
+    seed_everything(0, verbose=False)
+    arguments = {"num_components": num_components, "hidden_sizes": [8]}
+    actor = make_pmoe_actor(3, [-2.0], [2.0], **arguments)
+    description = {"format": 1, "actor": "pmoe", "arguments": arguments, "observation_dim": 3, "action_low": [-2.0]}
+    description |= {"action_high": [2.0], "normalize_observation": False}
+    description["env"] = {"id": "Pendulum-v1", "kwargs": {"max_episode_steps": EPISODE}}
+    estimator = Pathwise() if num_components == 1 else Frequency()
+    sizes = {"observation_dim": 3, "action_dim": 1, "hidden_sizes": [8], "lr": 0.01}
+    algorithm = make_sac(actor, estimator, policy_description=description, **sizes)
+    data = OffPolicyData(
+        pendulum, algorithm.policy, total_frames=total_frames, frames_per_epoch=EPOCH, frames_per_batch=20,
+        init_random_frames=40, batch_size=8, utd_ratio=0.1, seed=0,
+    )  # fmt: skip
+    return make_trainer(callbacks, folder, logger, **trainer_arguments), algorithm, data
+
+
+def make_trainer(callbacks, folder, logger, **arguments):
+    savers = any(isinstance(callback, (ModelCheckpoint, FinalPolicy)) for callback in callbacks)
+    bar = any(isinstance(callback, FramesProgressBar) for callback in callbacks)
+    return Trainer(
+        accelerator="cpu", max_epochs=-1, logger=logger or False, callbacks=callbacks, default_root_dir=folder,
+        enable_checkpointing=savers, enable_progress_bar=bar, enable_model_summary=False, **arguments,
+    )  # fmt: skip
+
+
+def fit(callbacks, folder, *, ckpt_path=None, **arguments):
+    trainer, algorithm, data = make_run(callbacks, folder, **arguments)
+    trainer.fit(algorithm, datamodule=data, ckpt_path=ckpt_path)
+    return trainer, algorithm, data
+
+
+def savers(folder):
+    """The pair of conf/callbacks/checkpoint_best.yaml and checkpoint_last.yaml."""
+    best = ModelCheckpoint(
+        dirpath=folder, filename="best", monitor="eval/episode_return", mode="max", enable_version_counter=False
+    )
+    return [
+        best,
+        ModelCheckpoint(dirpath=folder, filename="last", save_on_exception=True, enable_version_counter=False),
+    ]
+
+
+class Unruly:
+    """An environment maker that draws from every global random state, as user code may."""
+
+    def __call__(self, **arguments):
+        torch.rand(3), np.random.rand(3), random.random()
+        return pendulum(**arguments)
+
+
+def everything(folder):
+    return [
+        MetricsLogger(50),
+        Evaluation(Unruly(), episodes=2, seed=1000),
+        MixtureDiagnostics(50, 150),
+        LearningCurve("Pendulum"),
+        FramesProgressBar(),
+        *savers(folder),
+        FinalPolicy(video=False),
+    ]
+
+
+class Collected(Callback):
+    """What the data module itself counts, looked at before anything is drained."""
+
+    def __init__(self) -> None:
+        self.finished = {}
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        self.finished[trainer.datamodule.env_frames] = list(trainer.datamodule._finished_episodes)
+
+
+class Fingerprint(Callback):
+    """Global random states and the modes of all modules at the end of training."""
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.rng = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+        self.modes = [module.training for module in pl_module.modules()]
+
+
+@dataclass
+class Run:
+    """One run with every callback, which several tests look at."""
+
+    folder: Path
+    logger: Recorder
+    collected: Collected
+    fingerprint: Fingerprint
+    callbacks: list[Callback]
+    algorithm: SAC
+    data: OffPolicyData
+
+    def find(self, kind):
+        return next(callback for callback in self.callbacks if isinstance(callback, kind))
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Run:
+    folder, logger, collected, fingerprint = tmp_path_factory.mktemp("run"), Recorder(), Collected(), Fingerprint()
+    callbacks = everything(folder)
+    _, algorithm, data = fit([collected, *callbacks, fingerprint], folder, logger=logger)
+    return Run(folder, logger, collected, fingerprint, callbacks, algorithm, data)
+
+
+# --- MetricsLogger ----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_logged_where_a_multiple_of_the_interval_is_reached(complete):
+    logger, metrics = complete.logger, complete.find(MetricsLogger)
+    frames = [60, 100, 160, 200, 260, 300]  # batches of 20, the first one after 40 random frames
+    for name in ("train/loss_actor", "train/loss_qvalue", "mixture/winner_frequency_0", "time/frames_per_second"):
+        assert logger.steps(name) == frames, name
+    for step, mean, length in zip(
+        frames, logger.values("train/episode_return"), logger.values("train/episode_length"), strict=True
+    ):
+        returns, lengths = zip(*complete.collected.finished[step], strict=True)
+        assert mean == pytest.approx(np.mean(returns))
+        assert length == np.mean(lengths) == EPISODE
+    assert logger.values("train/updates") == [2, 6, 12, 16, 22, 26] and complete.algorithm.updates == 26
+    assert logger.values("train/episodes") == [3, 5, 8, 10, 13, 15] and complete.data.episodes == 15
+    assert all(math.isfinite(value) for _, row in logger.rows for value in row.values())
+    assert metrics.latest["train/updates"] == 26
+    assert [row[0] for row in metrics.episodes] == frames
+    assert [row[2] for row in metrics.episodes] == [3, 2, 3, 2, 3, 2]
+
+
+def test_speed_is_frames_over_wall_clock(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr("pmoe_lightning.callbacks.metrics.time.monotonic", lambda: next(clock))
+    logger = Recorder()
+    fit([MetricsLogger(100)], tmp_path, logger=logger)  # two readings an interval: 50 s to measure, 50 s until the next
+    assert logger.values("time/frames_per_second") == [100 / 50] * 3
+    assert logger.values("time/updates_per_second") == [6 / 50, 10 / 50, 10 / 50]
+
+
+def test_the_rest_of_an_interval_is_logged_at_the_end(tmp_path):
+    logger = Recorder()
+    fit([MetricsLogger(250)], tmp_path, logger=logger)
+    assert [step for step, _ in logger.rows] == [260, 300]
+    assert logger.steps("time/frames_per_second") == [260]  # too short an interval to time
+    assert logger.values("train/updates") == [22, 26]
+
+
+def test_the_rest_of_an_interval_is_logged_after_an_error(tmp_path):
+    logger = Recorder()
+    with pytest.raises(ZeroDivisionError):
+        fit([MetricsLogger(250), StopAt(180, ZeroDivisionError())], tmp_path, logger=logger)
+    assert [step for step, _ in logger.rows] == [180]
+    assert logger.values("train/episodes") == [9]
+
+
+def test_a_logger_that_fails_does_not_hide_the_error_that_ended_the_run(tmp_path, caplog):
+    class Broken(Recorder):
+        def log_metrics(self, metrics, step=None):
+            raise ConnectionError("no tracking server")
+
+    with pytest.raises(ZeroDivisionError):
+        fit([MetricsLogger(250), StopAt(180, ZeroDivisionError())], tmp_path, logger=Broken())
+    assert "the last training metrics were not logged: no tracking server" in caplog.text
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_runs_before_training_and_after_every_epoch(complete):
+    logger, evaluation = complete.logger, complete.find(Evaluation)
+    names = ["eval/episode_return", "eval/episode_return_low", "eval/episode_return_high", "eval/episode_length"]
+    assert all(logger.steps(name) == [0, 100, 200, 300] for name in names)
+    direct = evaluate_policy(complete.algorithm.policy, pendulum(num_envs=2), episodes=2, seed=1000)
+    assert logger.values("eval/episode_return")[-1] == direct.mean
+    assert (logger.values(names[1])[-1], logger.values(names[2])[-1]) == direct.interval
+    assert logger.values("eval/episode_length") == [EPISODE] * 4
+    assert [row[0] for row in evaluation.history] == [0, 100, 200, 300]
+    assert [row[1] for row in evaluation.history] == logger.values("eval/episode_return")
+
+
+def test_the_last_epoch_is_always_evaluated(tmp_path):
+    logger = Recorder()
+    fit([Evaluation(pendulum, episodes=1, seed=0, every_epochs=2)], tmp_path, logger=logger)
+    assert logger.steps("eval/episode_return") == [0, 200, 300]
+    assert logger.steps("eval/episode_return_low") == []  # one episode has no interval
+
+
+def test_callbacks_do_not_change_training_by_one_bit(complete, tmp_path):
+    alone, watched = Fingerprint(), complete.fingerprint
+    _, expected, _ = fit([alone], tmp_path)
+    assert expected.updates == complete.algorithm.updates > 0
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, complete.algorithm.state_dict()[name]), name
+    assert torch.equal(alone.rng[0], watched.rng[0]) and alone.rng[1:] == watched.rng[1:]
+    assert alone.modes == watched.modes
+
+
+def test_best_and_last_checkpoints_go_with_the_evaluation(tmp_path):
+    evaluation = Evaluation(pendulum, episodes=2, seed=1000)
+    # Training makes this policy worse after a good first epoch often enough that best and last differ.
+    trainer, algorithm, _ = fit([evaluation, *savers(tmp_path)], tmp_path, total_frames=600)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+    best = max(evaluation.history[1:], key=lambda row: row[1])
+    assert trainer.checkpoint_callback.best_model_score.item() == pytest.approx(best[1])
+    checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert checkpoint["policy"]["env_frames"] == best[0]
+    policy = load_policy(tmp_path / "best.ckpt")
+    assert evaluate_policy(policy, pendulum(num_envs=2), episodes=2, seed=1000).mean == pytest.approx(best[1])
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["policy"]["env_frames"] == 600 and last["global_step"] == algorithm.updates
+
+
+def test_the_policy_before_training_is_never_the_best_checkpoint(tmp_path):
+    evaluation = Evaluation(pendulum, episodes=1, seed=0, every_epochs=2)
+    saver = savers(tmp_path)[0]
+    saved = []
+    original = saver._save_checkpoint
+    saver._save_checkpoint = lambda trainer, path: (saved.append(trainer.current_epoch), original(trainer, path))
+    fit([evaluation, saver], tmp_path)
+    assert saved[0] == 1  # the first evaluated epoch, not epoch 0 with the value of the untrained policy
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+def test_last_checkpoint_is_saved_when_a_run_is_cut_off(tmp_path, error):
+    with pytest.raises((ZeroDivisionError, SystemExit)):
+        fit([*savers(tmp_path), Evaluation(pendulum, episodes=1), StopAt(180, error)], tmp_path)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["policy"]["env_frames"] == 180
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["policy"]["env_frames"] == 100
+
+
+def test_a_resumed_run_continues_its_curves(complete, tmp_path):
+    logger, callbacks = Recorder(), everything(tmp_path)
+    fit(callbacks, tmp_path, logger=logger, total_frames=500, ckpt_path=complete.folder / "last.ckpt")
+    metrics, evaluation, mixture = callbacks[:3]
+    assert logger.steps("eval/episode_return") == [400, 500]  # nothing is evaluated twice
+    assert [row[0] for row in evaluation.history] == [0, 100, 200, 300, 400, 500]
+    assert evaluation.history[:4] == complete.find(Evaluation).history
+    assert metrics.episodes[:5] == complete.find(MetricsLogger).episodes[:5] and metrics.episodes[-1][0] == 500
+    assert [row[0] for row in mixture.history] == [60, 100, 160, 200, 260, 300, 360, 400, 460, 500]
+
+
+# --- FramesProgressBar ------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_in_a_log_file_is_a_few_plain_lines(tmp_path, capsys):
+    fit([MetricsLogger(50), Evaluation(pendulum, episodes=1), FramesProgressBar()], tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "frames" in line]
+    assert 5 <= len(lines) <= 21 and not any("\r" in line for line in lines)
+    line = next(line for line in lines if "200/300" in line)
+    assert re.fullmatch(r" 67%  200/300 frames, [\d,]+ frames/s, return -\S+, evaluation -\S+, \d\d:\d\d left", line)
+    assert lines[-1].startswith("100%  300/300 frames") and "left" not in lines[-1]
+
+
+def test_progress_in_a_terminal_is_a_bar_that_is_drawn_seldom(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(FramesProgressBar, "REFRESH_SECONDS", 1e9)
+    fit([MetricsLogger(50), FramesProgressBar()], tmp_path)
+    assert "100%|" in screen.getvalue() and "300/300 frames" in screen.getvalue()
+    assert "return -" in screen.getvalue()
+    assert screen.getvalue().count("\r") <= 6  # at the start and at the end only
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_disabled_bar_is_silent(tmp_path, monkeypatch, stream):
+    screen, bar = stream(), FramesProgressBar()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar.disable()
+    fit([bar], tmp_path)
+    assert "frames" not in screen.getvalue()
+
+
+def test_the_bar_is_closed_after_an_error(tmp_path, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar = FramesProgressBar()
+    with pytest.raises(ZeroDivisionError):
+        fit([bar, StopAt(180, ZeroDivisionError())], tmp_path)
+    assert "180/300" in screen.getvalue() and screen.getvalue().endswith("\n")
+
+
+# --- MixtureDiagnostics -----------------------------------------------------------------------------------------------
+
+
+def test_mixture_metrics_of_a_router_that_never_decides():
+    modes = torch.tensor([[100.0, 100.0], [-100.0, -100.0]]).expand(5, 2, 2)  # opposite corners
+    metrics = mixture_metrics(TanhGaussianMixture(torch.zeros(5, 2), modes, torch.full((5, 2, 2), 0.3), -2.0, 6.0))
+    assert metrics["mixture/weight_0"] == metrics["mixture/weight_1"] == pytest.approx(0.5)
+    assert metrics["mixture/router_entropy"] == pytest.approx(math.log(2))
+    assert metrics["mixture/effective_components"] == pytest.approx(2.0)
+    assert metrics["mixture/effective_components_per_state"] == pytest.approx(2.0)
+    assert metrics["mixture/component_distance"] == pytest.approx(1.0)
+    assert metrics["mixture/scale"] == pytest.approx(0.3)
+
+
+def test_mixture_metrics_tell_division_of_labour_from_collapse():
+    divided = torch.tensor([[1e4, 0.0], [0.0, 1e4]])  # each state is served by another component
+    collapsed = torch.tensor([[1e4, 0.0], [1e4, 0.0]])
+    loc, scale = torch.zeros(2, 2, 3), torch.ones(2, 2, 3)
+    for logits, used in ((divided, 2.0), (collapsed, 1.0)):
+        metrics = mixture_metrics(TanhGaussianMixture(logits, loc, scale))
+        assert metrics["mixture/effective_components"] == pytest.approx(used)
+        assert metrics["mixture/effective_components_per_state"] == pytest.approx(1.0)
+        assert metrics["mixture/router_entropy"] == pytest.approx(0.0, abs=1e-6)
+        assert metrics["mixture/component_distance"] == 0.0
+
+
+def test_component_distance_is_the_mean_over_pairs_in_units_of_the_range():
+    low, high = torch.tensor([-1.0, 0.0]), torch.tensor([3.0, 10.0])
+    modes = torch.tensor([[[0.0, 5.0], [1.0, 5.0], [0.0, 9.0]]])
+    mixture = TanhGaussianMixture(torch.zeros(1, 3), torch.zeros(1, 3, 2), torch.ones(1, 3, 2), low, high)
+    mixture.loc = mixture.unsquash(modes)
+    a, b, c = (math.sqrt(((x / 4) ** 2 + (y / 10) ** 2) / 2) for x, y in ((1, 0), (0, 4), (1, 4)))
+    assert mixture_metrics(mixture)["mixture/component_distance"] == pytest.approx((a + b + c) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_mixture_is_measured_and_drawn_at_intervals(tmp_path, num_components):
+    logger, diagnostics = Recorder(), MixtureDiagnostics(100, 200)
+    _, algorithm, _ = fit([diagnostics], tmp_path, logger=logger, num_components=num_components)
+    assert logger.steps("mixture/router_entropy") == [100, 200, 300]
+    assert sum(logger.values(f"mixture/weight_{k}")[-1] for k in range(num_components)) == pytest.approx(1.0)
+    assert bool(logger.steps("mixture/component_distance")) == (num_components > 1)
+    names = ("mixture_weights", "component_modes")
+    assert logger.figures == [(name, step) for step in (200, 300) for name in names]
+    assert [row[0] for row in diagnostics.history] == [100, 200, 300]
+
+
+def test_mixture_figures_are_logged_after_an_error(tmp_path):
+    logger = Recorder()
+    with pytest.raises(ZeroDivisionError):
+        fit([MixtureDiagnostics(1000, 1000), StopAt(180, ZeroDivisionError())], tmp_path, logger=logger)
+    assert logger.steps("mixture/weight_0") == [180]
+    assert [name for name, _ in logger.figures] == ["mixture_weights", "component_modes"]
+
+
+# --- the end of a run -------------------------------------------------------------------------------------------------
+
+
+def test_everything_together_leaves_curves_and_checkpoints(complete):
+    assert complete.logger.figures[-3:] == [
+        ("mixture_weights", 300),
+        ("component_modes", 300),
+        ("learning_curve", None),
+    ]
+    assert complete.logger.artifacts == ["checkpoints/best.ckpt", "checkpoints/last.ckpt"]
+
+
+@pytest.mark.parametrize(("stop", "frames"), [(180, {"best.ckpt": 100, "last.ckpt": 180}), (80, {"last.ckpt": 80})])
+def test_an_interrupted_run_leaves_them_too(tmp_path, stop, frames):
+    logger = Recorder()
+    with pytest.raises(SystemExit):
+        fit([*everything(tmp_path), StopAt(stop, KeyboardInterrupt())], tmp_path, logger=logger)
+    assert ("learning_curve", None) in logger.figures
+    assert logger.checkpoint_frames == frames  # the last one as it was saved on the interrupt
+
+
+def test_everything_works_without_a_logger(tmp_path):
+    callbacks = everything(tmp_path)
+    fit(callbacks, tmp_path)
+    assert len(callbacks[1].history) == 4
+
+
+def test_the_best_policy_is_filmed(tmp_path):
+    pytest.importorskip("pygame")
+    logger = Recorder()
+    fit([Evaluation(pendulum, episodes=1), *savers(tmp_path), FinalPolicy(video_frames=5)], tmp_path, logger=logger)
+    assert logger.artifacts[-1] == "videos/best.mp4" and (tmp_path / "best.mp4").stat().st_size > 1000
+
+
+def test_a_film_that_cannot_be_made_is_one_line(tmp_path, caplog):
+    trainer, algorithm, data = make_run([*savers(tmp_path), FinalPolicy()], tmp_path, logger=Recorder())
+    algorithm.policy_description["env"]["kwargs"]["g"] = 9.0
+    (tmp_path / "last.mp4").mkdir()  # the film cannot be written here
+    trainer.fit(algorithm, datamodule=data)
+    warnings = [
+        record.getMessage() for record in caplog.records if "no video of the best policy" in record.getMessage()
+    ]
+    assert len(warnings) == 1 and "\n" not in warnings[0]
+
+
+def test_without_a_checkpoint_nothing_is_left(tmp_path):
+    logger = Recorder()
+    fit([FinalPolicy()], tmp_path, logger=logger)
+    assert logger.artifacts == []
+
+
+def test_callbacks_serve_on_policy_runs(tmp_path):
+    seed_everything(0, verbose=False)
+    arguments = {"num_components": 2, "hidden_sizes": [8], "scale": "state_independent", "return_log_prob": True}
+    actor = make_pmoe_actor(3, [-2.0], [2.0], **arguments)
+    algorithm = make_ppo(actor, Frequency(), observation_dim=3, action_dim=1, hidden_sizes=[8], num_epochs=1)
+    frames = {"total_frames": 200, "frames_per_epoch": 100, "frames_per_batch": 50, "num_envs": 2}
+    data = OnPolicyData(pendulum, algorithm.policy, **frames)
+    logger = Recorder()
+    callbacks = [callback for callback in everything(tmp_path) if not isinstance(callback, ModelCheckpoint)]
+    make_trainer(callbacks, tmp_path, logger).fit(algorithm, datamodule=data)
+    assert logger.steps("eval/episode_return") == [0, 100, 200]
+    assert logger.steps("mixture/weight_1") == logger.steps("train/episode_return") == [50, 100, 150, 200]

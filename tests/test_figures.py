@@ -1,0 +1,102 @@
+"""Figures show the numbers they were given and survive the odd cases of a short or broken run."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from pmoe_lightning import figures
+
+
+def render(figure: Figure) -> None:
+    """Layout and drawing problems appear only here; a warning (for example about overlapping axes) is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO(), format="png", dpi=40)
+
+
+def labels(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+EPISODES = [[200.0, -1500.0, 1.0], [400.0, -1200.0, 1.0], [600.0, -300.0, 3.0]]
+EVALUATIONS = [[0.0, -1400.0, -1600.0, -1200.0], [300.0, -250.0, -300.0, -200.0], [600.0, -400.0, -500.0, -300.0]]
+
+
+@pytest.mark.parametrize(
+    ("episodes", "evaluations"),
+    [([], []), (EPISODES[:1], []), ([], EVALUATIONS[:1]), (EPISODES, [[0.0, -5.0, np.nan, np.nan]])],
+)
+def test_learning_curve_draws_any_part_of_a_run(episodes, evaluations):
+    render(figures.learning_curve(episodes, evaluations))
+
+
+def test_learning_curve_marks_the_best_evaluation():
+    figure = figures.learning_curve(EPISODES, EVALUATIONS, title="Pendulum-v1")
+    assert figure.axes[0].get_title() == "Pendulum-v1"
+    assert "best -250 at 300 frames" in labels(figure)
+    star = next(line for line in figure.axes[0].lines if line.get_marker() == "*")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (300.0, -250.0)
+
+
+def test_learning_curve_marks_nothing_when_no_evaluation_was_finite():
+    figure = figures.learning_curve([], [[0.0, np.nan, np.nan, np.nan]])
+    render(figure)
+    assert not any(label.startswith("best") for label in labels(figure))
+
+
+def test_trailing_mean_weights_by_count_and_looks_back_only():
+    values, counts = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.0, 1.0, 3.0, 1.0])
+    np.testing.assert_allclose(figures.trailing_mean(values, counts, 2), [1.0, 1.5, 3.5, 5.0])
+    np.testing.assert_allclose(figures.trailing_mean(values, counts, 1), values)
+
+
+@pytest.mark.parametrize(("rows", "num_components"), [(1, 4), (50, 1), (50, 12)])
+def test_mixture_weights_fill_the_axes(rows, num_components):
+    weights = np.random.default_rng(0).dirichlet(np.ones(num_components), rows)
+    figure = figures.mixture_weights(np.column_stack([np.arange(1, rows + 1) * 1000.0, weights]))
+    render(figure)
+    assert len(set(labels(figure))) == num_components
+    top = figure.axes[0].collections[-1].get_paths()[0].vertices
+    assert top[:, 1].max() == pytest.approx(1.0)
+    assert np.ptp(top[:, 0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_states", "num_components", "action_dim", "spread"),
+    [(1, 1, 1, False), (6, 5, 1, True), (1, 5, 2, True), (4, 1, 17, False), (6, 5, 17, True)],
+)
+def test_component_modes_places_every_component(num_states, num_components, action_dim, spread):
+    random = np.random.default_rng(0)
+    low, high = np.full(action_dim, -2.0), np.full(action_dim, 0.5)
+    modes = random.uniform(-2.0, 0.5, (num_states, num_components, action_dim))
+    weights = random.dirichlet(np.ones(num_components), num_states)
+    bars = {"lower": modes - 0.1, "upper": modes + 0.1} if spread else {}
+    figure = figures.component_modes(modes, weights, low, high, **bars)
+    render(figure)
+    assert len(labels(figure)) == num_components
+    dots = [dot for axes in figure.axes for c in axes.collections if hasattr(c, "get_sizes") for dot in c.get_offsets()]
+    assert len(dots) == num_states * num_components
+    drawn = {tuple(np.round(dot[-2:] if action_dim > 1 else dot[-1:], 6)) for dot in np.asarray(dots)}
+    assert drawn == {tuple(np.round(mode[:2], 6)) for mode in modes.reshape(-1, action_dim)}
+
+
+def test_dot_areas_grow_with_the_weights():
+    modes, weights = np.zeros((1, 2, 2)), np.array([[0.9, 0.1]])
+    figure = figures.component_modes(modes, weights, -np.ones(2), np.ones(2))
+    heavy, light = (collection.get_sizes()[0] for collection in figure.axes[0].collections)
+    assert heavy > 3 * light
+
+
+def test_colours_of_components_are_distinct():
+    for num_components in (1, 8, 9, 20):
+        assert len({str(color) for color in figures.component_colors(num_components)}) == num_components
+
+
+def test_no_figure_is_left_in_pyplot():
+    from matplotlib import pyplot
+
+    render(figures.learning_curve(EPISODES, EVALUATIONS))
+    assert pyplot.get_fignums() == []
