@@ -1,0 +1,59 @@
+# make train [ALGO=sac] [ENV=Hopper-v5] [FRAMES=50000] [SEED=1] [OVERRIDES="actor=gaussian"]    train; then `make ui`
+# make test                                                                                     the test suite
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+
+# Shells and other tools set variables of these names too: only those of the command line count.
+$(foreach name,ALGO ENV FRAMES SEED OVERRIDES,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+
+PARAMETERS = $(strip -P algo=$(or $(ALGO),ppo) $(if $(ENV),-P env='$(ENV)') $(if $(FRAMES),-P total_frames='$(FRAMES)') \
+  $(if $(SEED),-P seed='$(SEED)') $(if $(OVERRIDES),-P overrides='$(OVERRIDES)'))
+
+.PHONY: help train test test-slow check format wheel ui clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1|/' | column -t -s '|'
+
+train: $(VENV)/.installed ## train as one MLflow run: ALGO=sac ENV=Hopper-v5 FRAMES=50000 SEED=1 OVERRIDES="key=value ..."
+	PATH="$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name pmoe_lightning $(PARAMETERS)
+	@echo "look       make ui"
+
+ui: $(VENV)/.installed ## look at the runs in a browser
+	$(BIN)/mlflow ui
+
+test: $(VENV)/.installed ## the test suite, minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed ## also the tests that train until something is learned
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(VENV)/.installed-dev ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## put style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed ## dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove the environment and caches, keep results
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV): several minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

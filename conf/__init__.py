@@ -1,0 +1,1 @@
+"""Configuration files of the train command; installs as ``pmoe_lightning.conf``."""

@@ -1,0 +1,13 @@
+"""The configuration of a run: schemas, command-line words, composition and validation.
+
+Everything here runs before a run begins and raises ``ConfigurationError`` with one line. Only train.py and evaluate.py
+use it: constructors below them take objects and numbers, never a configuration.
+"""
+
+from pmoe_lightning.configuration.arguments import normalise_argv
+from pmoe_lightning.configuration.composition import compose_jobs
+from pmoe_lightning.configuration.groups import describe_groups
+from pmoe_lightning.configuration.schemas import register
+from pmoe_lightning.configuration.validation import validate
+
+__all__ = ["compose_jobs", "describe_groups", "normalise_argv", "register", "validate"]

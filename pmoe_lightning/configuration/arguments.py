@@ -1,0 +1,59 @@
+"""From the words of a command line to Hydra overrides, whoever wrote them: a user, ``mlflow run`` or Lightning."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from pmoe_lightning.configuration.groups import group_options
+from pmoe_lightning.errors import ConfigurationError
+
+# What `mlflow run -P` is given; empty means "not given".
+_PARAMETERS = ("algo", "env", "total_frames", "seed", "overrides")
+_HYDRA_FLAGS = frozenset(
+    "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
+    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i".split()
+)
+
+
+def normalise_argv(arguments: Sequence[str]) -> list[str]:
+    """Rewrite a command line as Hydra overrides and flags.
+
+    * ``--key value`` becomes ``key=value``: how ``mlflow run -P key=value`` passes what MLproject does not declare.
+    * ``overrides=a=1 b=2`` becomes ``a=1 b=2``: one MLflow parameter that carries any number of overrides.
+    * ``env=Hopper-v5`` becomes ``env.id=Hopper-v5`` unless conf/env holds such a file.
+    * Empty values of algo, env, total_frames, seed and overrides are dropped: a script may pass them always.
+
+    Raises:
+        ConfigurationError: a ``--key`` without a value, or quotes in ``overrides`` that do not close.
+    """
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        if word.startswith("--") and word.split("=")[0] not in _HYDRA_FLAGS:
+            word = word.removeprefix("--")
+            if "=" not in word:
+                value = next(rest, None)
+                if value is None:
+                    raise ConfigurationError(f"--{word} has no value: write {word}=value")
+                word = f"{word}={value}"
+        key, equals, value = word.partition("=")
+        if not word.strip() or (key in _PARAMETERS and equals and not value.strip()):
+            continue
+        words += _split(value) if key == "overrides" else [word]
+    return [_spell_out_env(word) for word in words]
+
+
+def _split(overrides: str) -> list[str]:
+    try:
+        return normalise_argv(shlex.split(overrides))
+    except ValueError as error:
+        raise ConfigurationError(f"cannot read overrides={overrides!r}: {error}") from None
+
+
+def _spell_out_env(word: str) -> str:
+    key, _, value = word.partition("=")
+    if key != "env" or set(value.split(",")) & set(group_options()["env"]):
+        return word
+    return f"env.id={value}"
+

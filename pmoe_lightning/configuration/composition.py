@@ -1,0 +1,123 @@
+"""Compose the configuration before Hydra does, so that a mistake is one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from pmoe_lightning.configuration.groups import group_options
+from pmoe_lightning.configuration.schemas import SCHEMAS
+from pmoe_lightning.errors import ConfigurationError
+
+_CONFIG_MODULE = "pmoe_lightning.conf"
+
+
+def compose_jobs(
+    overrides: Sequence[str], *, multirun: bool = False, config_dir: str | None = None
+) -> list[DictConfig]:
+    """The configuration of every job that a command line asks for: one, or one per combination of a sweep.
+
+    Raises:
+        ConfigurationError: naming the key, what is wrong with it, and the nearest valid key or option.
+    """
+    extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    with initialize_config_module(_CONFIG_MODULE, version_base="1.3"):
+        return [_compose([*job, *extra]) for job in (_sweep(overrides) if multirun else [list(overrides)])]
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        return compose("config", overrides)
+    except OverrideParseException as error:
+        raise ConfigurationError(f"cannot read {error.override!r}: write key=value") from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigurationError(_explain(error, overrides)) from None
+
+
+def _sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
+    choices = []
+    for word in overrides:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            override = None  # composing reports it
+        if override is not None and override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif override is None or not override.is_sweep_override():
+            choices.append([word])
+    return map(list, itertools.product(*choices))
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key, text = getattr(cause, "full_key", None), str(error)
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key:
+        return _unknown_key(key, overrides)
+    if isinstance(cause, ValidationError) and key:
+        return f"{key}: {_wrong_type(cause)}"
+    if ambiguous := re.match("Ambiguous value for argument '(.*)'", text):
+        return f"{ambiguous[1]} has several values: add --multirun to run each, or write a list with brackets"
+    for word in overrides:
+        name, _, value = word.partition("=")
+        name = name.lstrip("+~")
+        if name in group_options() and "Could not find" in text and f"'{name}/" in text:
+            options = group_options()[name]
+            return f"{name}={value} is not one of {', '.join(options)}{nearest(value, options)}"
+        if f"'{name}'" in text and "No match in the defaults list" in text:
+            return _unknown_key(name, overrides)
+    return " ".join(str(cause).split())
+
+
+def _wrong_type(error: ValidationError) -> str:
+    line = (str(error).splitlines() or ["wrong type"])[0]
+    whole = re.match(r"Value '(\d+)\.0' of type 'float' could not be converted to Integer", line)
+    return f"{line}; write {whole[1]}" if whole else line
+
+
+def _unknown_key(key: str, overrides: list[str]) -> str:
+    group, _, name = key.partition(".")
+    owners = [option for option, schema in SCHEMAS.get(group, {}).items() if name in schema.__dataclass_fields__]
+    if owners and group != "callbacks":
+        chosen = next((word for word in overrides if word.startswith(f"{group}=")), f"the chosen {group}")
+        return f"unknown key {key}: {chosen} has no {name}, {group}={owners[0]} has"
+    choices = [word for word in overrides if word.split("=")[0].lstrip("+~") in group_options()]
+    try:
+        known = list(_keys(compose("config", choices)))
+    except (HydraException, OmegaConfBaseException):
+        known = list(_keys(compose("config")))
+    hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if group == "env" else ""
+    return f"unknown key {key}{nearest(key, [*group_options(), *known])}{hint}"
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str:
+    """``; did you mean ...?`` with the candidate closest in spelling, or nothing.
+
+    Looked for beside the word first, then under its last name anywhere, then anywhere.
+    """
+    parent, _, last = word.rpartition(".")
+    split = [(candidate.rpartition("."), candidate) for candidate in reversed(candidates)]
+    names = {name: candidate for (_, _, name), candidate in split}
+    siblings = {name: candidate for (above, _, name), candidate in split if above == parent}
+    close = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    close = close or [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.75)]
+    close = close or difflib.get_close_matches(word, candidates, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not OmegaConf.is_missing(node, key) and not child._is_none():
+            yield from _keys(child, f"{prefix}{key}.")
+

@@ -1,0 +1,281 @@
+"""What every configuration key must be: its type and the values it may take.
+
+Values live in ``conf/``; here each group has one dataclass, which Hydra merges under the group's files. A key that is
+not declared here is refused; a value outside its ``Limit`` is refused by ``validation.py``. Only the standard library
+and Hydra are imported, so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Any, Optional, Union
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Values a key accepts: finite numbers in an interval, or one of some words, or either."""
+
+    low: float = -inf
+    high: float = inf
+    low_included: bool = True
+    words: tuple[str, ...] = ()
+    numeric: bool = True
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value, or every element of a list, is allowed. None is left to the type."""
+        if value is None:
+            return True
+        if isinstance(value, list | tuple):
+            return len(value) > 0 and all(self.accepts(element) for element in value)
+        if isinstance(value, str):
+            return value in self.words
+        if isinstance(value, bool) or not self.numeric:
+            return False
+        inside = self.low <= value if self.low_included else self.low < value
+        return inside and value <= self.high and isfinite(value)
+
+    def __str__(self) -> str:
+        """What is allowed, to complete the sentence 'must be ...'."""
+        parts = [f"one of {', '.join(self.words)}" if len(self.words) > 1 else repr(word) for word in self.words[:1]]
+        if self.numeric:
+            sign = ">=" if self.low_included else ">"
+            bounds = [f"{sign} {self.low}"] * (self.low > -inf) + [f"<= {self.high}"] * (self.high < inf)
+            parts.insert(0, " ".join(["a finite number", " and ".join(bounds)]).strip())
+        return " or ".join(parts)
+
+
+def _limited(limit: Limit) -> Any:
+    return field(default=MISSING, metadata={"limit": limit})
+
+
+def _finite() -> Any:
+    return _limited(Limit())
+
+
+def _positive() -> Any:
+    return _limited(Limit(low=0, low_included=False))
+
+
+def _at_least(low: float) -> Any:
+    return _limited(Limit(low=low))
+
+
+def _between(low: float, high: float) -> Any:
+    return _limited(Limit(low=low, high=high))
+
+
+def _one_of(*words: str) -> Any:
+    return _limited(Limit(words=words, numeric=False))
+
+
+def _number_or(word: str, low: float = -inf) -> Any:
+    return _limited(Limit(low=low, words=(word,)))
+
+
+# -- algo --------------------------------------------------------------------------------------------------------------
+@dataclass
+class Suggestions:
+    """What an algorithm hands to other groups, which take it by interpolation unless they are told otherwise."""
+
+    total_frames: int = _at_least(1)
+    scale: str = _one_of("state_dependent", "state_independent")
+    initialization: str = _one_of("default", "orthogonal")
+
+
+@dataclass
+class SACSchema:
+    _target_: str = MISSING
+    lr: float = _positive()
+    lr_actor: float = _positive()
+    lr_qvalue: float = _positive()
+    lr_alpha: float = _positive()
+    gamma: float = _between(0, 1)
+    tau: float = _between(0, 1)
+    alpha_init: float = _positive()
+    target_entropy: Optional[float] = _finite()  # noqa: UP045  (OmegaConf reads typing.Optional)
+    hidden_sizes: list[int] = _at_least(1)
+    activation: str = _one_of("relu", "tanh")
+    suggests: Suggestions = field(default_factory=Suggestions)
+
+
+@dataclass
+class PPOSchema:
+    _target_: str = MISSING
+    lr: float = _positive()
+    gamma: float = _between(0, 1)
+    lmbda: float = _between(0, 1)
+    clip_epsilon: float = _positive()
+    entropy_coeff: float = _at_least(0)
+    critic_coeff: float = _at_least(0)
+    qvalue_coeff: float = _at_least(0)
+    max_grad_norm: float = _positive()
+    num_epochs: int = _at_least(1)
+    minibatch_size: int = _at_least(1)
+    target_kl: Optional[float] = _positive()  # noqa: UP045
+    hidden_sizes: list[int] = _at_least(1)
+    activation: str = _one_of("relu", "tanh")
+    suggests: Suggestions = field(default_factory=Suggestions)
+
+
+# -- actor, estimator, action_transform --------------------------------------------------------------------------------
+@dataclass
+class GaussianSchema:
+    _target_: str = MISSING
+    hidden_sizes: list[int] = _at_least(1)
+    activation: str = _one_of("relu", "tanh")
+    scale: str = _one_of("state_dependent", "state_independent")
+    initialization: str = _one_of("default", "orthogonal")
+
+
+@dataclass
+class PMOESchema(GaussianSchema):
+    num_components: int = _at_least(1)
+    router: str = _one_of("detached", "attached")
+    deterministic: str = _one_of("max_weight", "sample_component")
+
+
+@dataclass
+class FrequencySchema:
+    _target_: str = MISSING
+    backpropagate: str = _one_of("max", "all")
+    log_prob: str = _one_of("component", "mixture")
+    reduction: str = _one_of("mean", "sum")
+    rank_by: str = _one_of("q", "soft_q")
+    weight: float = _at_least(0)
+
+
+@dataclass
+class MarginalizedSchema:
+    _target_: str = MISSING
+
+
+@dataclass
+class PathwiseSchema:
+    _target_: str = MISSING
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+@dataclass
+class DataSchema:
+    _target_: str = MISSING
+    frames_per_batch: int = _at_least(1)
+    frames_per_epoch: int = _at_least(1)
+    num_envs: int = _at_least(1)
+
+
+@dataclass
+class OffPolicySchema(DataSchema):
+    init_random_frames: int = _at_least(0)
+    buffer_size: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    utd_ratio: float = _positive()
+
+
+@dataclass
+class OnPolicySchema(DataSchema):
+    normalize_observation: bool = MISSING
+    normalize_reward: bool = MISSING
+
+
+# -- trainer -----------------------------------------------------------------------------------------------------------
+@dataclass
+class TrainerSchema:
+    _target_: str = MISSING
+    accelerator: str = _one_of("auto", "cpu", "cuda", "gpu", "mps")
+    devices: Union[int, str] = _number_or("auto", low=1)  # noqa: UP007
+    num_nodes: int = _at_least(1)
+    strategy: str = MISSING
+    deterministic: bool = MISSING
+    detect_anomaly: bool = MISSING
+    profiler: Optional[str] = _one_of("simple", "advanced", "pytorch")  # noqa: UP045
+
+
+# -- callbacks, logger -------------------------------------------------------------------------------------------------
+@dataclass
+class EvaluationSchema:
+    _target_: str = MISSING
+    make_env: Any = MISSING
+    episodes: int = _at_least(1)
+    seed: int = _between(0, 2**31 - 1)
+    every_epochs: int = _at_least(1)
+
+
+@dataclass
+class MetricsLoggerSchema:
+    _target_: str = MISSING
+    every_frames: int = _at_least(1)
+
+
+@dataclass
+class MixtureDiagnosticsSchema:
+    _target_: str = MISSING
+    every_frames: int = _at_least(1)
+    figure_every_frames: int = _at_least(1)
+    max_states: int = _at_least(1)
+
+
+@dataclass
+class FinalPolicySchema:
+    _target_: str = MISSING
+    video: bool = MISSING
+    video_seed: int = _between(0, 2**31 - 1)
+    video_frames: int = _at_least(1)
+    model: bool = MISSING
+    register_as: Optional[str] = MISSING  # noqa: UP045
+
+
+@dataclass
+class MLflowSchema:
+    _target_: str = MISSING
+    experiment_name: str = MISSING
+    run_name: Optional[str] = MISSING  # noqa: UP045
+    tracking_uri: Optional[str] = MISSING  # noqa: UP045
+    flush_seconds: float = _positive()
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Configuration:
+    """The keys at the top. ``experiment`` and ``debug`` are groups that change these and add none."""
+
+    algo: Any = MISSING
+    actor: Any = MISSING
+    estimator: Any = MISSING
+    action_transform: Any = None
+    env: Any = MISSING
+    data: Any = MISSING
+    trainer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: Any = None
+    seed: int = _between(0, 2**31 - 1)
+    total_frames: int = _at_least(1)
+    num_threads: int = _at_least(1)
+
+
+SCHEMAS = {
+    "algo": {"ppo": PPOSchema, "sac": SACSchema},
+    "actor": {"gaussian": GaussianSchema, "pmoe": PMOESchema},
+    "estimator": {"frequency": FrequencySchema, "marginalized": MarginalizedSchema, "pathwise": PathwiseSchema},
+    "data": {"off_policy": OffPolicySchema, "on_policy": OnPolicySchema},
+    "trainer": {"default": TrainerSchema},
+    "callbacks": {
+        "evaluation": EvaluationSchema,
+        "final_policy": FinalPolicySchema,
+        "metrics": MetricsLoggerSchema,
+        "mixture": MixtureDiagnosticsSchema,
+    },
+    "logger": {"mlflow": MLflowSchema},
+}
+
+
+def register() -> None:
+    """Make the schemas known to Hydra as ``schema/<group>/<name>``."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="configuration", node=Configuration)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)

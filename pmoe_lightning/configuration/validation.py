@@ -1,0 +1,116 @@
+"""Check a composed configuration as a whole: every value against its limit, then the values against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from math import isfinite
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pmoe_lightning.configuration.composition import nearest
+from pmoe_lightning.configuration.schemas import (
+    GaussianSchema,
+    Limit,
+    OffPolicySchema,
+    OnPolicySchema,
+    PathwiseSchema,
+    PMOESchema,
+    PPOSchema,
+    SACSchema,
+)
+from pmoe_lightning.errors import ConfigurationError
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raise at the first value that cannot work.
+
+    Raises:
+        ConfigurationError: one line that names the key, its value and what is expected.
+    """
+    for path, value, limit in _leaves(cfg):
+        if limit is not None and not limit.accepts(value):
+            kind = "a list, each element " if isinstance(value, list) else ""
+            raise ConfigurationError(f"{path}={_shown(value)} must be {kind}{limit}")
+        if isinstance(value, float) and not isfinite(value):
+            raise ConfigurationError(f"{path}={value} must be a finite number")
+    if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
+        raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of a Gymnasium environment")
+    _check_algorithm_and_data(cfg)
+    _check_estimator_and_actor(cfg)
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limit | None]]:
+    """Every value with its dotted key and its limit, if one is declared."""
+    schema = OmegaConf.get_type(node)
+    declared = dataclasses.is_dataclass(schema)
+    limits = {field.name: field.metadata.get("limit") for field in dataclasses.fields(schema)} if declared else {}
+    for key in node:
+        path = f"{prefix}{key}"
+        if declared and key not in limits:
+            raise ConfigurationError(f"unknown key {path}{nearest(path, [f'{prefix}{name}' for name in limits])}")
+        # Known only once Hydra runs the job.
+        if OmegaConf.is_interpolation(node, key) and "hydra:" in str(node._get_node(key)._value()):
+            continue
+        try:
+            value = node[key]
+        except OmegaConfBaseException as error:
+            raise ConfigurationError(f"{path}: {' '.join(str(error).splitlines()[0].split())}") from None
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, list(value) if isinstance(value, ListConfig) else value, limits.get(key)
+
+
+def _check_algorithm_and_data(cfg: DictConfig) -> None:
+    algo, data = OmegaConf.get_type(cfg.algo), OmegaConf.get_type(cfg.data)
+    if algo is SACSchema and data is OnPolicySchema:
+        raise ConfigurationError("algo=sac learns from a replay buffer: use data=off_policy")
+    if algo is PPOSchema and data is OffPolicySchema:
+        raise ConfigurationError("algo=ppo learns from fresh rollouts: use data=on_policy")
+    if algo is PPOSchema and cfg.algo.minibatch_size > cfg.data.frames_per_batch:
+        raise ConfigurationError(
+            f"algo.minibatch_size={cfg.algo.minibatch_size} must not exceed "
+            f"data.frames_per_batch={cfg.data.frames_per_batch}"
+        )
+    if dataclasses.is_dataclass(data):
+        _check_frames(cfg)
+
+
+def _check_frames(cfg: DictConfig) -> None:
+    data = cfg.data
+    if data.frames_per_batch % data.num_envs:
+        raise ConfigurationError(
+            f"data.frames_per_batch={data.frames_per_batch} must be a multiple of data.num_envs={data.num_envs}"
+        )
+    if data.frames_per_epoch < data.frames_per_batch:
+        raise ConfigurationError(
+            f"data.frames_per_epoch={data.frames_per_epoch} must be at least "
+            f"data.frames_per_batch={data.frames_per_batch}"
+        )
+    if OmegaConf.get_type(data) is OffPolicySchema:
+        if data.init_random_frames >= cfg.total_frames:
+            raise ConfigurationError(
+                f"data.init_random_frames={data.init_random_frames} leaves nothing of "
+                f"total_frames={cfg.total_frames} to learn from"
+            )
+        if data.buffer_size < max(data.batch_size, data.init_random_frames, data.frames_per_batch):
+            raise ConfigurationError(
+                f"data.buffer_size={data.buffer_size} must hold data.batch_size={data.batch_size}, "
+                f"data.init_random_frames={data.init_random_frames} and data.frames_per_batch={data.frames_per_batch}"
+            )
+
+
+def _check_estimator_and_actor(cfg: DictConfig) -> None:
+    components = {GaussianSchema: 1, PMOESchema: cfg.actor.get("num_components")}.get(OmegaConf.get_type(cfg.actor))
+    if OmegaConf.get_type(cfg.estimator) is PathwiseSchema and components is not None and components > 1:
+        raise ConfigurationError(
+            f"estimator=pathwise differentiates one component, not actor.num_components={components}: "
+            "use actor=gaussian or estimator=frequency"
+        )
+
+
+def _shown(value: Any) -> str:
+    return str(value).replace(" ", "") if isinstance(value, list) else str(value)

@@ -1,0 +1,107 @@
+"""The train command: from a configuration to a trained policy, its checkpoints and one MLflow run.
+
+    python -m pmoe_lightning.train algo=sac env=Hopper-v5 seed=3
+
+This is the one place where configuration meets code. Everything below receives objects and numbers. torch, Lightning and
+MLflow are imported only once a run is certain to start, so ``--help`` and refusals are quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
+from pmoe_lightning.errors import ConfigurationError, RunError
+
+HELP = """Train a multimodal continuous-control policy.
+
+  python -m pmoe_lightning.train [key=value ...]
+
+Examples
+  algo=ppo                                   PPO, a mixture policy, HalfCheetah-v5
+  algo=sac env=Hopper-v5 seed=3              any Gymnasium id with continuous actions
+  algo=sac actor=gaussian total_frames=20000 the unimodal policy
+  experiment=paper                           the settings of the PMOE authors' SAC code
+  debug=default                              every part of a run once, in seconds
+  -m algo=ppo,sac seed=1,2,3                 one run per combination
+
+Choices (group=option, files in conf/)
+{choices}
+
+Values (key=value)
+  total_frames seed num_threads algo.lr algo.gamma actor.num_components env.id data.num_envs trainer.devices ...
+  --cfg job prints all of them, --cfg job --package algo those of one group.
+
+Results go to outputs/<algo>-<env>/<time>/ and to MLflow: see them with `mlflow ui`.
+"""
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://pmoe_lightning.conf", config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    from pmoe_lightning.training import run_training
+
+    with _one_line_errors():
+        validate(cfg)
+        run_training(cfg)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong configuration, 130 Ctrl-C, 143 SIGTERM."""
+    # Hydra would cut the traceback of a real error short.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        with _one_line_errors():
+            sys.argv[1:] = normalise_argv(sys.argv[1:])
+            _refuse_what_cannot_run(sys.argv[1:])
+            _hydra_main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What the user can mend is one line on stderr and an exit code; anything else keeps its traceback."""
+    try:
+        yield
+    except ConfigurationError as error:
+        sys.exit(_print_line("configuration error", error, code=2))
+    except RunError as error:
+        sys.exit(_print_line("error", error, code=1))
+
+
+def _refuse_what_cannot_run(words: list[str]) -> None:
+    """Raise before Hydra makes a folder and before an MLflow run exists."""
+    arguments = get_args_parser().parse_args(words)
+    if arguments.help:
+        # Hydra's own help takes seconds to collect what it prints.
+        print(HELP.format(choices=describe_groups()), end="")
+        sys.exit()
+    prints_only = arguments.hydra_help or arguments.shell_completion
+    other_source = arguments.config_path or arguments.config_name or arguments.experimental_rerun
+    if prints_only or other_source:
+        return
+    jobs = compose_jobs(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
+    for cfg in jobs:
+        validate(cfg)
+    if arguments.cfg is None and arguments.info is None:
+        from pmoe_lightning.training import check_surroundings
+
+        check_surroundings(jobs)
+
+
+def _print_line(kind: str, error: Exception, *, code: int) -> int:
+    print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""One training run: assemble its parts from a validated configuration, fit, close the MLflow run, say where things are."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+from torchrl.envs import EnvBase
+
+from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
+from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.tracking import check_server, run_status
+
+#: What names a part's class or what only other parts read, as opposed to its arguments.
+_NOT_ARGUMENTS = ("_target_", "_partial_", "suggests", "normalize_observation", "normalize_reward")
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What the networks must know of the environment."""
+
+    observation_dim: int
+    action_low: list[float]
+    action_high: list[float]
+
+
+def check_surroundings(jobs: Sequence[DictConfig]) -> None:
+    """Refuse an environment that cannot be made or a tracking store that does not answer.
+
+    Raises:
+        ConfigurationError: unknown environment, or one without continuous actions.
+        RunError: the tracking server does not answer.
+    """
+    for env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.values():
+        inspect_env(_partial(env))
+    for uri in {cfg.logger.get("tracking_uri") for cfg in jobs if cfg.logger}:
+        check_server(uri)
+
+
+def run_training(cfg: DictConfig) -> None:
+    """Train as configured, inside a Hydra job."""
+    _prepare_process(cfg)
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    logger = _make_logger(cfg)
+    error: BaseException | None = None
+    try:
+        with _exit_on_sigterm():
+            trainer = make_trainer(cfg, logger, output_dir)
+            algorithm, data = make_run(cfg, trainer.global_rank)
+            if logger is not None:
+                logger.start()
+                logger.log_hyperparams(_parameters(cfg))
+                logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
+        fit(trainer, algorithm, data)
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        if logger is not None:
+            logger.finish(run_status(error))
+    if trainer.is_global_zero:
+        print(describe_results(trainer, output_dir))
+
+
+def make_trainer(cfg: DictConfig, logger: Any, output_dir: Path) -> Trainer:
+    """Lightning's Trainer with the configured callbacks."""
+    callbacks: list[Callback] = [_call(node) for node in cfg.callbacks.values()]
+    return _call(
+        cfg.trainer,
+        accelerator=_accelerator(cfg.trainer.accelerator),
+        max_epochs=math.ceil(cfg.total_frames / cfg.data.frames_per_epoch),
+        callbacks=callbacks,
+        logger=logger or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=output_dir,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def make_run(cfg: DictConfig, rank: int = 0) -> tuple[LightningModule, LightningDataModule]:
+    """The algorithm and its data, with networks that are the same in every process and experience that is not."""
+    seed_everything(cfg.seed, verbose=False)
+    make_env = _partial(cfg.env)
+    spaces = inspect_env(make_env)
+    on_policy = "normalize_observation" in cfg.data
+    normalizer = None
+    if on_policy and cfg.data.normalize_observation:
+        normalizer = ObservationNormalizer(spaces.observation_dim)
+    arguments = _arguments(cfg.actor)
+    if on_policy:
+        arguments["return_log_prob"] = True
+    if normalizer is not None:
+        arguments["observation_key"] = normalizer.out_keys[0]
+    actor = _call(cfg.actor, **vars(spaces), **arguments)
+    shared = {"normalizer": normalizer} if on_policy else {}
+    algorithm = _call(
+        cfg.algo,
+        actor=actor,
+        estimator=_call(cfg.estimator),
+        observation_dim=spaces.observation_dim,
+        action_dim=len(spaces.action_low),
+        policy_description=_describe_policy(cfg, spaces, arguments, normalizer is not None),
+        **shared,
+    )
+    if on_policy:
+        scaled = cfg.data.normalize_reward
+        shared["reward_scaler"] = RewardScaler(cfg.data.num_envs, gamma=cfg.algo.gamma) if scaled else None
+    data = _call(
+        cfg.data,
+        make_env=make_env,
+        policy=algorithm.policy,
+        total_frames=cfg.total_frames,
+        seed=cfg.seed + rank * cfg.data.num_envs,
+        **shared,
+    )
+    seed_everything(cfg.seed + rank, verbose=False)
+    return algorithm, data
+
+
+def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
+    """Make one environment, read its sizes and bounds, and close it.
+
+    Raises:
+        ConfigurationError: it cannot be made or is not supported.
+    """
+    env = make_env(num_envs=1, seed=0)
+    try:
+        low, high = (bound.flatten().tolist() for bound in (env.action_spec.space.low, env.action_spec.space.high))
+        return Spaces(env.observation_spec["observation"].shape[-1], low, high)
+    finally:
+        env.close()
+
+
+def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule) -> None:
+    """``trainer.fit``, with the shell's exit codes for a run that was stopped."""
+    try:
+        trainer.fit(algorithm, datamodule=data)
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into exit code 1.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
+
+
+def describe_results(trainer: Trainer, output_dir: Path) -> str:
+    """Where the results are and how to look at them."""
+    lines = ["", f"results    {output_dir}"]
+    best = last = None
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.best_model_path:
+            if saver.monitor:
+                best = saver.best_model_path
+                lines.append(f"best       {best}  ({saver.monitor} {float(saver.best_model_score):.1f})")
+            else:
+                last = saver.best_model_path
+                lines.append(f"last       {last}")
+    for logger in trainer.loggers:
+        lines.append(f"MLflow     run {logger.run_id} in {logger.tracking_uri}")
+        lines.append(f"curves     mlflow ui --backend-store-uri {logger.tracking_uri}")
+    if best or last:
+        lines.append(f"evaluate   {Path(sys.executable).name} -m pmoe_lightning.evaluate checkpoint={best or last}")
+    return "\n".join(lines)
+
+
+def _prepare_process(cfg: DictConfig) -> None:
+    # Denormal numbers, which relu networks and Adam produce, are many times slower than others on a CPU.
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(cfg.num_threads)
+    for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for meant_for_others in (
+        "The number of training batches",  # Lightning's own logging interval, which is not used
+        "You have overridden `transfer_batch_to_device`",
+        "`isinstance.treespec, LeafSpec.` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=meant_for_others)
+
+
+def _make_logger(cfg: DictConfig) -> Any:
+    if not cfg.logger:
+        return None
+    return _call(cfg.logger, nested=HydraConfig.get().mode is RunMode.MULTIRUN)
+
+
+def _partial(node: DictConfig) -> Callable[..., Any]:
+    """The node's target with the node's values bound."""
+    return instantiate({"_target_": node._target_, **_arguments(node)}, _partial_=True)
+
+
+def _call(node: DictConfig, **objects: Any) -> Any:
+    """Call the node's target with its values and with objects, which never pass through the configuration."""
+    return _partial(node)(**objects)
+
+
+def _arguments(node: DictConfig) -> dict[str, Any]:
+    """The node's values as plain Python objects, without those that are not arguments of its target."""
+    values = OmegaConf.to_container(node, resolve=True)
+    return {key: value for key, value in values.items() if key not in _NOT_ARGUMENTS}
+
+
+def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any], normalized: bool) -> dict[str, Any]:
+    """What a checkpoint says about its policy, in plain values; see ``load_policy``."""
+    return {
+        "format": 1,
+        "actor": HydraConfig.get().runtime.choices["actor"],
+        "arguments": arguments,
+        **vars(spaces),
+        "normalize_observation": normalized,
+        "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
+    }
+
+
+def _parameters(cfg: DictConfig) -> dict[str, Any]:
+    """What tells runs apart: the options chosen and the numbers of the learning itself, under dotted names."""
+    chosen = HydraConfig.get().runtime.choices
+    parameters = {group: chosen[group] for group in ("algo", "actor", "estimator", "action_transform")}
+    for group in ("algo", "actor", "estimator", "env", "data", "trainer"):
+        parameters |= {f"{group}.{key}": value for key, value in _arguments(cfg[group]).items()}
+    for key in ("data.normalize_observation", "data.normalize_reward"):
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            parameters[key] = value
+    return parameters | {key: cfg[key] for key in ("seed", "total_frames", "num_threads")}
+
+
+def _accelerator(name: str) -> str:
+    # Lightning's own "auto" would choose the GPU of a Mac, which lacks float64.
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Outside ``fit``, where Lightning handles the signal: end through the normal exits, so that the run is closed."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,64 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+from beartype import beartype
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+SHAPE_CHECKED = {"test_distributions", "test_estimators", "test_actors", "test_critics"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shapes are code: the annotations of the maths are enforced while its own tests run.
+
+    Only then: the checks cost as much as the maths, and torch.compile cannot trace them. That is also why this is not
+    ``jaxtyping.install_import_hook``, whose wrappers would stay for all other tests.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ in SHAPE_CHECKED:
+            from pmoe_lightning import critics, distributions, estimators
+
+            patch.setattr(critics, "stacked_qvalue", with_shape_checks(critics.stacked_qvalue))
+            for owner in (distributions.TanhGaussianMixture, *estimators.AbstractEstimator.__subclasses__()):
+                for name, value in list(vars(owner).items()):
+                    if inspect.isfunction(value) or isinstance(value, property):
+                        patch.setattr(owner, name, with_shape_checks(value))
+        yield
+
+
+def with_shape_checks(value: Callable | property) -> Callable | property:
+    if isinstance(value, property):
+        return property(with_shape_checks(value.fget))
+    return jaxtyping.jaxtyped(value, typechecker=beartype)
+
+
+@pytest.fixture(scope="session")
+def clean_environ() -> dict[str, str]:
+    """Environment variables for a command: the checkout importable, no MLflow setting of the caller's."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run_module(tmp_path: Path, clean_environ: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+    """``run_module("pmoe_lightning.train", "algo=sac")`` in an empty folder, as a user would."""
+
+    def run(module: str, *words: str, **environ: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", module, *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=clean_environ | environ, capture_output=True, text=True, timeout=300
+        )
+
+    return run

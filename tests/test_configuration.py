@@ -1,0 +1,244 @@
+"""The configuration: every choice composes, every mistake is one line that names the key and what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
+from pmoe_lightning.configuration.groups import group_options
+from pmoe_lightning.configuration.schemas import SCHEMAS, Limit
+from pmoe_lightning.errors import ConfigurationError
+
+register()
+
+
+def configure(*words: str):
+    """The validated configuration of a command line."""
+    (cfg,) = compose_jobs(normalise_argv(words))
+    validate(cfg)
+    return cfg
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        configure(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["algo=sac", "seed=3"], ["algo=sac", "seed=3"]),
+        (["algo=ppo", "env=", "total_frames=", "seed=", "overrides="], ["algo=ppo"]),
+        (["", " ", "algo=sac"], ["algo=sac"]),
+        (["overrides=actor=gaussian seed=3"], ["actor=gaussian", "seed=3"]),
+        (["overrides=algo.hidden_sizes='[64, 64]' -m"], ["algo.hidden_sizes=[64, 64]", "-m"]),
+        (["--trainer.devices", "2", "--seed=4"], ["trainer.devices=2", "seed=4"]),
+        (["--algo.lr", "-1"], ["algo.lr=-1"]),
+        (["--cfg", "job", "--multirun", "-m", "--config-dir=x"], ["--cfg", "job", "--multirun", "-m", "--config-dir=x"]),
+        (["env=Hopper-v5"], ["env.id=Hopper-v5"]),
+        (["env=dm_control/cheetah-run-v0"], ["env.id=dm_control/cheetah-run-v0"]),
+        (["env=gymnasium"], ["env=gymnasium"]),
+        (["env=Hopper-v5,Ant-v5"], ["env.id=Hopper-v5,Ant-v5"]),
+        (["overrides=env=Hopper-v5"], ["env.id=Hopper-v5"]),
+        (["algo.hidden_sizes=[64, 64]"], ["algo.hidden_sizes=[64, 64]"]),
+        (["env.id="], ["env.id="]),
+    ],
+)
+def test_command_lines_become_overrides(words, expected):
+    assert normalise_argv(words) == expected
+
+
+@pytest.mark.parametrize("words", [["--seed"], ["overrides=algo.lr='3"]])
+def test_unreadable_command_lines_are_refused(words):
+    with pytest.raises(ConfigurationError):
+        normalise_argv(words)
+
+
+# -- what composes -----------------------------------------------------------------------------------------------------
+def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a_value():
+    for group, options in group_options().items():
+        assert set(SCHEMAS.get(group, {})) <= set(options)
+        for option in options:
+            words = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"]}.get(option, [])
+            cfg = configure(f"{group}={option}", *words)
+            schema = SCHEMAS.get(group, {}).get(option)
+            if schema is not None:
+                node = cfg[group][option] if group == "callbacks" else cfg[group]
+                assert set(node) == {field.name for field in dataclasses.fields(schema)}
+                assert not any(OmegaConf.is_missing(node, key) for key in node)
+
+
+def test_every_combination_of_algorithm_actor_and_estimator_composes():
+    for algo in group_options()["algo"]:
+        for actor in group_options()["actor"]:
+            for estimator in ("frequency", "marginalized"):
+                configure(f"algo={algo}", f"actor={actor}", f"estimator={estimator}", "debug=default")
+
+
+def test_the_algorithm_brings_its_data_its_frames_and_its_networks():
+    ppo, sac = configure("algo=ppo"), configure("algo=sac")
+    assert ppo.data._target_.endswith("OnPolicyData") and sac.data._target_.endswith("OffPolicyData")
+    assert ppo.total_frames == ppo.algo.suggests.total_frames != sac.total_frames
+    assert list(ppo.actor.hidden_sizes) == [64, 64] and list(sac.actor.hidden_sizes) == [256, 256]
+    assert (ppo.actor.activation, sac.actor.activation) == ("tanh", "relu")
+    assert (ppo.actor.scale, sac.actor.scale) == ("state_independent", "state_dependent")
+    assert configure("algo=sac", "data.batch_size=64").data.batch_size == 64
+
+
+def test_a_value_of_the_actor_alone_leaves_the_critics():
+    cfg = configure("actor.hidden_sizes=[32]")
+    assert list(cfg.actor.hidden_sizes) == [32] and list(cfg.algo.hidden_sizes) == [64, 64]
+
+
+def test_one_learning_rate_or_three():
+    assert configure("algo=sac", "algo.lr=1e-3").algo.lr_alpha == 1e-3
+    cfg = configure("algo=sac", "algo.lr_qvalue=1e-3")
+    assert (cfg.algo.lr_actor, cfg.algo.lr_qvalue) == (3e-4, 1e-3)
+
+
+@pytest.mark.parametrize("words", [["env=Walker2d-v5"], ["env.id=Walker2d-v5"], ["--env", "Walker2d-v5"]])
+def test_any_environment_id_is_accepted_without_a_file(words):
+    assert configure(*words).env.id == "Walker2d-v5"
+
+
+def test_arguments_of_the_environment_can_be_added():
+    assert configure("+env.forward_reward_weight=2.0").env.forward_reward_weight == 2.0
+
+
+def test_a_callback_can_be_dropped():
+    assert "mixture" not in configure("~callbacks.mixture").callbacks
+
+
+def test_the_paper_preset():
+    cfg = configure("experiment=paper")
+    assert (cfg.actor.num_components, cfg.actor.router, cfg.actor.deterministic) == (4, "detached", "sample_component")
+    estimator = cfg.estimator
+    switches = (estimator.backpropagate, estimator.log_prob, estimator.reduction, estimator.rank_by)
+    assert switches == ("max", "component", "mean", "q")
+    assert (list(cfg.actor.hidden_sizes), cfg.actor.activation) == ([256, 256], "relu")
+    assert (cfg.algo.lr, cfg.algo.gamma, cfg.algo.tau) == (3e-4, 0.99, 5e-3)
+    assert (cfg.data.batch_size, cfg.data.buffer_size, cfg.data.init_random_frames) == (256, 1_000_000, 1000)
+
+
+@pytest.mark.parametrize("algo", ["sac", "ppo"])
+def test_the_peer_settings_only_train(algo):
+    cfg = configure(f"experiment=peers_{algo}", "actor=gaussian", "total_frames=50000")
+    assert cfg.algo._target_.endswith(algo)
+    assert set(cfg.callbacks) == {"metrics", "progress", "checkpoint_last"}
+
+
+def test_a_sweep_is_one_configuration_per_combination():
+    jobs = compose_jobs(["algo=ppo,sac", "seed=1,2,3", "env.id=Pendulum-v1"], multirun=True)
+    assert sorted((cfg.algo._target_[-3:], cfg.seed) for cfg in jobs) == [
+        (algo, seed) for algo in ("ppo", "sac") for seed in (1, 2, 3)
+    ]
+    assert {cfg.env.id for cfg in jobs} == {"Pendulum-v1"}
+
+
+def test_groups_of_the_user_are_found(tmp_path):
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "mine.yaml").write_text("defaults: [pmoe, _self_]\nnum_components: 7\n")
+    (cfg,) = compose_jobs(["actor=mine"], config_dir=str(tmp_path))
+    assert cfg.actor.num_components == 7
+
+
+def test_help_lists_every_option():
+    text = describe_groups()
+    assert all(option in text for options in group_options().values() for option in options)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # unknown keys and options
+        (["algo.gama=0.9"], "unknown key algo.gama; did you mean algo.gamma?"),
+        (["gamma=0.9"], "unknown key gamma; did you mean algo.gamma?"),
+        (["totl_frames=3"], "unknown key totl_frames; did you mean total_frames?"),
+        (["algorithm=sac"], "unknown key algorithm; did you mean algo?"),
+        (["callbacks.evaluation.episods=3"], "did you mean callbacks.evaluation.episodes?"),
+        (["+algo.gama=0.9"], "unknown key algo.gama; did you mean algo.gamma?"),
+        (["env.forward=3"], "+env.forward=..."),
+        (["xyz=1"], "unknown key xyz"),
+        (["actor=gaussian", "actor.num_components=4"], "actor=gaussian has no num_components, actor=pmoe has"),
+        (["data.batch_size=64"], "the chosen data has no batch_size, data=off_policy has"),
+        (["algo=sca"], "algo=sca is not one of ppo, sac; did you mean sac?"),
+        (["estimator=frequenzy"], "did you mean frequency?"),
+        (["experiment=papr"], "did you mean paper?"),
+        # wrong types
+        (["seed=abc"], "seed: Value 'abc'"),
+        (["algo.lr=abc"], "algo.lr: Value 'abc'"),
+        (["algo.lr="], "algo.lr"),
+        (["total_frames=1e5"], "write 100000"),
+        (["total_frames=1.5"], "total_frames"),
+        (["data.normalize_reward=maybe"], "data.normalize_reward"),
+        (["algo.hidden_sizes=64"], "algo.hidden_sizes"),
+        (["env.id=3"], "env.id=3"),
+        (["seed"], "write key=value"),
+        (["seed=1,2"], "--multirun"),
+        (["debug=null"], "NoneType"),
+        # values out of range
+        (["algo.lr=-1"], "algo.lr=-1.0 must be a finite number > 0"),
+        (["algo.lr=0"], "algo.lr=0.0"),
+        (["algo.lr=nan"], "algo.lr=nan must be a finite number > 0"),
+        (["algo.target_kl=inf"], "algo.target_kl=inf"),
+        (["algo.gamma=1.01"], "algo.gamma=1.01 must be a finite number >= 0 and <= 1"),
+        (["seed=-1"], "seed=-1"),
+        (["total_frames=0"], "total_frames=0"),
+        (["actor.num_components=0"], "actor.num_components=0"),
+        (["algo.hidden_sizes=[]"], "algo.hidden_sizes=[] must be a list"),
+        (["algo.hidden_sizes=[64,-1]"], "algo.hidden_sizes=[64,-1]"),
+        (["estimator.weight=-0.5"], "estimator.weight=-0.5"),
+        (["trainer.devices=0"], "trainer.devices=0"),
+        (["+env.reset_noise_scale=nan"], "env.reset_noise_scale=nan"),
+        (["actor.router=detatched"], "must be one of detached, attached"),
+        # pairs
+        (["estimator=pathwise"], "actor.num_components=4: use actor=gaussian"),
+        (["algo.minibatch_size=4096"], "must not exceed data.frames_per_batch=2048"),
+        (["data.num_envs=3"], "must be a multiple of data.num_envs=3"),
+        (["data.frames_per_epoch=100"], "data.frames_per_epoch=100"),
+        (["algo=sac", "data=on_policy"], "use data=off_policy"),
+        (["algo=ppo", "data=off_policy"], "use data=on_policy"),
+        (["algo=sac", "total_frames=500"], "data.init_random_frames=1000"),
+        (["algo=sac", "data.buffer_size=500"], "data.buffer_size=500"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_named(words, message):
+    assert message in refusal(*words)
+
+
+def test_a_mistake_in_one_job_of_a_sweep_is_found():
+    jobs = compose_jobs(["algo.lr=1e-3,nan"], multirun=True)
+    validate(jobs[0])
+    with pytest.raises(ConfigurationError, match="algo.lr=nan"):
+        validate(jobs[1])
+
+
+def test_a_mistake_in_a_file_of_the_user_is_named(tmp_path):
+    (tmp_path / "algo").mkdir()
+    for line, message in [("gama: 0.9", "gama"), ("gamma: high", "gamma")]:
+        (tmp_path / "algo" / "mine.yaml").write_text(f"defaults: [ppo, _self_]\n{line}\n")
+        with pytest.raises(ConfigurationError, match=message):
+            validate(*compose_jobs(["algo=mine"], config_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "good", "bad"),
+    [
+        (Limit(), [0, -1.5, None], [float("nan"), float("inf"), True, "1"]),
+        (Limit(low=0, low_included=False), [1e-9, 5], [0, 0.0, -1]),
+        (Limit(low=1, high=3), [1, 3, [1, 2]], [0, 4, [], [1, 4]]),
+        (Limit(words=("a", "b"), numeric=False), ["a", "b"], ["c", "", 1]),
+        (Limit(low=1, words=("auto",)), ["auto", 1], ["all", 0]),
+    ],
+)
+def test_limits(limit, good, bad):
+    assert all(limit.accepts(value) for value in good)
+    assert not any(limit.accepts(value) for value in bad)

@@ -1,0 +1,221 @@
+"""The train command from end to end: what a run leaves behind, how it ends, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+from tensordict import TensorDict
+
+import pmoe_lightning.train
+from pmoe_lightning import load_policy
+
+ROOT = Path(__file__).resolve().parents[1]
+CRASHING_ENV = """
+import gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+
+
+class CrashingEnv(PendulumEnv):
+    def step(self, action):
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps > 300:
+            raise ZeroDivisionError("a bug in the environment")
+        return super().step(action)
+
+
+gymnasium.register("Crashing-v0", CrashingEnv, max_episode_steps=200)
+"""
+
+
+def the_run(folder: Path):
+    """The only MLflow run recorded in the folder's store, and a client for it."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(runs) == 1
+    return runs[0], client
+
+
+def artifacts(client: MlflowClient, run_id: str, folder: str = "") -> set[str]:
+    return {file.path for file in client.list_artifacts(run_id, folder or None)}
+
+
+def assert_complete(run, client: MlflowClient) -> None:
+    """Metrics against environment frames, parameters, figures, video, checkpoints, configuration and the model."""
+    assert run.info.status == "FINISHED"
+    assert run.data.params["env.id"] == "Pendulum-v1" and run.data.params["actor.num_components"] == "4"
+    assert {"eval/episode_return", "train/loss_frequency", "train/episode_return", "mixture/router_entropy"} <= set(
+        run.data.metrics
+    )
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "eval/episode_return")]
+    assert steps == [0, 640, 1280]
+    found = artifacts(client, run.info.run_id)
+    assert {"config.yaml", "versions.json", "figures", "videos", "checkpoints"} <= found
+    assert artifacts(client, run.info.run_id, "checkpoints") == {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert "figures/learning_curve.png" in artifacts(client, run.info.run_id, "figures")
+    models = client.search_logged_models([run.info.experiment_id])
+    assert [model.source_run_id for model in models] == [run.info.run_id]
+
+
+def assert_acts(checkpoint: Path) -> None:
+    policy = load_policy(checkpoint)
+    action = policy(TensorDict({"observation": [[0.1, 0.2, 0.3]]}, batch_size=[1]))["action"]
+    assert action.shape == (1, 1) and action.abs().max() <= 2
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+def test_sac_from_the_command_line(run_module, tmp_path):
+    done = run_module("pmoe_lightning.train", "debug=default", "algo=sac", "seed=3")
+    assert done.returncode == 0, done.stderr
+    run, client = the_run(tmp_path)
+    assert_complete(run, client)
+    assert (run.data.params["algo"], run.data.params["seed"]) == ("sac", "3")
+    (folder,) = (tmp_path / "outputs").glob("sac-Pendulum-v1/*")
+    assert_acts(folder / "checkpoints" / "best.ckpt")
+    for shown in (f"{folder}", "checkpoints/best.ckpt", run.info.run_id, "mlflow ui", "pmoe_lightning.evaluate"):
+        assert shown in done.stdout
+    assert "Warning" not in done.stderr and "INFO" not in done.stderr
+
+
+def test_ppo_through_mlflow_run_is_one_run(tmp_path, clean_environ):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MlflowClient(uri).create_experiment("through mlflow run", artifact_location=(tmp_path / "artifacts").as_uri())
+    python = Path(sys.executable).parent
+    environ = clean_environ | {"MLFLOW_TRACKING_URI": uri, "PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local"]
+    command += ["--experiment-name", "through mlflow run", "-P", "algo=ppo", "-P", "env=Pendulum-v1", "-P", "seed=5"]
+    command += ["-P", f"overrides=debug=default hydra.run.dir='{tmp_path / 'a folder'}'"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run, client = the_run(tmp_path)
+    assert_complete(run, client)
+    assert (run.data.params["algo"], run.data.params["seed"], run.data.params["env"]) == ("ppo", "5", "Pendulum-v1")
+    assert "changed_params" not in run.data.tags
+    assert_acts(tmp_path / "a folder" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, clean_environ):
+    words = ["algo=sac", "debug=default", "total_frames=1000000", "hydra.run.dir=run", "data.utd_ratio=0.1"]
+    command = [sys.executable, "-m", "pmoe_lightning.train", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    run, client = the_run(tmp_path)
+    assert run.info.status == "KILLED"
+    assert "checkpoints" in artifacts(client, run.info.run_id)
+    assert_acts(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+def test_a_bug_keeps_its_traceback_and_the_run_is_failed(run_module, tmp_path, clean_environ):
+    (tmp_path / "crashing.py").write_text(CRASHING_ENV)
+    words = ["env=crashing:Crashing-v0", "debug=default", "env.id=crashing:Crashing-v0", "hydra.run.dir=run"]
+    path = os.pathsep.join([clean_environ["PYTHONPATH"], str(tmp_path)])
+    done = run_module("pmoe_lightning.train", *words, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "crashing.py" in done.stderr and "ZeroDivisionError" in done.stderr
+    assert the_run(tmp_path)[0].info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_run_per_job(run_module, tmp_path):
+    done = run_module("pmoe_lightning.train", "-m", "debug=default", "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("pmoe_lightning")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted((run.data.params["seed"], run.info.status) for run in runs) == [("1", "FINISHED"), ("2", "FINISHED")]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """``refused("seed=abc")`` returns the exit code and the one line; nothing may be left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with pytest.raises(SystemExit) as stop:
+            pmoe_lightning.train.main()
+        printed = capfd.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+        return stop.value.code, printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("algo.gama=0.9", "algo.gamma"),
+        ("algo.lr=high", "algo.lr"),
+        ("algo.lr=-1", "algo.lr=-1.0"),
+        ("algo.clip_epsilon=nan", "algo.clip_epsilon=nan"),
+        ("estimator=pathwise", "actor.num_components"),
+        ("env=HalfCheeta-v5", "HalfCheetah-v5"),
+        ("env=CartPole-v1", "action space"),
+        ("+env.no_such_argument=1", "no_such_argument"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_and_leaves_nothing(refused, word, named):
+    code, line = refused(word)
+    assert code == 2 and line.startswith("configuration error: ") and named in line
+
+
+def test_an_unreachable_server_is_one_line_and_leaves_nothing(refused):
+    start = time.monotonic()
+    code, line = refused("logger.tracking_uri=http://127.0.0.1:9")
+    assert code == 1 and line.startswith("error: ") and "127.0.0.1:9" in line
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("content", "named"), [(None, "missing.ckpt"), (b"not a checkpoint", "damaged.ckpt")])
+def test_a_checkpoint_that_cannot_be_read_is_one_line(run_module, tmp_path, content, named):
+    if content is not None:
+        (tmp_path / named).write_bytes(content)
+    done = run_module("pmoe_lightning.evaluate", f"checkpoint={named}")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and named in done.stderr
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+def test_help_is_quick_and_complete(run_module, tmp_path):
+    start = time.process_time(), os.times().children_user
+    done = run_module("pmoe_lightning.train", "--help")
+    seconds = os.times().children_user - start[1]
+    assert done.returncode == 0 and "estimator" in done.stdout and "frequency | marginalized" in done.stdout
+    assert seconds < 1.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_configuration_can_be_printed(run_module, tmp_path):
+    done = run_module("pmoe_lightning.train", "algo=sac", "env=Hopper-v5", "--cfg", "job")
+    assert done.returncode == 0 and "id: Hopper-v5" in done.stdout and "utd_ratio: 1.0" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_in_a_process_of_its_own(run_module, tmp_path):
+    done = run_module("pmoe_lightning.train", "algo=sca")
+    assert done.returncode == 2
+    assert done.stderr == "configuration error: algo=sca is not one of ppo, sac; did you mean sac?\n"
+    assert not list(tmp_path.iterdir())
