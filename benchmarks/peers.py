@@ -107,7 +107,8 @@ def table() -> None:
             deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
             half = STUDENT_T[n] * deviation / math.sqrt(n)
         seeds = ", ".join(f"{value:.0f}" for value in values)
-        print(f"| {algo} | {FRAMES[algo]:,} | {learner} | {seeds} | {mean:.0f} | {mean - half:.0f} to {mean + half:.0f} |")
+        interval = f"{mean - half:.0f} to {mean + half:.0f}"
+        print(f"| {algo} | {FRAMES[algo]:,} | {learner} | {seeds} | {mean:.0f} | {interval} |")
 
 
 def main() -> None:

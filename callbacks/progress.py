@@ -70,7 +70,8 @@ class FramesProgressBar(ProgressBar):
         elif self._enabled:
             frames, total = trainer.datamodule.env_frames, trainer.datamodule.total_frames
             patience = max(self.LINE_SECONDS, 0.02 * (now - self._start))
-            if frames - self._shown_frames >= self.LINE_FRACTION * total or now - self._shown_at >= patience:
+            due = frames - self._shown_frames >= self.LINE_FRACTION * total or now - self._shown_at >= patience
+            if due and frames < total:  # the last line waits for the last evaluation
                 self._print_line(trainer, now)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

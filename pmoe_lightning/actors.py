@@ -134,15 +134,16 @@ class MixtureSampler(SafeProbabilisticModule):
         if not self.return_log_prob or not _requires_sample:
             return super().forward(tensordict, tensordict_out, _requires_sample=_requires_sample)
         distribution = self.get_dist(tensordict)
-        if (interaction_type() or self.default_interaction_type) is InteractionType.RANDOM:
+        kind = interaction_type() or self.default_interaction_type
+        if kind is InteractionType.RANDOM:
             u = distribution.rsample_unsquashed()
+        elif kind is InteractionType.MODE:
+            u = distribution.mode_unsquashed()
         else:
             u = distribution.deterministic_unsquashed()
         log_prob = distribution.log_prob_unsquashed(u) - distribution.log_abs_det_jacobian(u)
         out = tensordict if tensordict_out is None else tensordict_out
-        return out.update(
-            {"action": distribution.squash(u), "action_unsquashed": u, self.log_prob_key: log_prob}
-        )
+        return out.update({"action": distribution.squash(u), "action_unsquashed": u, self.log_prob_key: log_prob})
 
 
 def make_pmoe_actor(
@@ -187,7 +188,11 @@ def make_pmoe_actor(
         raise ValueError(f"action bounds must be finite vectors with low < high, not {low.tolist()}, {high.tolist()}")
     if num_components < 1:
         raise ValueError(f"num_components must be at least 1, not {num_components}")
-    for name, value, choices in (("router", router, Router), ("scale", scale, Scale)):
+    for name, value, choices in (
+        ("router", router, Router),
+        ("scale", scale, Scale),
+        ("deterministic", deterministic, DeterministicRule),
+    ):
         if value not in get_args(choices):
             raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
     network = MixtureNetwork(

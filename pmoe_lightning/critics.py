@@ -65,7 +65,10 @@ def make_value_network(
 
 
 def stacked_qvalue(
-    network: QValueNetwork, parameters: TensorDictBase, observation: Float[Tensor, "*B O"], action: Float[Tensor, "*B A"]
+    network: QValueNetwork,
+    parameters: TensorDictBase,
+    observation: Float[Tensor, "*B O"],
+    action: Float[Tensor, "*B A"],
 ) -> Float[Tensor, "Q *B"]:
     """Q_1..Q_n(s, a) of n critics whose parameters are stacked along the first dimension.
 
@@ -77,7 +80,8 @@ def stacked_qvalue(
         parameters: its parameters by name, each with a leading dimension n (``SACLoss.qvalue_network_params``).
         observation, action: the inputs, with the same batch dimensions.
     """
-    inputs = torch.cat([observation, action], -1).flatten(0, -2)
+    inputs = torch.cat([observation, action], -1)
+    inputs = inputs.view(-1, inputs.shape[-1])
     values = []
     linears = [(str(i), layer) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
     activation = network.layers[1]

@@ -149,10 +149,10 @@ class TanhGaussianMixture(Distribution):
         # follow are those of a plain squashed Gaussian.
         if self.num_components == 1:
             return torch.zeros(shape[:-1], dtype=torch.long, device=self.loc.device)
-        exponential = torch.empty(shape, dtype=self.loc.dtype, device=self.loc.device).exponential_()
+        exponential = self.log_weights.new_empty(shape).exponential_()
         return (self.log_weights.detach() - exponential.log()).argmax(-1)
 
-    def take_component(self, values: Float[Tensor, "*S K A"], component: Int[Tensor, "*S"]) -> Float[Tensor, "*S A"]:
+    def take_component(self, values: Float[Tensor, "*B K A"], component: Int[Tensor, "*SB"]) -> Float[Tensor, "*SB A"]:
         """values[..., k, :] at the given k, broadcasting [*B, K, A] values over sample dimensions."""
         values = values.expand(*component.shape, *values.shape[-2:])
         index = component[..., None, None].expand(*component.shape, 1, values.shape[-1])
@@ -200,7 +200,7 @@ class TanhGaussianMixture(Distribution):
     def deterministic_unsquashed(self) -> Float[Tensor, "*B A"]:
         """The unsquashed action of the deterministic rule."""
         if self.deterministic == "max_weight":
-            return self.take_component(self.loc, self.log_weights.argmax(-1))
+            return self.mode_unsquashed()
         return self.take_component(self.loc, self.sample_component())
 
     @property
@@ -211,7 +211,11 @@ class TanhGaussianMixture(Distribution):
     @property
     def mode(self) -> Float[Tensor, "*B A"]:
         """The squashed mean of the heaviest component, whatever the rule."""
-        return self.squash(self.take_component(self.loc, self.log_weights.argmax(-1)))
+        return self.squash(self.mode_unsquashed())
+
+    def mode_unsquashed(self) -> Float[Tensor, "*B A"]:
+        """The mean of the heaviest component."""
+        return self.take_component(self.loc, self.log_weights.argmax(-1))
 
     # --- entropy -----------------------------------------------------------------------------------------------------
 

@@ -47,10 +47,10 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
         ConfigurationError: unknown environment, or one without continuous actions.
         RunError: the tracking server does not answer.
     """
-    for env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.values():
-        inspect_env(_partial(env))
     for uri in {cfg.logger.get("tracking_uri") for cfg in jobs if cfg.logger}:
         check_server(uri)
+    for env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.values():
+        inspect_env(_partial(env))
 
 
 def run_training(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,14 @@ from beartype import beartype
 ROOT = Path(__file__).resolve().parents[1]
 
 
-SHAPE_CHECKED = {"test_distributions", "test_estimators", "test_actors", "test_critics"}
+SHAPE_CHECKED = {
+    "test_distributions",
+    "test_estimators",
+    "test_actors",
+    "test_critics",
+    "test_losses",
+    "test_algorithms",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,3 +70,19 @@ def run_module(tmp_path: Path, clean_environ: dict[str, str]) -> Callable[..., s
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs; creating one takes seconds."""
+    import mlflow.tracking
+
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.tracking.MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_store: Path) -> Path:
+    """The database that a command run in ``tmp_path`` uses."""
+    return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))

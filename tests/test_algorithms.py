@@ -17,21 +17,26 @@ from pmoe_lightning.envs import make_env
 from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 
-O, A, LOW, HIGH = 3, 1, [-2.0], [2.0]
+OBSERVATION_DIM, A, LOW, HIGH = 3, 1, [-2.0], [2.0]
 pendulum = partial(make_env, "Pendulum-v1")
 
 
 def sac(estimator=None, **arguments):
-    actor = make_pmoe_actor(O, LOW, HIGH, hidden_sizes=(16, 16))
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=(16, 16))
     return make_sac(
-        actor, estimator or Frequency(), observation_dim=O, action_dim=A, hidden_sizes=(16, 16), **arguments
+        actor,
+        estimator or Frequency(),
+        observation_dim=OBSERVATION_DIM,
+        action_dim=A,
+        hidden_sizes=(16, 16),
+        **arguments,
     )
 
 
 def ppo(estimator=None, **arguments):
-    normalizer = ObservationNormalizer(O)
+    normalizer = ObservationNormalizer(OBSERVATION_DIM)
     actor = make_pmoe_actor(
-        O,
+        OBSERVATION_DIM,
         LOW,
         HIGH,
         num_components=3,
@@ -42,7 +47,12 @@ def ppo(estimator=None, **arguments):
     )
     sizes = {"hidden_sizes": (16,), "minibatch_size": 32, "num_epochs": 2}
     return make_ppo(
-        actor, estimator or Frequency(), observation_dim=O, action_dim=A, normalizer=normalizer, **(sizes | arguments)
+        actor,
+        estimator or Frequency(),
+        observation_dim=OBSERVATION_DIM,
+        action_dim=A,
+        normalizer=normalizer,
+        **(sizes | arguments),
     )
 
 
@@ -173,10 +183,11 @@ def test_gae_bootstraps_truncation_but_not_termination():
     T = 5
     terminated = torch.tensor([0, 1, 0, 0, 0], dtype=torch.bool).view(1, T, 1)
     truncated = torch.tensor([0, 0, 0, 1, 0], dtype=torch.bool).view(1, T, 1)
-    after = {"observation_normalized": torch.randn(1, T, O), "reward": torch.randn(1, T, 1)}
+    after = {"observation_normalized": torch.randn(1, T, OBSERVATION_DIM), "reward": torch.randn(1, T, 1)}
     after |= {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
     batch = TensorDict(
-        {"observation_normalized": torch.randn(1, T, O), "next": TensorDict(after, batch_size=[1, T])}, batch_size=[1, T]
+        {"observation_normalized": torch.randn(1, T, OBSERVATION_DIM), "next": TensorDict(after, batch_size=[1, T])},
+        batch_size=[1, T],
     )
     with torch.no_grad():
         algorithm.advantage(batch)
@@ -222,7 +233,7 @@ def test_checkpoint_restores_weights_optimizer_and_counters(make, data, tmp_path
     other.load_state_dict(checkpoint["state_dict"])
     other.on_load_checkpoint(copy.deepcopy(checkpoint))
     assert other.updates == algorithm.updates
-    observation = TensorDict(observation=torch.randn(4, O), batch_size=4)
+    observation = TensorDict(observation=torch.randn(4, OBSERVATION_DIM), batch_size=4)
     for key in ("action",):
         torch.manual_seed(2)
         mine = algorithm.policy(observation.clone())[key]
@@ -232,7 +243,7 @@ def test_checkpoint_restores_weights_optimizer_and_counters(make, data, tmp_path
 
 def test_one_component_runs_with_every_estimator():
     for estimator in (Pathwise(), Frequency(), Marginalized()):
-        actor = make_gaussian_actor(O, LOW, HIGH, hidden_sizes=(16,))
-        algorithm = make_sac(actor, estimator, observation_dim=O, action_dim=A, hidden_sizes=(16,))
+        actor = make_gaussian_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=(16,))
+        algorithm = make_sac(actor, estimator, observation_dim=OBSERVATION_DIM, action_dim=A, hidden_sizes=(16,))
         fit(algorithm, off_policy(algorithm, total_frames=24))
         assert algorithm.updates == 8

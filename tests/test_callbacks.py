@@ -330,12 +330,14 @@ class Terminal(io.StringIO):
 
 
 def test_progress_in_a_log_file_is_a_few_plain_lines(tmp_path, capsys):
-    fit([MetricsLogger(50), Evaluation(pendulum, episodes=1), FramesProgressBar()], tmp_path)
+    evaluation = Evaluation(pendulum, episodes=1)
+    fit([MetricsLogger(50), evaluation, FramesProgressBar()], tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if "frames" in line]
     assert 5 <= len(lines) <= 21 and not any("\r" in line for line in lines)
     line = next(line for line in lines if "200/300" in line)
     assert re.fullmatch(r" 67%  200/300 frames, [\d,]+ frames/s, return -\S+, evaluation -\S+, \d\d:\d\d left", line)
     assert lines[-1].startswith("100%  300/300 frames") and "left" not in lines[-1]
+    assert lines[-1].endswith(f"evaluation {evaluation.history[-1][1]:.4g}")
 
 
 def test_progress_in_a_terminal_is_a_bar_that_is_drawn_seldom(tmp_path, monkeypatch):

@@ -111,8 +111,9 @@ def test_arguments_of_the_environment_can_be_added():
     assert configure("+env.forward_reward_weight=2.0").env.forward_reward_weight == 2.0
 
 
-def test_a_callback_can_be_dropped():
+def test_callbacks_can_be_dropped():
     assert "mixture" not in configure("~callbacks.mixture").callbacks
+    assert set(configure("debug=default", "callbacks=minimal").callbacks) == {"metrics", "progress", "checkpoint_last"}
 
 
 def test_the_paper_preset():
@@ -199,6 +200,7 @@ def test_help_lists_every_option():
         (["+env.reset_noise_scale=nan"], "env.reset_noise_scale=nan"),
         (["actor.router=detatched"], "must be one of detached, attached"),
         # pairs
+        (["callbacks=minimal", "+callbacks.evaluation.episodes=3"], "callbacks.evaluation has no _target_"),
         (["estimator=pathwise"], "actor.num_components=4: use actor=gaussian"),
         (["algo.minibatch_size=4096"], "must not exceed data.frames_per_batch=2048"),
         (["data.num_envs=3"], "must be a multiple of data.num_envs=3"),

@@ -220,7 +220,7 @@ def test_warm_up_is_rounded_up_to_whole_iterations() -> None:
         warnings.simplefilter("error")
         data = off_policy(init_random_frames=20)
         first = next(iter(data.train_dataloader()))
-    assert data.init_random_frames == 24
+    assert data.warm_up == 24
     assert data.env_frames == 32 and len(first) == 8
 
 

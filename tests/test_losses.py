@@ -17,7 +17,7 @@ from pmoe_lightning.critics import make_qvalue_network, make_value_network
 from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
 from pmoe_lightning.losses import PMOEPPOLoss, PMOESACLoss
 
-O, A, B = 3, 2, 16
+OBSERVATION_DIM, A, B = 3, 2, 16
 SIZES = (8, 8)
 LOW, HIGH = [-1.0] * A, [1.0] * A
 
@@ -30,9 +30,9 @@ def transitions(batch: int = B, seed: int = 0) -> TensorDict:
 
     terminated = torch.rand(batch, 1, generator=generator) < 0.3
     truncated = torch.rand(batch, 1, generator=generator) < 0.3
-    after = {"observation": normal(batch, O), "reward": normal(batch, 1), "terminated": terminated}
+    after = {"observation": normal(batch, OBSERVATION_DIM), "reward": normal(batch, 1), "terminated": terminated}
     after |= {"truncated": truncated, "done": terminated | truncated}
-    root = {"observation": normal(batch, O), "action": normal(batch, A).tanh() * 0.9}
+    root = {"observation": normal(batch, OBSERVATION_DIM), "action": normal(batch, A).tanh() * 0.9}
     return TensorDict({**root, "next": TensorDict(after, batch_size=[batch])}, batch_size=[batch])
 
 
@@ -74,6 +74,11 @@ def gradients(out: TensorDict, module: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in module.parameters()]
 
 
+def touched(module: nn.Module) -> set[str]:
+    """Names of the parameters whose gradient is not zero."""
+    return {name for name, value in module.named_parameters() if value.grad is not None and value.grad.any()}
+
+
 def sac_loss(actor, critics, cls=PMOESACLoss, **arguments):
     loss = cls(actor, critics, target_entropy=-float(A), **arguments)
     loss.make_value_estimator(gamma=0.9)
@@ -82,13 +87,13 @@ def sac_loss(actor, critics, cls=PMOESACLoss, **arguments):
 
 
 def critics() -> list:
-    return [make_qvalue_network(O, A, hidden_sizes=SIZES) for _ in range(2)]
+    return [make_qvalue_network(OBSERVATION_DIM, A, hidden_sizes=SIZES) for _ in range(2)]
 
 
 @pytest.mark.parametrize("estimator", [Pathwise(), Marginalized(), Frequency()], ids=lambda e: type(e).__name__)
 def test_sac_with_one_component_equals_torchrl(estimator):
     torch.manual_seed(0)
-    actor, qvalues = make_pmoe_actor(O, LOW, HIGH, num_components=1, hidden_sizes=SIZES), critics()
+    actor, qvalues = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=1, hidden_sizes=SIZES), critics()
     peer = sac_loss(tanh_normal_twin(actor), qvalues, SACLoss, loss_function="l2")
     ours = sac_loss(actor, qvalues, estimator=estimator)
     ours.qvalue_network_params.data.copy_(peer.qvalue_network_params.data)
@@ -114,8 +119,8 @@ def gradients_of_critics(loss) -> list[torch.Tensor]:
 @pytest.mark.parametrize("entropy_coeff", [0.0, 0.05])
 def test_ppo_with_one_component_equals_torchrl(entropy_coeff):
     torch.manual_seed(0)
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=1, hidden_sizes=SIZES, return_log_prob=True)
-    value = make_value_network(O, hidden_sizes=SIZES)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=1, hidden_sizes=SIZES, return_log_prob=True)
+    value = make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES)
     twin = tanh_normal_twin(actor)
     arguments = {"entropy_coeff": entropy_coeff, "normalize_advantage": True, "loss_critic_type": "l2"}
     peer, ours = ClipPPOLoss(twin, value, **arguments), PMOEPPOLoss(actor, value, **arguments)
@@ -128,14 +133,14 @@ def test_ppo_with_one_component_equals_torchrl(entropy_coeff):
         results.append((out, gradients(out, actor)))
     (theirs, actor_theirs), (mine, actor_mine) = results
     assert 0 < mine["clip_fraction"] < 1
-    for name in theirs.keys():
+    for name in theirs.keys():  # noqa: SIM118 (a TensorDict iterates over its rows)
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(actor_mine, actor_theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", [Marginalized(), Frequency(), Frequency(backpropagate="all", log_prob="mixture")])
 def test_each_sac_loss_reaches_only_its_own_parameters(estimator):
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
     loss = sac_loss(actor, critics(), estimator=estimator)
     owners = {
         "loss_actor": "actor_network_params",
@@ -144,26 +149,27 @@ def test_each_sac_loss_reaches_only_its_own_parameters(estimator):
         "loss_alpha": "log_alpha",
     }
     out = loss(transitions())
-    for name in [name for name in out.keys() if name.startswith("loss_")]:
+    for name, value in out.items():
+        if not name.startswith("loss_"):
+            continue
         loss.zero_grad()
-        out[name].backward(retain_graph=True)
-        reached = {key.split(".")[0] for key, value in loss.named_parameters() if value.grad is not None and value.grad.any()}
+        value.backward(retain_graph=True)
+        reached = {parameter.split(".")[0] for parameter in touched(loss)}
         assert reached == {owners[name]}, name
 
 
 def test_the_frequency_loss_reaches_only_a_detached_router():
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES, router="detached")
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES, router="detached")
     loss = sac_loss(actor, critics(), estimator=Frequency())
     loss(transitions())["loss_frequency"].backward()
-    touched = {name for name, value in actor.named_parameters() if value.grad is not None and value.grad.any()}
-    assert touched == {"module.0.module.router.weight", "module.0.module.router.bias"}
+    assert touched(actor) == {"module.0.module.router.weight", "module.0.module.router.bias"}
 
 
 @pytest.mark.parametrize("scoring", ["mixture", "component"])
 def test_critic_target_bootstraps_truncation_but_not_termination(scoring):
     """y = r + gamma (1 - terminated) [min Qbar(s', a') - alpha log pi(a'|s')], worked out by hand."""
     torch.manual_seed(0)
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
     loss = sac_loss(actor, critics(), estimator=Frequency(log_prob=scoring), alpha_init=0.7)
     data = transitions()
     after = data["next"]
@@ -191,14 +197,14 @@ def plain_critics(loss) -> list:
     """The stacked target critics as two ordinary modules."""
     plain = []
     for i in range(2):
-        network = make_qvalue_network(O, A, hidden_sizes=SIZES)
+        network = make_qvalue_network(OBSERVATION_DIM, A, hidden_sizes=SIZES)
         loss.target_qvalue_network_params[i].to_module(network, preserve_module_state=False)
         plain.append(network)
     return plain
 
 
 def test_alpha_loss_is_the_hand_computed_one():
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
     loss = sac_loss(actor, critics(), alpha_init=0.5)
     out = loss(transitions())
     expected = -math.log(0.5) * (-out["entropy"].item() - A)
@@ -206,7 +212,7 @@ def test_alpha_loss_is_the_hand_computed_one():
 
 
 def test_sac_state_dict_round_trip_and_target_update():
-    actor = make_pmoe_actor(O, LOW, HIGH, hidden_sizes=SIZES)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES)
     loss = sac_loss(actor, critics(), estimator=Frequency())
     updater = SoftUpdate(loss, tau=0.5)
     with torch.no_grad():
@@ -215,7 +221,7 @@ def test_sac_state_dict_round_trip_and_target_update():
     updater.step()
     expected = before.lerp(loss.qvalue_network_params.data, 0.5)
     torch.testing.assert_close(loss.target_qvalue_network_params.data.to_dict(), expected.to_dict())
-    other = sac_loss(make_pmoe_actor(O, LOW, HIGH, hidden_sizes=SIZES), critics(), estimator=Frequency())
+    other = sac_loss(make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES), critics(), estimator=Frequency())
     other.load_state_dict(loss.state_dict())
     for mine, theirs in zip(other.state_dict().values(), loss.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
@@ -224,7 +230,7 @@ def test_sac_state_dict_round_trip_and_target_update():
 def test_critics_keep_their_own_initial_weights():
     """TorchRL re-draws the weights of a single expanded critic; a list is stacked as it is."""
     first, second = critics()
-    loss = sac_loss(make_pmoe_actor(O, LOW, HIGH, hidden_sizes=SIZES), [first, second])
+    loss = sac_loss(make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES), [first, second])
     stacked = loss.qvalue_network_params["module", "layers", "0", "weight"]
     assert torch.equal(stacked[0], first.module.layers[0].weight)
     assert torch.equal(stacked[1], second.module.layers[0].weight)
@@ -233,7 +239,7 @@ def test_critics_keep_their_own_initial_weights():
 def test_any_critic_module_is_accepted():
     """A critic that is not ours goes through TorchRL's vmap, with the same result as ours through the stacked pass."""
     torch.manual_seed(0)
-    actor, ours = make_pmoe_actor(O, LOW, HIGH, hidden_sizes=SIZES), critics()
+    actor, ours = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES), critics()
 
     class Wrapped(nn.Module):
         def __init__(self, network):
@@ -256,14 +262,14 @@ def test_any_critic_module_is_accepted():
 
 
 def ppo_loss(actor, **arguments):
-    qvalue = make_qvalue_network(O, A, hidden_sizes=SIZES)
-    return PMOEPPOLoss(actor, make_value_network(O, hidden_sizes=SIZES), qvalue, **arguments)
+    qvalue = make_qvalue_network(OBSERVATION_DIM, A, hidden_sizes=SIZES)
+    return PMOEPPOLoss(actor, make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES), qvalue, **arguments)
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_the_first_ppo_ratio_is_one_however_saturated_the_actions(spread):
     torch.manual_seed(0)
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
     with torch.no_grad():
         actor[0].module.loc.bias.uniform_(-spread, spread)
     data = rollout(actor)
@@ -276,7 +282,7 @@ def test_the_first_ppo_ratio_is_one_however_saturated_the_actions(spread):
 def test_ppo_scores_through_atanh_only_where_it_must():
     """Without ``action_unsquashed`` the loss falls back on the action; where tanh has saturated that is wrong by nats."""
     torch.manual_seed(0)
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
     with torch.no_grad():
         actor[0].module.loc.bias.uniform_(-30, 30)
     data = rollout(actor)
@@ -285,29 +291,29 @@ def test_ppo_scores_through_atanh_only_where_it_must():
 
 
 def test_each_ppo_loss_reaches_only_its_own_parameters():
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
     loss = ppo_loss(actor, routing=Frequency(), entropy_coeff=0.1)
-    owners = {name: "actor_network_params" for name in ("loss_objective", "loss_entropy", "loss_frequency")}
+    owners = dict.fromkeys(("loss_objective", "loss_entropy", "loss_frequency"), "actor_network_params")
     owners |= {"loss_critic": "critic_network_params", "loss_qvalue": "qvalue_network_params"}
     out = loss(rollout(actor))
-    assert {name for name in out.keys() if name.startswith("loss_")} == set(owners)
+    assert {name for name, _ in out.items() if name.startswith("loss_")} == set(owners)
     for name, owner in owners.items():
         loss.zero_grad()
         out[name].backward(retain_graph=True)
-        reached = {key.split(".")[0] for key, value in loss.named_parameters() if value.grad is not None and value.grad.any()}
+        reached = {parameter.split(".")[0] for parameter in touched(loss)}
         assert reached == {owner}, name
 
 
 def test_the_losses_that_are_named_are_those_that_come_out():
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
     loss = ppo_loss(actor, routing=Frequency())
     assert set(loss.out_keys) <= set(loss(rollout(actor)).keys())
-    sac = sac_loss(make_pmoe_actor(O, LOW, HIGH, hidden_sizes=SIZES), critics(), estimator=Frequency())
+    sac = sac_loss(make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES), critics(), estimator=Frequency())
     assert set(sac.out_keys) <= set(sac(transitions()).keys())
 
 
 def test_ppo_qvalue_loss_by_hand():
-    actor = make_pmoe_actor(O, LOW, HIGH, num_components=2, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=2, hidden_sizes=SIZES, return_log_prob=True)
     loss = ppo_loss(actor, routing=Frequency(), qvalue_coeff=0.5)
     data = rollout(actor)
     qvalue = loss.qvalue_network(data.select("observation", "action"))["state_action_value"]
@@ -316,9 +322,9 @@ def test_ppo_qvalue_loss_by_hand():
 
 
 def test_routing_without_a_critic_to_rank_by_is_refused():
-    actor = make_pmoe_actor(O, LOW, HIGH, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES, return_log_prob=True)
     with pytest.raises(ValueError, match="qvalue_network"):
-        PMOEPPOLoss(actor, make_value_network(O, hidden_sizes=SIZES), routing=Frequency())
+        PMOEPPOLoss(actor, make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES), routing=Frequency())
 
 
 def router_entropy_gradients(loss, data, draws: int) -> torch.Tensor:
@@ -335,7 +341,7 @@ def router_entropy_gradients(loss, data, draws: int) -> torch.Tensor:
 def test_ppo_entropy_bonus_has_the_router_gradient_that_torchrl_misses():
     """Against a 400-point quadrature in A = 1; bound: 5 standard errors per component (failure rate 6e-7 each)."""
     torch.manual_seed(0)
-    actor = make_pmoe_actor(O, [-1.0], [1.0], num_components=2, hidden_sizes=SIZES, return_log_prob=True)
+    actor = make_pmoe_actor(OBSERVATION_DIM, [-1.0], [1.0], num_components=2, hidden_sizes=SIZES, return_log_prob=True)
     network = actor[0].module
     with torch.no_grad():
         for head in (network.loc, network.router, network.log_scale):
@@ -343,7 +349,7 @@ def test_ppo_entropy_bonus_has_the_router_gradient_that_torchrl_misses():
         network.loc.bias.copy_(torch.tensor([-1.0, 0.5]))
         network.log_scale.bias.copy_(torch.tensor([-1.0, 0.2]))
         network.router.bias.copy_(torch.tensor([0.8, 0.0]))
-    data = TensorDict(observation=torch.zeros(64, O), batch_size=64)
+    data = TensorDict(observation=torch.zeros(64, OBSERVATION_DIM), batch_size=64)
     data["action"], data["advantage"] = torch.zeros(64, 1), torch.zeros(64, 1)
     data["value_target"], data["action_log_prob"] = torch.zeros(64, 1), torch.zeros(64)
 
@@ -356,7 +362,7 @@ def test_ppo_entropy_bonus_has_the_router_gradient_that_torchrl_misses():
     entropy = -torch.trapezoid(log_density.exp() * (log_density - jacobian), u.squeeze(-1))
     exact = torch.autograd.grad(-entropy, logits)[0].float()
 
-    value = make_value_network(O, hidden_sizes=SIZES)
+    value = make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES)
     draws = router_entropy_gradients(PMOEPPOLoss(actor, value, entropy_coeff=1.0), data, 300)
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()

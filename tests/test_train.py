@@ -85,8 +85,8 @@ def test_sac_from_the_command_line(run_module, tmp_path):
     assert "Warning" not in done.stderr and "INFO" not in done.stderr
 
 
-def test_ppo_through_mlflow_run_is_one_run(tmp_path, clean_environ):
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_ppo_through_mlflow_run_is_one_run(tmp_path, store, clean_environ):
+    uri = f"sqlite:///{store}"
     MlflowClient(uri).create_experiment("through mlflow run", artifact_location=(tmp_path / "artifacts").as_uri())
     python = Path(sys.executable).parent
     environ = clean_environ | {"MLFLOW_TRACKING_URI": uri, "PATH": f"{python}{os.pathsep}{os.environ['PATH']}"}
@@ -105,8 +105,8 @@ def test_ppo_through_mlflow_run_is_one_run(tmp_path, clean_environ):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
 )
-def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, clean_environ):
-    words = ["algo=sac", "debug=default", "total_frames=1000000", "hydra.run.dir=run", "data.utd_ratio=0.1"]
+def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, store, clean_environ):
+    words = ["debug=default", "callbacks=[minimal,final_policy]", "total_frames=1000000", "hydra.run.dir=run"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
     with subprocess.Popen(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 240
@@ -123,9 +123,9 @@ def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, cl
     assert_acts(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
-def test_a_bug_keeps_its_traceback_and_the_run_is_failed(run_module, tmp_path, clean_environ):
+def test_a_bug_keeps_its_traceback_and_the_run_is_failed(run_module, tmp_path, store, clean_environ):
     (tmp_path / "crashing.py").write_text(CRASHING_ENV)
-    words = ["env=crashing:Crashing-v0", "debug=default", "env.id=crashing:Crashing-v0", "hydra.run.dir=run"]
+    words = ["env=crashing:Crashing-v0", "debug=default", "callbacks=minimal"]
     path = os.pathsep.join([clean_environ["PYTHONPATH"], str(tmp_path)])
     done = run_module("pmoe_lightning.train", *words, PYTHONPATH=path)
     assert done.returncode == 1

@@ -78,8 +78,8 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def record_loss(self, out: TensorDictBase) -> None:
         """Record every entry of a loss module's output under its public name."""
-        names = {name: f"mixture/{name}" if name.startswith("winner") else f"train/{name}" for name in out.keys()}
-        self.record({names[name]: value for name, value in out.items()})
+        folder = {True: "mixture", False: "train"}
+        self.record({f"{folder[name.startswith('winner')]}/{name}": value for name, value in out.items()})
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call; vectors are numbered, as in ``mixture/winner_frequency_0``."""

@@ -30,7 +30,8 @@ class PPO(AbstractAlgorithm):
         num_epochs: passes over a rollout.
         minibatch_size: transitions per update.
         max_grad_norm: the gradient of all parameters together is scaled down to this norm.
-        target_kl: ends the epochs of a rollout once an epoch's mean of log(pi_old / pi) exceeds it; ``None`` never does.
+        target_kl: no further pass over a rollout once the mean of log(pi_old / pi) over a pass exceeds it; ``None``:
+            all passes.
         policy_description: see ``AbstractAlgorithm``.
     """
 

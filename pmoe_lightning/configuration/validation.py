@@ -38,6 +38,9 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigurationError(f"{path}={value} must be a finite number")
     if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
         raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of a Gymnasium environment")
+    for name, node in cfg.callbacks.items():
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise ConfigurationError(f"callbacks.{name} has no _target_: choose callbacks that include it, or drop it")
     _check_algorithm_and_data(cfg)
     _check_estimator_and_actor(cfg)
 

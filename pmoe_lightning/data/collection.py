@@ -32,6 +32,9 @@ class CollectedData(LightningDataModule, ABC):
     starts once they are reached, and the trainer is told to stop. Iterations are never cut short: if ``total_frames``
     is not a multiple of ``frames_per_batch``, up to ``frames_per_batch - 1`` frames more are collected, and counted.
 
+    With several training processes each has its own environments and collects its share: ``frames_per_batch`` and
+    ``num_envs`` are those of one process, ``env_frames`` and ``total_frames`` those of all together.
+
     Attributes:
         env_frames: environment steps taken, over all environments, warm-up included.
         episodes: episodes finished.
@@ -103,12 +106,10 @@ class CollectedData(LightningDataModule, ABC):
         tensor = next(chain(self.policy.parameters(), self.policy.buffers()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def setup(self, stage: str) -> None:
-        # Silent otherwise: each process would count, normalise and end the run by its own experience only.
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ConfigurationError(
-                f"training on {self.trainer.world_size} processes is not supported: use trainer.devices=1"
-            )
+    @property
+    def world_size(self) -> int:
+        """The number of training processes; each collects its own share of the frames."""
+        return 1 if self.trainer is None else self.trainer.world_size
 
     def train_dataloader(self) -> "CollectorLoader":
         return CollectorLoader(self)
@@ -120,7 +121,7 @@ class CollectedData(LightningDataModule, ABC):
             self._iterations = iter(self.collector)
         rollout = next(self._iterations)
         rollout.names = None
-        self.env_frames += rollout.numel()
+        self.env_frames += rollout.numel() * self.world_size
         self._count_episodes(rollout)
         if self.env_frames >= self.total_frames and self.trainer is not None:
             self.trainer.should_stop = True
@@ -177,7 +178,7 @@ class CollectorLoader:
 
     def __len__(self) -> int:
         """The most batches an epoch can have. Its being defined also keeps Lightning from fetching a batch ahead."""
-        return -(-self.data.frames_per_epoch // self.data.frames_per_batch)
+        return -(-self.data.frames_per_epoch // (self.data.frames_per_batch * self.data.world_size))
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         data = self.data

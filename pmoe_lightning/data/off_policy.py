@@ -70,14 +70,15 @@ class OffPolicyData(CollectedData):
                 f"data.batch_size={batch_size} must be at least 1, data.utd_ratio={utd_ratio} positive and "
                 f"data.init_random_frames={init_random_frames} not negative"
             )
-        self.init_random_frames = _round_up(init_random_frames, frames_per_batch)
+        self.init_random_frames = init_random_frames
         capacity = min(buffer_size, _round_up(total_frames, frames_per_batch))
-        if self.init_random_frames >= total_frames:
+        warm_up = _round_up(init_random_frames, frames_per_batch)
+        if warm_up >= total_frames:
             raise ConfigurationError(
                 f"data.init_random_frames={init_random_frames} leaves nothing of total_frames={total_frames} "
                 "to train on: lower it"
             )
-        if max(self.init_random_frames, frames_per_batch) > capacity:
+        if max(warm_up, frames_per_batch) > capacity:
             raise ConfigurationError(
                 f"data.buffer_size={buffer_size} must hold at least data.init_random_frames={init_random_frames} "
                 f"and data.frames_per_batch={frames_per_batch}"
@@ -87,11 +88,16 @@ class OffPolicyData(CollectedData):
         self.updates_owed = Fraction(0)
         self.buffer: ReplayBuffer | None = None
 
+    @property
+    def warm_up(self) -> int:
+        """Frames of the warm-up that this process collects."""
+        return _round_up(-(-self.init_random_frames // self.world_size), self.frames_per_batch)
+
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
         """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
         if self.buffer is None:
             self.buffer = ReplayBuffer(storage=LazyTensorStorage(self.capacity, device=self.device))
-        if len(self.buffer) >= self.init_random_frames:
+        if len(self.buffer) >= self.warm_up:
             self.updates_owed += rollout.numel() * self.utd_ratio
         self.buffer.extend(rollout.select(*_KEYS).reshape(-1).to(self.device))
         updates = int(self.updates_owed)
@@ -102,7 +108,7 @@ class OffPolicyData(CollectedData):
 
     def _make_collector(self, init_random_frames: int = 0) -> Collector:
         # A resumed run refills its buffer with the policy it has already learned.
-        return super()._make_collector(init_random_frames=self.init_random_frames if self.env_frames == 0 else 0)
+        return super()._make_collector(init_random_frames=self.warm_up if self.env_frames == 0 else 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "updates_owed": float(self.updates_owed)}

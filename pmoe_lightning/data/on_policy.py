@@ -76,7 +76,11 @@ class OnPolicyData(CollectedData):
             return batch
         batch.set(("next", "observation_normalized"), self.normalizer.normalize(batch.get(("next", "observation"))))
         uninitialised = int(self.normalizer.count) == 0
-        self.normalizer.update(rollout.get("observation"))
+        observation = batch.get("observation")
+        if self.world_size > 1:
+            # Every process acts with the statistics of all.
+            observation = self.trainer.strategy.all_gather(observation)
+        self.normalizer.update(observation)
         return None if uninitialised else batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -56,9 +56,7 @@ class GymnasiumEnv(EnvBase):
         action_space = _bounded_action_space(self.envs)
         self._observation_shape = (len(envs), *self.envs[0].observation_space.shape)
         self._action_low, self._action_high = action_space.low, action_space.high
-        self._action_dtype = action_space.dtype
-        self._returns = [0.0] * len(envs)
-        self._lengths = np.zeros((len(envs), 1), np.int64)
+        self._returns, self._lengths = [0.0] * len(envs), [0] * len(envs)
         self._make_specs()
         self._set_seed(seed)
 
@@ -97,8 +95,7 @@ class GymnasiumEnv(EnvBase):
         for i in rows:
             observation[i] = self.envs[i].reset(seed=self._seeds[i])[0]
             self._seeds[i] = None  # later episodes continue the environment's own random stream
-            self._returns[i] = 0.0
-            self._lengths[i] = 0
+            self._returns[i], self._lengths[i] = 0.0, 0
         done, terminated, truncated = np.zeros((3, len(self.envs), 1), np.bool_)
         arrays = {"observation": observation, "done": done, "terminated": terminated, "truncated": truncated}
         return self._tensordict(self._tensors(arrays))
@@ -112,27 +109,25 @@ class GymnasiumEnv(EnvBase):
         tensors = self._tensors(arrays)
         # Unchecked like the constructor below, and for the same reason.
         tensordict._set_str("next", self._tensordict(tensors), validated=True, inplace=False, non_blocking=False)
-        ended = np.flatnonzero(arrays["done"])
-        if ended.size:
-            return tensordict, self._start_episodes(arrays["observation"].copy(), ended.tolist())
+        if arrays["done"].any():
+            ended = np.flatnonzero(arrays["done"]).tolist()
+            return tensordict, self._start_episodes(arrays["observation"].copy(), ended)
         return tensordict, self._tensordict({key: tensors[key] for key in _ROOT_KEYS})
 
     def _step_envs(self, action: torch.Tensor) -> dict[str, np.ndarray]:
-        actions = action.numpy(force=True)  # from any device
-        if actions.dtype != self._action_dtype:
-            actions = actions.astype(self._action_dtype)
-        actions = np.minimum(np.maximum(actions, self._action_low), self._action_high)
+        n = len(self.envs)
+        actions = np.minimum(np.maximum(action.numpy(force=True), self._action_low), self._action_high)
         observation = np.empty(self._observation_shape, np.float32)
-        reward, episode_return = np.empty((2, len(self.envs), 1), np.float32)
-        done, terminated, truncated = np.empty((3, len(self.envs), 1), np.bool_)
+        reward, episode_return = np.empty((2, n, 1), np.float32)
+        done, terminated, truncated = np.empty((3, n, 1), np.bool_)
+        episode_length = np.empty((n, 1), np.int64)
+        # Scalar by scalar, because one NumPy operation costs as much as a dozen assignments.
         for i, env in enumerate(self.envs):
-            observation[i], value, terminated[i, 0], truncated[i, 0], _ = env.step(actions[i])
-            reward[i, 0] = value
+            observation[i], value, ends, is_cut, _ = env.step(actions[i])
             self._returns[i] += float(value)
-            episode_return[i, 0] = self._returns[i]
-        np.logical_or(terminated, truncated, out=done)
-        # In place through out=: an attribute assignment on a module costs more than the addition.
-        np.add(self._lengths, 1, out=self._lengths)
+            self._lengths[i] += 1
+            reward[i, 0], episode_return[i, 0], episode_length[i, 0] = value, self._returns[i], self._lengths[i]
+            done[i, 0], terminated[i, 0], truncated[i, 0] = ends or is_cut, ends, is_cut
         return {
             "observation": observation,
             "done": done,
@@ -140,7 +135,7 @@ class GymnasiumEnv(EnvBase):
             "truncated": truncated,
             "reward": reward,
             "episode_return": episode_return,
-            "episode_length": self._lengths.copy(),
+            "episode_length": episode_length,
         }
 
     def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -35,6 +35,7 @@ class Evaluation(NamedTuple):
     """Higher is better: min_i Q_i(s, a). Used only to rank components, never differentiated."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Maps unsquashed actions and their log-densities to costs; squashing is its first step."""
 
@@ -71,5 +72,5 @@ class AbstractEstimator(ABC):
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
         """Estimate the gradient of the expected cost."""
 
-    def check(self, num_components: int) -> None:
+    def check(self, num_components: int) -> None:  # noqa: B027 (most estimators serve any number)
         """Raise ValueError where the estimator cannot serve that many components."""

@@ -118,4 +118,4 @@ class Frequency(AbstractEstimator):
 
 
 def _frequencies(winner: Int[Tensor, "*B"], num_components: int) -> Float[Tensor, "K"]:
-    return F.one_hot(winner, num_components).float().flatten(0, -2).mean(0)
+    return F.one_hot(winner, num_components).float().view(-1, num_components).mean(0)

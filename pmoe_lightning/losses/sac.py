@@ -21,7 +21,8 @@ from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalize
 class PMOESACLoss(SACLoss):
     r"""TorchRL's ``SACLoss`` (Haarnoja et al. 2018, arXiv 1812.05905) with a gradient estimator for the actor.
 
-        loss_qvalue = sum_i (Q_i(s, a) - y)^2,    y = r + gamma (1 - terminated) [min_i Qbar_i(s', a') - alpha log pi(a'|s')]
+        loss_qvalue = sum_i (Q_i(s, a) - y)^2
+                  y = r + gamma (1 - terminated) [min_i Qbar_i(s', a') - alpha log pi(a'|s')]
         loss_actor  = estimate of E_{a ~ pi}[alpha log pi(a|s) - min_i Q_i(s, a)]
         loss_alpha  = -log alpha (log pi + target entropy)
 
@@ -79,7 +80,7 @@ class PMOESACLoss(SACLoss):
     def qvalues(
         self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], parameters: TensorDictParams
     ) -> Float[Tensor, "Q *S"]:
-        """Q_i(s, a) of every critic at actions [*S, *B, A], the states [*B] being repeated over the sample dimensions."""
+        """Q_i(s, a) of every critic at actions [*S, *B, A]; the states [*B] repeat over the sample dimensions."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}

@@ -9,7 +9,7 @@ _HOMES = {
     "MLflowLogger": "logger",
     "run_status": "logger",
     "check_server": "server",
-    "provenance": "provenance",
+    "provenance": "origin",
     "log_policy_model": "policy_model",
 }
 __all__ = sorted(_HOMES)

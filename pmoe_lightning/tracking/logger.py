@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.tracking.provenance import provenance
+from pmoe_lightning.tracking.origin import provenance
 from pmoe_lightning.tracking.server import check_server
 from pmoe_lightning.tracking.writer import BackgroundWriter
 

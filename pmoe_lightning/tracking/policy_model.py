@@ -93,8 +93,9 @@ def log_policy_model(
     where = "the checkpoint" if isinstance(checkpoint, Mapping) else f"checkpoint {checkpoint}"
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     entry = policy_entry(content, where)
-    function = PolicyFunction(build_policy(entry, rule="max_weight", where=where)).eval().requires_grad_(False)
-    facts = _facts(entry) | dict(metadata or {})
+    policy = build_policy(entry, rule="max_weight", where=where)
+    function = PolicyFunction(policy).eval().requires_grad_(False)
+    facts = _facts(entry, policy) | dict(metadata or {})
     run_id = logger.run_id
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder, "HOW_TO_USE.md")
@@ -134,14 +135,14 @@ def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Pa
         )
 
 
-def _facts(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
     description = entry["description"]
     return {
         "env": description["env"]["id"],
         "observation_dim": description["observation_dim"],
         "action_dim": len(description["action_low"]),
         "actor": description["actor"],
-        "num_components": description["arguments"].get("num_components", 1),
+        "num_components": next(m.num_components for m in policy.modules() if hasattr(m, "num_components")),
         "env_frames": entry.get("env_frames"),
         "updates": entry.get("updates"),
     }
