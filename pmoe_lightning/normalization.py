@@ -20,7 +20,7 @@ def _merge_moments(count: Tensor, mean: Tensor, var: Tensor, values: Tensor) -> 
 
     n' = n + m;  mean' = mean + d m / n';  n' var' = n var + m var_m + d^2 n m / n',  d = mean_m - mean
 
-    Computed in float64 on the CPU: float32 sums would drift over a long run, and not every device has float64.
+    Computed in float64, and on the CPU because not every device has it; what is kept is float32.
     """
     values = values.detach().to("cpu", torch.float64)
     n, m = int(count), len(values)

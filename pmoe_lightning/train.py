@@ -2,8 +2,8 @@
 
     python -m pmoe_lightning.train algo=sac env=Hopper-v5 seed=3
 
-This is the one place where configuration meets code. Everything below receives objects and numbers. torch, Lightning and
-MLflow are imported only once a run is certain to start, so ``--help`` and refusals are quick.
+Here the request is read and refused or accepted; ``training.py`` carries it out. Only the latter imports torch,
+Lightning and MLflow, so ``--help`` and refusals are quick.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One training run: assemble its parts from a validated configuration, fit, close the MLflow run, say where things are."""
+"""One training run: assemble its parts from a validated configuration, fit, close the MLflow run, say where things are.
+
+This is the one place where configuration meets code: everything below receives objects and numbers.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +196,9 @@ def _prepare_process(cfg: DictConfig) -> None:
     for meant_for_others in (
         "The number of training batches",  # Lightning's own logging interval, which is not used
         "You have overridden `transfer_batch_to_device`",
-        "`isinstance.treespec, LeafSpec.` is deprecated",
+        "`isinstance.treespec, LeafSpec.` is deprecated",  # inside Lightning, as is the next
+        "torch.distributed.nn.functional.all_gather is deprecated",
+        "It is recommended to use `self.log",  # the evaluation is broadcast
     ):
         warnings.filterwarnings("ignore", message=meant_for_others)
 

@@ -280,7 +280,7 @@ def test_the_first_ppo_ratio_is_one_however_saturated_the_actions(spread):
 
 
 def test_ppo_scores_through_atanh_only_where_it_must():
-    """Without ``action_unsquashed`` the loss falls back on the action; where tanh has saturated that is wrong by nats."""
+    """Without ``action_unsquashed`` the loss falls back on the action: wrong by nats where tanh has saturated."""
     torch.manual_seed(0)
     actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES, return_log_prob=True)
     with torch.no_grad():

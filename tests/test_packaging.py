@@ -50,7 +50,7 @@ def test_the_installed_wheel_prints_its_configuration_from_another_folder(wheel,
     environ = clean_environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(command, cwd=folder, env=environ, check=True, capture_output=True, text=True)
     assert yaml.safe_load(done.stdout)["data"]["_target_"] == "pmoe_lightning.data.OffPolicyData"
-    code = "import pmoe_lightning.callbacks, pmoe_lightning; print(pmoe_lightning.callbacks.__file__)"
+    code = "import importlib.util; print(importlib.util.find_spec('pmoe_lightning.callbacks').origin)"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, text=True)
     assert done.stdout.startswith(str(tmp_path / "site"))
 

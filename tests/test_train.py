@@ -102,9 +102,7 @@ def test_ppo_through_mlflow_run_is_one_run(tmp_path, store, clean_environ):
     assert_acts(tmp_path / "a folder" / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, store, clean_environ):
     words = ["debug=default", "callbacks=[minimal,final_policy]", "total_frames=1000000", "hydra.run.dir=run"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
@@ -131,6 +129,19 @@ def test_a_bug_keeps_its_traceback_and_the_run_is_failed(run_module, tmp_path, s
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "crashing.py" in done.stderr and "ZeroDivisionError" in done.stderr
     assert the_run(tmp_path)[0].info.status == "FAILED"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_two_processes_are_one_run(run_module, tmp_path, algo):
+    words = [f"algo={algo}", "debug=default", "actor=gaussian", "estimator=marginalized", "trainer.devices=2"]
+    done = run_module("pmoe_lightning.train", *words, "trainer.accelerator=cpu")
+    assert done.returncode == 0, done.stderr
+    run, client = the_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert max(point.step for point in client.get_metric_history(run.info.run_id, "eval/episode_return")) == 1280
+    (checkpoint,) = (tmp_path / "outputs").rglob("last.ckpt")
+    assert_acts(checkpoint)
 
 
 @pytest.mark.slow

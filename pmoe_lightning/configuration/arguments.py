@@ -10,9 +10,9 @@ from pmoe_lightning.errors import ConfigurationError
 
 # What `mlflow run -P` is given; empty means "not given".
 _PARAMETERS = ("algo", "env", "total_frames", "seed", "overrides")
-_HYDRA_FLAGS = frozenset(
-    "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
-    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i".split()
+_HYDRA_FLAGS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
+    *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun"),
 )
 
 
@@ -53,7 +53,6 @@ def _split(overrides: str) -> list[str]:
 
 def _spell_out_env(word: str) -> str:
     key, _, value = word.partition("=")
-    if key != "env" or set(value.split(",")) & set(group_options()["env"]):
+    if key != "env" or not value or set(value.split(",")) & set(group_options()["env"]):
         return word
     return f"env.id={value}"
-

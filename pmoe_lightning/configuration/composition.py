@@ -120,4 +120,3 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not OmegaConf.is_missing(node, key) and not child._is_none():
             yield from _keys(child, f"{prefix}{key}.")
-

@@ -144,7 +144,7 @@ class CollectedData(LightningDataModule, ABC):
             init_random_frames=init_random_frames,
             exploration_type=ExplorationType.RANDOM,
             track_traj_ids=False,
-            use_buffers=False,  # random warm-up frames lack whatever a policy writes beside its action
+            use_buffers=False,  # a preallocated rollout would make up what random warm-up frames lack
             auto_register_policy_transforms=False,
             **devices,
         )

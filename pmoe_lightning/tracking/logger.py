@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _MAX_NAME_LENGTH = 250
 _MAX_VALUE_LENGTH = 6000
 _MAX_PARAMS_PER_REQUEST = 100
-_EXIT_PATIENCE_SECONDS = 20.0
+_EXIT_PATIENCE_SECONDS = 15.0
 
 
 def run_status(error: BaseException | None) -> str:
@@ -185,17 +185,18 @@ class MLflowLogger(MLFlowLogger):
         if not self._initialized:
             return
         if status != self._status:
-            self._status = status
             ended = int(time.time() * 1000)
-            self._writer.submit(
-                "the run's status", lambda: self._mlflow_client.set_terminated(self._run_id, status, end_time=ended)
-            )
+            self._writer.submit("the run's status", lambda: self._terminate(status, ended))
         if not self._writer.close(_EXIT_PATIENCE_SECONDS):
             print(
                 f"warning: the MLflow server at {self._tracking_uri} did not answer; {self._writer.pending} points or "
                 f"uploads of run {self._run_id} are not recorded",
                 file=sys.stderr,
             )
+
+    def _terminate(self, status: str, ended: int) -> None:
+        self._mlflow_client.set_terminated(self._run_id, status, end_time=ended)
+        self._status = status
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 _LONGEST_PAUSE_SECONDS = 60.0
-_EXIT_PATIENCE_SECONDS = 20.0
+_EXIT_PATIENCE_SECONDS = 15.0
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +31,7 @@ class BackgroundWriter:
         self._send, self._refused, self._period, self._batch = send, refused, period, batch
         self._failures = 0
         self._start_afresh()
-        atexit.register(self.close, _EXIT_PATIENCE_SECONDS)
+        atexit.register(self._finish)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._start_afresh)
 
@@ -42,6 +42,11 @@ class BackgroundWriter:
         self._points: list = []
         self._jobs: list[tuple[str, Callable[[], Any]]] = []
         self._urgent = self._closing = self._busy = False
+
+    def _finish(self) -> None:
+        # Whoever closed in vain has waited and warned already.
+        if not self._closing:
+            self.close(_EXIT_PATIENCE_SECONDS)
 
     @property
     def pending(self) -> int:
