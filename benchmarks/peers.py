@@ -66,6 +66,7 @@ def train_ours(algo: str, actor: str, env_id: str, seed: int) -> dict:
     folder = RESULTS.parent / "runs" / f"{algo}-{actor}-{seed}"
     command = [sys.executable, "-m", "pmoe_lightning.train", f"experiment=peers_{algo}", f"actor={actor}"]
     command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo]}", f"hydra.run.dir={folder}"]
+    command += ["logger=none"]
     subprocess.run(command, check=True)
     judge = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
     judge += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]

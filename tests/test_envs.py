@@ -1,5 +1,7 @@
 """The batched Gymnasium environment against plain Gymnasium loops and a scripted environment."""
 
+import logging
+
 import gymnasium
 import numpy as np
 import pytest
@@ -253,3 +255,19 @@ def test_rendering_and_closing() -> None:
     probe = make_scripted_env(num_envs=2)
     probe.close()
     assert probe.is_closed and all(e.closed for e in probe.envs)
+
+
+def test_warnings_of_the_simulator_go_to_logging(tmp_path, caplog, capfd, monkeypatch):
+    """MuJoCo's own way is stderr, and a MUJOCO_LOG.TXT in the current folder."""
+    import mujoco
+
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.DEBUG, "pmoe_lightning"):
+        make_env("HalfCheetah-v5", num_envs=2).close()
+        mujoco.get_mju_user_warning()("the simulation is unstable")
+    assert [(record.levelno, record.message) for record in caplog.records][-1] == (
+        logging.WARNING,
+        "MuJoCo: the simulation is unstable",
+    )
+    assert not any(record.levelno > logging.DEBUG for record in caplog.records[:-1])
+    assert capfd.readouterr().err == "" and not list(tmp_path.iterdir())

@@ -231,7 +231,7 @@ class FinalPolicySchema:
 @dataclass
 class MLflowSchema:
     _target_: str = MISSING
-    experiment_name: str = MISSING
+    experiment_name: Optional[str] = MISSING  # noqa: UP045
     run_name: Optional[str] = MISSING  # noqa: UP045
     tracking_uri: Optional[str] = MISSING  # noqa: UP045
     flush_seconds: float = _positive()

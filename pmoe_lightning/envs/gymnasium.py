@@ -7,6 +7,7 @@ needs from every step (float32 observations, episode return and length) is compu
 """
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 
 import gymnasium
@@ -22,6 +23,7 @@ from pmoe_lightning.errors import ConfigurationError
 
 __all__ = ["GymnasiumEnv", "make_env"]
 
+_log = logging.getLogger(__name__)
 _ROOT_KEYS = ("observation", "done", "terminated", "truncated")
 
 
@@ -177,6 +179,7 @@ def make_env(
         torch.Size([2, 5, 1])
     """
     envs: list[gymnasium.Env] = []
+    _send_mujoco_warnings_to_logging()
     try:
         for _ in range(num_envs):
             envs.append(gymnasium.make(id, render_mode=render_mode, disable_env_checker=True, **kwargs))
@@ -189,6 +192,21 @@ def make_env(
     except (gymnasium.error.Error, TypeError) as error:
         raise ConfigurationError(f"environment {id!r} cannot be made with {kwargs}: {_line(error)}") from error
     return GymnasiumEnv(envs, seed=seed)
+
+
+def _send_mujoco_warnings_to_logging() -> None:
+    """Else they go to stderr past Python, and into a MUJOCO_LOG.TXT in whatever folder the process runs in."""
+    try:
+        import mujoco
+    except ImportError:
+        return
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(_log_mujoco_warning)
+
+
+def _log_mujoco_warning(message: str) -> None:
+    # Gymnasium's own models use compiler attributes that MuJoCo is about to drop: nothing a user can mend.
+    _log.log(logging.DEBUG if "is deprecated" in message else logging.WARNING, "MuJoCo: %s", message)
 
 
 def _closest(id: str) -> str:
