@@ -121,6 +121,29 @@ def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, st
     assert_acts(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_stopped_under_mlflow_run_ends_as_killed(number, tmp_path, store, clean_environ):
+    """``mlflow run`` itself records FAILED for whatever does not exit with 0."""
+    uri = f"sqlite:///{store}"
+    MlflowClient(uri).create_experiment("stopped", artifact_location=(tmp_path / "artifacts").as_uri())
+    environ = clean_environ | {"MLFLOW_TRACKING_URI": uri}
+    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local"]
+    command += ["--experiment-name", "stopped", "-P", "algo=ppo", "-P", "total_frames=1000000"]
+    command += ["-P", f"overrides=debug=default callbacks=minimal hydra.run.dir='{tmp_path / 'run'}'"]
+    with subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, number)  # as a terminal or a scheduler does: to every process of the group
+        process.wait(timeout=90)
+    deadline = time.monotonic() + 60
+    while the_run(tmp_path)[0].info.status != "KILLED" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert the_run(tmp_path)[0].info.status == "KILLED"
+
+
 def test_a_bug_keeps_its_traceback_and_the_run_is_failed(run_module, tmp_path, store, clean_environ):
     (tmp_path / "crashing.py").write_text(CRASHING_ENV)
     words = ["env=crashing:Crashing-v0", "debug=default", "callbacks=minimal"]

@@ -27,6 +27,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.tracking.origin import provenance
 from pmoe_lightning.tracking.server import check_server
+from pmoe_lightning.tracking.stay_killed import stay_killed
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
 if TYPE_CHECKING:
@@ -197,6 +198,8 @@ class MLflowLogger(MLFlowLogger):
     def _terminate(self, status: str, ended: int) -> None:
         self._mlflow_client.set_terminated(self._run_id, status, end_time=ended)
         self._status = status
+        if status == "KILLED":
+            stay_killed(self._tracking_uri, self._run_id)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
