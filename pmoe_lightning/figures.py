@@ -165,7 +165,7 @@ def _mark_best(axes: Axes, frames: np.ndarray, mean: np.ndarray) -> None:
     if not np.isfinite(mean).any():
         return
     best = int(np.nanargmax(mean))
-    label = f"best {mean[best]:.4g} at {EngFormatter(sep='')(frames[best])} frames"
+    label = f"best {mean[best]:,.0f} at {frames[best]:,.0f} frames"
     axes.plot(
         frames[best], mean[best], "*", color=PALETTE[3], markersize=15, markeredgecolor="white", zorder=5, label=label
     )

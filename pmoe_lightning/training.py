@@ -191,7 +191,7 @@ def _prepare_process(cfg: DictConfig) -> None:
     # Denormal numbers, which relu networks and Adam produce, are many times slower than others on a CPU.
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.num_threads)
-    for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow"):
+    for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow", "OpenGL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for meant_for_others in (
         "The number of training batches",  # Lightning's own logging interval, which is not used
