@@ -4,8 +4,9 @@ The names below load on first use, so ``import pmoe_lightning`` costs nothing an
 MLflow or Hydra: a plain TorchRL script can take only the actor, the estimator or the loss.
 """
 
-from importlib import import_module
 from pathlib import Path
+
+from pmoe_lightning.lazy import load_on_first_use
 
 __version__ = "0.1.0"
 
@@ -29,12 +30,7 @@ _HOMES = {
     "make_env": "envs",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = load_on_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ FOLDERS = {"pmoe_lightning": PACKAGE, "pmoe_lightning.callbacks": ROOT / "callba
 MATHS = {"distributions", "networks", "actors", "critics", "estimators", "hamiltonian", "losses"}
 ALLOWED = {
     "errors": set(),
+    "lazy": set(),
     "distributions": set(),
     "networks": set(),
     "normalization": set(),
@@ -28,8 +29,8 @@ ALLOWED = {
     "envs": {"errors"},
     "data": {"envs", "errors", "normalization"},
     "evaluation": {"envs", "errors"},
-    "checkpoints": {"actors", "errors", "normalization", "tracking"},  # a reference may name an MLflow run
-    "tracking": {"errors", "checkpoints"},
+    "checkpoints": {"actors", "errors", "lazy", "normalization", "tracking"},  # a reference may name an MLflow run
+    "tracking": {"checkpoints", "errors", "lazy"},
     "callbacks": {"checkpoints", "distributions", "errors", "evaluation", "figures", "tracking"},
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},

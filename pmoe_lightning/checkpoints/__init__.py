@@ -4,7 +4,7 @@ Light to import: only :mod:`pmoe_lightning.checkpoints.io` needs Lightning, and 
 needs MLflow.
 """
 
-from importlib import import_module
+from pmoe_lightning.lazy import load_on_first_use
 
 _HOMES = {
     "load_policy": "policy",
@@ -12,9 +12,4 @@ _HOMES = {
     "resolve_checkpoint": "resolve",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = load_on_first_use(__name__, _HOMES)

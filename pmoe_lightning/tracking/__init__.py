@@ -3,7 +3,7 @@
 The names load on first use, because importing MLflow takes seconds and a command must first be able to refuse.
 """
 
-from importlib import import_module
+from pmoe_lightning.lazy import load_on_first_use
 
 _HOMES = {
     "MLflowLogger": "logger",
@@ -13,9 +13,4 @@ _HOMES = {
     "log_policy_model": "policy_model",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = load_on_first_use(__name__, _HOMES)
