@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModule
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite
@@ -228,3 +228,28 @@ def make_gaussian_actor(
 ) -> SafeProbabilisticTensorDictSequential:
     """The unimodal squashed Gaussian of SAC: ``make_pmoe_actor`` with one component and the same arguments."""
     return make_pmoe_actor(observation_dim, action_low, action_high, num_components=1, **arguments)
+
+
+class BestValueActor(TensorDictModuleBase):
+    r"""The deterministic rule that asks the critics which component to follow.
+
+        a = squash(mu_b),    b = argmax_k min_i Q_i(s, squash(mu_k))
+
+    Args:
+        actor: a mixture actor; its ``deterministic`` rule is not used.
+        critics: modules that read the observation and ``action`` and write ``state_action_value`` [*B, 1].
+    """
+
+    def __init__(self, actor: SafeProbabilisticTensorDictSequential, critics: Sequence[TensorDictModuleBase]) -> None:
+        super().__init__()
+        self.actor, self.critics = actor, nn.ModuleList(critics)
+        self.in_keys, self.out_keys = list(actor.in_keys), ["action"]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        distribution = self.actor.get_dist(tensordict.select(*self.in_keys))
+        modes = distribution.component_modes.movedim(-2, 0)
+        states = {key: tensordict.get(key).expand(*modes.shape[:-1], -1) for key in self.in_keys}
+        inputs = TensorDict({**states, "action": modes}, batch_size=modes.shape[:-1])
+        values = torch.stack([critic(inputs.copy())["state_action_value"].squeeze(-1) for critic in self.critics])
+        best = values.min(0).values.argmax(0)
+        return tensordict.set("action", distribution.take_component(distribution.component_modes, best))

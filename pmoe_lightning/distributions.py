@@ -41,7 +41,8 @@ class TanhGaussianMixture(Distribution):
         low, high: action bounds, numbers or tensors that broadcast to [A], in the units of the environment.
         deterministic: the action taken when no exploration is wanted. ``max_weight`` squashes the mean of the
             component with the largest weight; ``sample_component`` draws the component from the weights and squashes
-            its mean (what the authors' code does). The mean of the modes is never used: it lies between them.
+            its mean (what the authors' code does). A third rule, ``best_value``, needs critics and is an actor of its
+            own (``actors.BestValueActor``). The mean of the modes is never used: it lies between them.
 
     Raises:
         ValueError: the shapes do not fit together, or the rule is unknown.

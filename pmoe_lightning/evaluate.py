@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MAX_ENVS = 16
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
-_RULES = ("max_weight", "sample_component", "sample")
+_RULES = ("max_weight", "best_value", "sample_component", "sample")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ _HELP = {
     "checkpoint": "a file, an MLflow run id, models:/<name>@<alias> or models:/<name>/<version>",
     "episodes": "number of episodes",
     "seed": "episode i is seeded with seed + i",
-    "rule": "max_weight (mean of the likeliest component), sample_component (of a drawn one) or sample",
+    "rule": "max_weight (mean of the likeliest component), best_value (of the one the critics prefer), "
+    "sample_component (of a drawn one) or sample",
     "env": "Gymnasium id; the environment of the checkpoint when empty",
     "video": "also film the first episode",
     "output": "folder of the video",

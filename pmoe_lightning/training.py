@@ -233,6 +233,7 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         "arguments": arguments,
         **vars(spaces),
         "normalize_observation": normalized,
+        "critic": {"hidden_sizes": list(cfg.algo.hidden_sizes), "activation": cfg.algo.activation},
         "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
     }
 

@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
 
-from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.actors import BestValueActor, make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.critics import make_qvalue_network, make_value_network
 from pmoe_lightning.distributions import TanhGaussianMixture
 
@@ -382,3 +382,27 @@ def test_actor_in_the_ppo_loss_of_torchrl(maker, arguments):
     assert out["kl_approx"].abs() < 1e-4
     torch.manual_seed(5)  # TorchRL takes the class's own entropy, not a Monte Carlo one
     torch.testing.assert_close(out["entropy"], actor.get_dist(data).entropy().mean())
+
+
+def test_best_value_follows_the_component_that_the_critics_prefer():
+    """The minimum over the critics decides: each critic alone would choose otherwise."""
+    actor = make_pmoe_actor(2, [-1.0], [1.0], num_components=3, hidden_sizes=(8,))
+    network = actor[0].module
+    with torch.no_grad():
+        network.loc.weight.zero_()
+        network.loc.bias.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+        network.router.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))  # the heaviest component is not the best one
+
+    def critic(values):
+        """Q as a function of the mode alone, given at the three modes."""
+
+        def value(observation, action):
+            k = (action.squeeze(-1).unsqueeze(-1) - torch.tensor([-1.0, 0.0, 1.0]).tanh()).abs().argmin(-1)
+            return torch.tensor(values)[k].unsqueeze(-1)
+
+        return TensorDictModule(value, in_keys=["observation", "action"], out_keys=["state_action_value"])
+
+    policy = BestValueActor(actor, [critic([0.0, 1.0, 3.0]), critic([2.0, 1.0, 0.5])])
+    out = policy(TensorDict(observation=torch.randn(4, 2), batch_size=4))
+    assert set(out.keys()) == {"observation", "action"}
+    torch.testing.assert_close(out["action"], torch.zeros(4, 1))  # minima are 0, 1 and 0.5

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import make_ppo, make_sac
+from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
@@ -247,3 +248,45 @@ def test_one_component_runs_with_every_estimator():
         algorithm = make_sac(actor, estimator, observation_dim=OBSERVATION_DIM, action_dim=A, hidden_sizes=(16,))
         fit(algorithm, off_policy(algorithm, total_frames=24))
         assert algorithm.updates == 8
+
+
+@pytest.mark.parametrize("make, data", [(sac, off_policy), (ppo, on_policy)], ids=["sac", "ppo"])
+def test_a_checkpoint_can_act_by_its_own_action_values(make, data, tmp_path):
+    torch.manual_seed(0)
+    algorithm = make()
+    arguments = {"num_components": algorithm.actor[0].module.num_components, "hidden_sizes": [16, 16]}
+    if make is ppo:
+        arguments |= {"hidden_sizes": [16], "scale": "state_independent", "return_log_prob": True}
+        arguments["observation_key"] = "observation_normalized"
+    algorithm.policy_description = {
+        "format": 1,
+        "actor": "pmoe",
+        "arguments": arguments,
+        "observation_dim": OBSERVATION_DIM,
+        "action_low": LOW,
+        "action_high": HIGH,
+        "normalize_observation": make is ppo,
+        "critic": {"hidden_sizes": arguments["hidden_sizes"], "activation": "relu" if make is sac else "tanh"},
+        "env": {"id": "Pendulum-v1", "kwargs": {}},
+    }
+    fit(algorithm, data(algorithm)).save_checkpoint(tmp_path / "a.ckpt")
+    observation = TensorDict(observation=torch.randn(64, OBSERVATION_DIM), batch_size=64)
+    action = load_policy(tmp_path / "a.ckpt", rule="best_value")(observation.clone())["action"]
+
+    seen = algorithm.policy[0](observation.clone()) if make is ppo else observation.clone()
+    modes = algorithm.actor.get_dist(seen).component_modes
+    values = []
+    for k in range(modes.shape[-2]):
+        inputs = TensorDict({algorithm.observation_key: seen[algorithm.observation_key], "action": modes[:, k]}, [64])
+        values.append(qvalues_of(algorithm, inputs))
+    best = torch.stack(values, -1).argmax(-1)
+    torch.testing.assert_close(action, modes[torch.arange(64), best])
+    assert best.unique().numel() > 1  # the components do differ, so that the choice is a choice
+
+
+def qvalues_of(algorithm, inputs: TensorDict) -> torch.Tensor:
+    loss = algorithm.loss
+    if hasattr(loss, "qvalues"):
+        return loss.qvalues(inputs, inputs["action"], loss.qvalue_network_params).min(0).values
+    with loss.qvalue_network_params.to_module(loss.qvalue_network, preserve_module_state=False):
+        return loss.qvalue_network(inputs)["state_action_value"].squeeze(-1)

@@ -292,3 +292,15 @@ def test_a_killed_writer_never_damages_the_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # The kills must hit writers at work, not only ones that are still starting.
     assert int(done.stdout) > 10
+
+
+def test_best_value_needs_action_values() -> None:
+    checkpoint = make_policy()[1]
+    with pytest.raises(RunError, match="holds no action values to rank components by: use rule=max_weight"):
+        load_policy(checkpoint, rule="best_value")
+    checkpoint["policy"]["action_values"] = [{"module.layers.0.weight": torch.zeros(2, 2)}]
+    with pytest.raises(RunError, match="hidden_sizes None is not a list"):
+        load_policy(checkpoint, rule="best_value")
+    checkpoint["policy"]["description"]["critic"] = {"hidden_sizes": [8], "activation": "relu"}
+    with pytest.raises(RunError, match="action_values do not fit"):
+        load_policy(checkpoint, rule="best_value")

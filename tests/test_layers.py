@@ -29,7 +29,14 @@ ALLOWED = {
     "envs": {"errors"},
     "data": {"envs", "errors", "normalization"},
     "evaluation": {"envs", "errors"},
-    "checkpoints": {"actors", "errors", "lazy", "normalization", "tracking"},  # a reference may name an MLflow run
+    "checkpoints": {
+        "actors",
+        "critics",
+        "errors",
+        "lazy",
+        "normalization",
+        "tracking",
+    },  # a reference may name an MLflow run
     "tracking": {"checkpoints", "errors", "lazy"},
     "callbacks": {"checkpoints", "distributions", "errors", "evaluation", "figures", "tracking"},
     "configuration": {"errors", "conf"},

@@ -99,11 +99,16 @@ class AbstractAlgorithm(LightningModule, ABC):
             return batch.to(device, non_blocking=True)
         return batch
 
+    def action_values(self) -> list[dict[str, Tensor]]:
+        """The state dict of every action-value network, for acting by the best value; none where there is none."""
+        return []
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["updates"] = self.updates
         checkpoint["policy"] = {
             "description": self.policy_description,
             "state_dict": dict(self.policy.state_dict()),
+            "action_values": self.action_values(),
             "env_frames": self.trainer.datamodule.env_frames if self.trainer.datamodule else 0,
             "updates": self.updates,
         }

@@ -59,6 +59,11 @@ class PPO(AbstractAlgorithm):
         parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self.lr, eps=1e-5, fused=True)
 
+    def action_values(self) -> list[dict[str, Tensor]]:
+        if self.loss.routing is None:
+            return []
+        return [dict(self.loss.qvalue_network_params.data.flatten_keys(".").clone().items())]
+
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         with torch.no_grad():
             self.advantage(batch)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import SoftUpdate
 
@@ -53,6 +54,10 @@ class SAC(AbstractAlgorithm):
         if not self.loss.fixed_alpha:
             groups.append({"params": [self.loss.log_alpha], "lr": self.lr_alpha, "name": "alpha"})
         return torch.optim.Adam(groups, fused=True)
+
+    def action_values(self) -> list[dict[str, Tensor]]:
+        stacked = self.loss.qvalue_network_params.data.flatten_keys(".")
+        return [dict(stacked[i].clone().items()) for i in range(self.loss.num_qvalue_nets)]
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         for minibatch in batch.unbind(0):

@@ -1,8 +1,9 @@
 """A policy from the data of a checkpoint.
 
-A checkpoint's entry ``"policy"`` holds ``description`` (which actor, its arguments, the action bounds, the environment)
-and ``state_dict``. The description is data: it selects among the factories below and every value of it is checked, so a
-file can neither name code to run nor ask for a network of absurd size.
+A checkpoint's entry ``"policy"`` holds ``description`` (which actor, its arguments, the action bounds, the
+environment), ``state_dict`` and, where the algorithm has critics of actions, their state dicts as ``action_values``.
+The description is data: it selects among the factories below and every value of it is checked, so a file can neither
+name code to run nor ask for a network of absurd size.
 """
 
 import math
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 
-from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.actors import BestValueActor, make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
+from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.normalization import ObservationNormalizer
 
@@ -38,7 +40,8 @@ def load_policy(
         checkpoint: a file, an MLflow run id, ``models:/<name>@<alias>`` (see ``resolve_checkpoint``), or a checkpoint
             already read.
         device: where the policy is to act.
-        rule: the deterministic rule, ``max_weight`` or ``sample_component``; the trained one when ``None``.
+        rule: the deterministic rule, ``max_weight``, ``sample_component`` or ``best_value`` (the component that the
+            checkpoint's own critics prefer); the trained one when ``None``.
 
     Raises:
         RunError: the checkpoint is missing, damaged, foreign, or describes a policy this version cannot build.
@@ -94,10 +97,10 @@ def build_policy(
     """The policy of a checked entry (:func:`policy_entry`); arguments and errors as :func:`load_policy`."""
     description = entry["description"]
     arguments = dict(description["arguments"])
-    if rule is not None:
+    if rule not in (None, "best_value"):
         arguments["deterministic"] = rule
     try:
-        policy = ACTORS[description["actor"]](
+        policy = actor = ACTORS[description["actor"]](
             description["observation_dim"], description["action_low"], description["action_high"], **arguments
         )
     except (TypeError, ValueError) as error:
@@ -109,10 +112,34 @@ def build_policy(
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
+    if rule == "best_value":
+        best = BestValueActor(actor, _build_critics(entry, where))
+        policy = best if policy is actor else TensorDictSequential(policy[0], best)
     for module in policy.modules():
         if isinstance(module, ProbabilisticTensorDictModule):
             module.default_interaction_type = InteractionType.DETERMINISTIC
     return policy.to(device).eval()
+
+
+def _build_critics(entry: Mapping[str, Any], where: str) -> list[TensorDictModule]:
+    """The action-value networks of a checked entry, for the rule ``best_value``."""
+    description, state_dicts = entry["description"], entry.get("action_values")
+    if not state_dicts:
+        raise RunError(f"{where} holds no action values to rank components by: use rule=max_weight")
+    sizes = {key: description.get("critic", {}).get(key) for key in ("hidden_sizes", "activation")}
+    observations, actions = description["observation_dim"], len(description["action_low"])
+    _check_arguments(sizes, observations + actions, 1, f"{where}, policy.description.critic")
+    critics = []
+    for state_dict in state_dicts:
+        key = description["arguments"].get("observation_key", "observation")
+        try:
+            critic = make_qvalue_network(observations, actions, **sizes, observation_key=key)
+            critic.load_state_dict(state_dict)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = textwrap.shorten(str(error), 300)
+            raise RunError(f"{where}, policy.action_values do not fit their description: {reason}") from error
+        critics.append(critic)
+    return critics
 
 
 def _get(mapping: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
