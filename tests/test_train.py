@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -102,15 +104,34 @@ def test_ppo_through_mlflow_run_is_one_run(tmp_path, store, clean_environ):
     assert_acts(tmp_path / "a folder" / "checkpoints" / "last.ckpt")
 
 
+@contextmanager
+def started(command: list[str], **arguments) -> Iterator[subprocess.Popen]:
+    """A process group of its own that ends here, and that obeys Ctrl-C even where the tests themselves ignore it."""
+
+    def obey_ctrl_c() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, start_new_session=True, preexec_fn=obey_ctrl_c, **arguments) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run does not get going"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, store, clean_environ):
     words = ["debug=default", "callbacks=[minimal,final_policy]", "total_frames=1000000", "hydra.run.dir=run"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
-    with subprocess.Popen(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-            time.sleep(0.1)
+    with started(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_first_checkpoint(tmp_path / "run", process)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == code
@@ -131,16 +152,14 @@ def test_a_run_stopped_under_mlflow_run_ends_as_killed(number, tmp_path, store, 
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local"]
     command += ["--experiment-name", "stopped", "-P", "algo=ppo", "-P", "total_frames=1000000"]
     command += ["-P", f"overrides=debug=default callbacks=minimal hydra.run.dir='{tmp_path / 'run'}'"]
-    with subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
+    with started(command, env=environ, stderr=subprocess.DEVNULL) as process:
+        wait_for_first_checkpoint(tmp_path / "run", process)
         os.killpg(process.pid, number)  # as a terminal or a scheduler does: to every process of the group
         process.wait(timeout=90)
-    deadline = time.monotonic() + 60
-    while the_run(tmp_path)[0].info.status != "KILLED" and time.monotonic() < deadline:
-        time.sleep(0.5)
+        # On SIGTERM ``mlflow run`` is gone at once, while the training still saves and closes.
+        deadline = time.monotonic() + 60
+        while the_run(tmp_path)[0].info.status != "KILLED" and time.monotonic() < deadline:
+            time.sleep(0.5)
     assert the_run(tmp_path)[0].info.status == "KILLED"
 
 
