@@ -73,6 +73,10 @@ def run_training(cfg: DictConfig) -> None:
         fit(trainer, algorithm, data)
     except BaseException as caught:
         error = caught
+        if not isinstance(error, Exception):
+            # Stopped: `mlflow run` answers Ctrl-C with a SIGTERM on top, which must not cut short what closes the run.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         raise
     finally:
         if logger is not None:
