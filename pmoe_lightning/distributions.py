@@ -161,7 +161,10 @@ class TanhGaussianMixture(Distribution):
 
     def rsample_unsquashed(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Float[Tensor, "*S A"]:
         """u = mu_k + sigma_k eps with k ~ w; gradients reach mu_k and sigma_k, never the choice of k."""
-        component = self.sample_component(sample_shape)
+        return self.rsample_given(self.sample_component(sample_shape))
+
+    def rsample_given(self, component: Int[Tensor, "*SB"]) -> Float[Tensor, "*SB A"]:
+        """u = mu_k + sigma_k eps for components that were chosen already."""
         loc, scale = (self.take_component(values, component) for values in (self.loc, self.scale))
         return loc + scale * torch.randn_like(loc)
 

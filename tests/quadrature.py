@@ -81,7 +81,8 @@ def log_density(mixture: Parameters, u: Tensor) -> Tensor:
 def nodes(mixture: Parameters, spacing: float = 0.25, reach: float = 9.0) -> tuple[Tensor, float]:
     """A regular grid [N, A] that covers every component, and the volume of its cells.
 
-    ``spacing`` is in units of the smallest standard deviation (or of 0.5, the scale of tanh, if that is less).
+    ``spacing`` is in units of the smallest standard deviation (or of 0.5, the scale of tanh, if that is less);
+    integrands with sharper features need a finer one.
     """
     step = spacing * min(0.5, mixture.scale.min().item())
     first = (mixture.loc - reach * mixture.scale).amin(0).detach()
@@ -97,10 +98,12 @@ def expectation(mixture: Parameters, function: Function, spacing: float = 0.25) 
     return volume * (log_prob.exp() * function(u, log_prob)).sum()
 
 
-def expectation_and_gradient(mixture: Parameters, function: Function) -> tuple[Tensor, Parameters]:
+def expectation_and_gradient(
+    mixture: Parameters, function: Function, spacing: float = 0.25
+) -> tuple[Tensor, Parameters]:
     """The expectation, and its gradient with respect to every parameter."""
     leaves = Parameters(*(value.clone().requires_grad_() for value in mixture))
-    value = expectation(leaves, function)
+    value = expectation(leaves, function, spacing)
     return value.detach(), Parameters(*torch.autograd.grad(value, leaves, materialize_grads=True))
 
 

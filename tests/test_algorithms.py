@@ -15,11 +15,21 @@ from pmoe_lightning.algorithms import make_ppo, make_sac
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.envs import make_env
-from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
+from pmoe_lightning.estimators import (
+    Frequency,
+    GumbelSoftmax,
+    HalfReparameterized,
+    Implicit,
+    Marginalized,
+    Pathwise,
+    ScoreFunction,
+)
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 
 OBSERVATION_DIM, A, LOW, HIGH = 3, 1, [-2.0], [2.0]
 pendulum = partial(make_env, "Pendulum-v1")
+MIXTURE_ESTIMATORS = [Frequency, GumbelSoftmax, HalfReparameterized, Implicit, Marginalized, ScoreFunction]
+every_estimator = pytest.mark.parametrize("make_estimator", MIXTURE_ESTIMATORS)
 
 
 def sac(estimator=None, **arguments):
@@ -95,9 +105,10 @@ def on_policy(algorithm, total_frames=384):
     )
 
 
-@pytest.mark.parametrize("estimator", [Frequency(), Marginalized()], ids=lambda e: type(e).__name__)
-def test_sac_counts_updates_moves_every_parameter_and_follows_with_the_targets(estimator):
+@every_estimator
+def test_sac_counts_updates_moves_every_parameter_and_follows_with_the_targets(make_estimator):
     torch.manual_seed(0)
+    estimator = make_estimator()
     algorithm = sac(estimator)
     before = {name: value.clone() for name, value in algorithm.loss.state_dict().items()}
     trainer = fit(algorithm, off_policy(algorithm))
@@ -147,18 +158,29 @@ def test_one_summed_backward_equals_three_separate_ones():
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("estimator", [Frequency(), Marginalized()], ids=lambda e: type(e).__name__)
-def test_ppo_passes_over_the_rollout_and_moves_every_parameter(estimator):
+@every_estimator
+def test_ppo_passes_over_the_rollout_and_moves_every_parameter(make_estimator):
     torch.manual_seed(0)
-    algorithm = ppo(estimator)
+    estimator = make_estimator()
+    algorithm = ppo(estimator, entropy_coeff=0.01)
     before = {name: value.clone() for name, value in algorithm.loss.named_parameters()}
     fit(algorithm, on_policy(algorithm))
     assert algorithm.updates == 2 * 2 * 4  # the first of three rollouts only initialises the normaliser
     for name, value in algorithm.loss.named_parameters():
-        if "router" in name and isinstance(estimator, Marginalized):
-            continue  # with ratios alone the router may move as little as the advantage asks
         assert not torch.equal(value, before[name]), name
     assert ("qvalue_network_params" in dict(algorithm.loss.named_children())) == isinstance(estimator, Frequency)
+
+
+@pytest.mark.parametrize("make, data", [(sac, off_policy), (ppo, on_policy)], ids=["sac", "ppo"])
+def test_an_estimator_anneals_over_the_frames_of_the_run(make, data):
+    estimator = GumbelSoftmax(temperature=1.0, final_temperature=0.01)
+    algorithm = make(estimator, entropy_coeff=0.01) if make is ppo else make(estimator)
+    trainer = fit(algorithm, data(algorithm))
+    progress = trainer.datamodule.env_frames / trainer.datamodule.total_frames
+    assert progress == 1.0 and estimator.temperature == pytest.approx(0.01)
+    if make is sac:
+        temperature = algorithm.drain_metrics()["train/gumbel_temperature"]
+        assert 0.01 < temperature < 1.0  # the mean over the run
 
 
 def test_ppo_gradients_are_clipped_to_the_norm():
@@ -243,7 +265,8 @@ def test_checkpoint_restores_weights_optimizer_and_counters(make, data, tmp_path
 
 
 def test_one_component_runs_with_every_estimator():
-    for estimator in (Pathwise(), Frequency(), Marginalized()):
+    for make_estimator in (Pathwise, *MIXTURE_ESTIMATORS):
+        estimator = make_estimator()
         actor = make_gaussian_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=(16,))
         algorithm = make_sac(actor, estimator, observation_dim=OBSERVATION_DIM, action_dim=A, hidden_sizes=(16,))
         fit(algorithm, off_policy(algorithm, total_frames=24))

@@ -81,7 +81,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
 def test_every_combination_of_algorithm_actor_and_estimator_composes():
     for algo in group_options()["algo"]:
         for actor in group_options()["actor"]:
-            for estimator in ("frequency", "marginalized"):
+            for estimator in set(group_options()["estimator"]) - {"pathwise"}:
                 configure(f"algo={algo}", f"actor={actor}", f"estimator={estimator}", "debug=default")
 
 
@@ -205,6 +205,9 @@ def test_help_lists_every_option():
         (["actor.router=detatched"], "must be one of detached, attached"),
         # pairs
         (["callbacks=minimal", "+callbacks.evaluation.episodes=3"], "callbacks.evaluation has no _target_"),
+        (["estimator=score_function", "estimator.num_samples=1"], "baseline=leave_one_out needs estimator.num_samples"),
+        (["estimator=half_reparameterized", "estimator.baseline=median"], "must be one of none, mean, leave_one_out"),
+        (["estimator=gumbel_softmax", "estimator.temperature=0"], "estimator.temperature=0"),
         (["estimator=pathwise"], "actor.num_components=4: use actor=gaussian"),
         (["algo.minibatch_size=4096"], "must not exceed data.frames_per_batch=2048"),
         (["data.num_envs=3"], "must be a multiple of data.num_envs=3"),

@@ -29,7 +29,18 @@ from torch import Tensor
 
 from pmoe_lightning import estimators
 from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Pathwise
+from pmoe_lightning.estimators import (
+    AbstractEstimator,
+    Evaluation,
+    Frequency,
+    GumbelSoftmax,
+    Implicit,
+    Marginalized,
+    Pathwise,
+)
+from pmoe_lightning.estimators import HalfReparameterized as Half
+from pmoe_lightning.estimators import ScoreFunction as Score
+from pmoe_lightning.estimators.implicit import _centred_distribution, implicit_rsample
 
 
 class Row(NamedTuple):
@@ -41,23 +52,42 @@ class Row(NamedTuple):
     """For every K above."""
     evaluations: Callable[[int], tuple[int, int]]
     """How many actions per state the objective sees, given K, and how many of them with a graph for the gradient."""
+    draws: int = 20_000
+    """Single estimates whose mean is compared with the exact gradient; more for those of high variance."""
 
 
 EVERY_SWITCH = {"backpropagate": "all", "log_prob": "mixture", "reduction": "sum", "rank_by": "soft_q", "weight": 0.5}
 ESTIMATORS = (
     Row("marginalized", Marginalized(), (1, 3), unbiased=True, evaluations=lambda K: (K, K)),
     Row("pathwise", Pathwise(), (1,), unbiased=True, evaluations=lambda K: (1, 1)),
+    Row("implicit", Implicit(), (1, 3), unbiased=True, evaluations=lambda K: (1, 1)),
+    Row("half", Half(num_samples=1, baseline="none"), (1, 3), True, lambda K: (1, 1), draws=60_000),
+    Row("half_loo", Half(num_samples=2, baseline="leave_one_out"), (1, 3), True, lambda K: (2, 2)),
+    Row("half_mean", Half(num_samples=3, baseline="mean"), (1, 3), unbiased=False, evaluations=lambda K: (3, 3)),
+    Row("score", Score(num_samples=1, baseline="none"), (1, 3), True, lambda K: (1, 0), draws=100_000),
+    Row("score_loo", Score(num_samples=4, baseline="leave_one_out"), (1, 3), True, lambda K: (4, 0)),
+    Row("score_mean", Score(num_samples=4, baseline="mean"), (1, 3), unbiased=False, evaluations=lambda K: (4, 0)),
+    Row("gumbel", GumbelSoftmax(), (1, 3), unbiased=False, evaluations=lambda K: (1, 1)),
+    Row("gumbel_soft", GumbelSoftmax(temperature=0.3, straight_through=False), (1, 3), False, lambda K: (1, 1)),
     Row("frequency", Frequency(), (1, 3), unbiased=False, evaluations=lambda K: (K + 1, 1)),
     Row("frequency_all", Frequency(**EVERY_SWITCH), (1, 3), unbiased=False, evaluations=lambda K: (K, K)),
 )
 CASES = [pytest.param(row, K, id=f"{row.name}-{K}") for row in ESTIMATORS for K in row.components]
 UNBIASED = [pytest.param(row, K, id=f"{row.name}-{K}") for row in ESTIMATORS if row.unbiased for K in row.components]
 
+
+def gaussian_bump(a: Tensor, center: tuple[float, float], width: float) -> Tensor:
+    center = torch.tensor(center, dtype=a.dtype)[: a.shape[-1]]
+    return (-(a - center).square().sum(-1) / width).exp()
+
+
 COSTS = {
     "constant": lambda a: torch.full_like(a[..., 0], 2.5),
     "linear": lambda a: a @ torch.tensor([1.0, -0.5], dtype=a.dtype)[: a.shape[-1]],
     "quadratic": lambda a: (a - 0.4).square().sum(-1),
-    "bimodal": lambda a: -(-(a - 1.0).square().sum(-1) / 0.3).exp() - 0.8 * (-(a + 0.8).square().sum(-1) / 0.5).exp(),
+    "bimodal": lambda a: -gaussian_bump(a, (1.0, 1.0), 0.3) - 0.8 * gaussian_bump(a, (-0.8, -0.8), 0.5),
+    "sharp_bimodal": lambda a: -gaussian_bump(a, (-0.2, 1.0), 0.04) - 0.8 * gaussian_bump(a, (-1.2, 1.6), 0.06),
+    "many_modal": lambda a: 0.3 * (5 * a).cos().sum(-1),
 }
 
 
@@ -104,7 +134,7 @@ def test_the_table_names_every_estimator():
 @pytest.mark.parametrize("action_dim", [1, 2])
 @pytest.mark.parametrize(("row", "num_components"), UNBIASED)
 def test_unbiased(row, num_components, action_dim, cost, alpha):
-    """Cost, entropy and the gradient of every parameter, against quadrature; 20 000 single estimates."""
+    """Cost, entropy and the gradient of every parameter, against quadrature; thousands of single estimates."""
     low, high = bounds(action_dim)
     exact = parameters(num_components, action_dim)
 
@@ -114,24 +144,34 @@ def test_unbiased(row, num_components, action_dim, cost, alpha):
     def squashed_log_prob(u, log_prob):
         return log_prob - log_abs_det_jacobian(u, low, high)
 
-    value, gradient = expectation_and_gradient(exact, function)
+    value, gradient = expectation_and_gradient(exact, function, spacing=0.1)
     log_prob, _ = expectation_and_gradient(exact, squashed_log_prob)
-    surrogate, estimates = estimate(row.estimator, repeat(exact, 20_000), cost=cost, alpha=alpha)
+    surrogate, estimates = estimate(row.estimator, repeat(exact, row.draws), cost=cost, alpha=alpha)
     assert_mean(surrogate.expected_cost.detach(), value, resolution=0.08)
     assert_mean(surrogate.log_prob, log_prob, resolution=0.08)
     for drawn, expected in zip(estimates, gradient, strict=True):
         assert_mean(drawn, expected, resolution=0.12)
 
 
-@pytest.mark.parametrize("row", ESTIMATORS, ids=lambda row: row.name)
+REPARAMETERISED = [row for row in ESTIMATORS if not isinstance(row.estimator, Score)]
+
+
+@pytest.mark.parametrize("row", REPARAMETERISED, ids=lambda row: row.name)
 def test_all_agree_at_one_component(row):
-    """Not only on average: the same noise gives the same estimate, that of plain reparameterisation."""
+    """Not only on average: the same noise gives the same estimate, that of plain reparameterisation.
+
+    (The score function agrees in expectation, see ``test_unbiased``: it does not differentiate the cost.)
+    """
     surrogate, gradient = estimate(row.estimator, random_leaves(32, K=1))
-    expected_surrogate, expected_gradient = estimate(Pathwise(), random_leaves(32, K=1))
-    torch.testing.assert_close(surrogate.expected_cost, expected_surrogate.expected_cost)
-    torch.testing.assert_close(surrogate.log_prob, expected_surrogate.log_prob)
+    draws = getattr(row.estimator, "num_samples", 1)
+    repeated = Parameters(
+        *(leaf.detach().expand(draws, *leaf.shape).requires_grad_() for leaf in random_leaves(32, K=1))
+    )
+    expected_surrogate, expected_gradient = estimate(Pathwise(), repeated)
+    torch.testing.assert_close(surrogate.expected_cost, expected_surrogate.expected_cost.mean(0))
+    torch.testing.assert_close(surrogate.log_prob, expected_surrogate.log_prob.mean(0))
     for mine, theirs in zip(gradient, expected_gradient, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs.mean(0))
     assert expected_gradient.loc.abs().min() > 0
 
 
@@ -183,17 +223,40 @@ def test_number_of_critic_evaluations(row, num_components):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("row", "num_components"), CASES)
 def test_gradients_stay_finite_on_extreme_parameters(row, num_components, dtype):
-    """3000 mixtures with weights down to 1e-30, scales from 1e-6 to 1e3, means to +-20, a third of them coincident."""
+    """1e5 mixtures with weights down to 1e-30, scales from 1e-6 to 1e3, means to +-20, a third of them coincident.
+
+    Most actions saturate. Coincident means with equal scales, and with unequal ones, are among them.
+    """
     generator = torch.Generator().manual_seed(0)
-    shape = (3000, num_components, 2)
+    shape = (100_000, num_components, 2)
     logits = math.log(1e-30) * torch.rand(shape[:-1], generator=generator)
     loc = 40 * torch.rand(shape, generator=generator) - 20
     scale = 10 ** (9 * torch.rand(shape, generator=generator) - 6)
-    loc[:1000], scale[:500] = loc[:1000, :1], scale[:500, :1]
+    loc[:33_333], scale[:16_667] = loc[:33_333, :1], scale[:16_667, :1]
     leaves = Parameters(*(value.to(dtype).requires_grad_() for value in (logits, loc, scale)))
     surrogate, gradient = estimate(row.estimator, leaves, cost="bimodal")
     for values in (surrogate.loss, surrogate.log_prob, *gradient):
         assert values.isfinite().all()
+
+
+def test_high_dimensions_and_many_components_stay_finite():
+    """K = 16, A = 17, where densities of single components underflow; the same extremes."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1000, 16, 17)
+    logits = math.log(1e-30) * torch.rand(shape[:-1], generator=generator)
+    loc, scale = (
+        40 * torch.rand(shape, generator=generator) - 20,
+        10 ** (9 * torch.rand(shape, generator=generator) - 6),
+    )
+    for row in ESTIMATORS:
+        if 3 not in row.components:
+            continue
+        leaves = Parameters(*(value.clone().requires_grad_() for value in (logits, loc, scale)))
+        mixture = TanhGaussianMixture(*leaves)
+        torch.manual_seed(0)
+        surrogate = row.estimator(mixture, soft_objective(mixture, lambda a: a.square().sum(-1), 0.2))
+        for values in (surrogate.loss, *torch.autograd.grad(surrogate.loss.sum(), leaves, materialize_grads=True)):
+            assert values.isfinite().all(), row.name
 
 
 # --- marginalized ----------------------------------------------------------------------------------------------------
@@ -220,6 +283,138 @@ def test_pathwise_refuses_several_components():
     for call in (lambda: Pathwise().check(3), lambda: estimate(Pathwise(), random_leaves(4, K=3))):
         with pytest.raises(ValueError, match="3 components.*actor=gaussian.*marginalized"):
             call()
+
+
+# --- score function and half reparameterised: the mean baseline -------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_samples", [2, 4])
+@pytest.mark.parametrize("estimator", [Half, Score])
+def test_mean_baseline_shrinks_what_the_score_carries(estimator, num_samples):
+    """E[(c_i - mean_j c_j) s_i] = (N-1)/N E[c s] for a score s of mean zero; the pathwise part is untouched."""
+    mixture, (low, high) = parameters(3, 1), bounds(1)
+    cost = COSTS["bimodal"]
+    _, exact = expectation_and_gradient(mixture, lambda u, log_prob: cost(squash(u, low, high)))
+    _, gradient = estimate(
+        estimator(num_samples=num_samples, baseline="mean"), repeat(mixture, 40_000), cost="bimodal", alpha=0.0
+    )
+    shrink = (num_samples - 1) / num_samples
+    assert_mean(gradient.mixture_logits, shrink * exact.mixture_logits, resolution=0.02)
+    pathwise = 1.0 if estimator is Half else shrink
+    assert_mean(gradient.loc, pathwise * exact.loc, resolution=0.05)
+    assert_mean(gradient.scale, pathwise * exact.scale, resolution=0.05)
+
+
+def test_leave_one_out_lowers_the_variance():
+    """A constant added to the cost changes nothing about it; without a baseline it is pure noise."""
+    mixture = repeat(parameters(3, 2), 2000)
+    noise = []
+    for baseline in ("none", "leave_one_out"):
+        _, gradient = estimate(Score(num_samples=4, baseline=baseline), mixture, cost="constant", alpha=0.0)
+        noise.append(gradient.loc.var(0).sum())
+    assert noise[0] > 0.1
+    assert noise[1] == 0.0
+
+
+@pytest.mark.parametrize("name", ["half_reparameterized", "score_function"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"baseline": "median"}, "baseline must be one of .*none.*mean.*leave_one_out.*'median'"),
+        (
+            {"baseline": "leave_one_out", "num_samples": 1},
+            "baseline=leave_one_out needs num_samples of at least 2, not 1",
+        ),
+        ({"baseline": "none", "num_samples": 0}, "baseline=none needs num_samples of at least 1, not 0"),
+    ],
+)
+def test_baselines_that_cannot_be_formed_are_refused(monkeypatch, name, arguments, message):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=f"estimator {name}: {message}"):
+        {"half_reparameterized": Half, "score_function": Score}[name](**arguments)
+
+
+# --- implicit --------------------------------------------------------------------------------------------------------
+
+
+def test_implicit_draws_keep_the_distribution_function_fixed():
+    """F_d(u(theta); theta) is constant in theta: its total derivative vanishes, dimension by dimension."""
+    mixture = parameters(3, 3)
+    leaves = Parameters(*(value.clone().requires_grad_() for value in mixture))
+    torch.manual_seed(0)
+    u = implicit_rsample(TanhGaussianMixture(*leaves))
+    log_weights = leaves.mixture_logits.log_softmax(-1)
+    normal = torch.distributions.Normal(leaves.loc, leaves.scale)
+    earlier = F.pad(normal.log_prob(u)[:, :-1].cumsum(-1), (1, 0))
+    conditional = ((log_weights.unsqueeze(-1) + earlier).softmax(0) * normal.cdf(u)).sum(0)
+    for value in conditional:
+        for derivative in torch.autograd.grad(value, leaves, retain_graph=True):
+            torch.testing.assert_close(derivative, torch.zeros_like(derivative), rtol=0, atol=1e-10)
+    assert all(gradient.abs().min() > 0 for gradient in torch.autograd.grad(u.sum(), leaves))
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_distribution_function_keeps_its_digits_in_both_tails(side):
+    """Six deviations out, Phi(z_k) - sum_j r_j Phi(z_j) is of order 1e-9 and must not be 1 - 1 in single precision."""
+    z, weights = side * torch.tensor([[6.0], [6.5]], dtype=torch.float64), torch.full((2, 1), 0.5, dtype=torch.float64)
+    exact = _centred_distribution(z, weights)
+    assert 0 < exact.abs().max() < 1e-8
+    torch.testing.assert_close(_centred_distribution(z.float(), weights.float()).double(), exact, rtol=1e-4, atol=0)
+
+
+# --- gumbel_softmax --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_gumbel_softmax_bias_by_hand(straight_through):
+    """Two equal weights, cost -u, temperature 1: y_1 = sigmoid(l + L) with L logistic and l = logit_1 - logit_2.
+
+    d E[y_1] / dl = E[y_1 (1 - y_1)] = int_0^1 s (1 - s) ds = 1/6, where the exact weight has w_1 (1 - w_1) = 1/4: the
+    gradient for the logits is two thirds of the exact one.
+    """
+    leaves = one_dimensional([1.0, -1.0], [0.5, 0.5], [0.5, 0.5], 40_000)
+    torch.manual_seed(0)
+    surrogate = GumbelSoftmax(straight_through=straight_through)(TanhGaussianMixture(*leaves), maximise_u)
+    (gradient,) = torch.autograd.grad(surrogate.loss.sum(), leaves.mixture_logits)
+    by_hand = torch.tensor([-2.0, 2.0], dtype=torch.float64) / 6
+    assert_mean(gradient, by_hand, resolution=0.02)
+
+
+def test_straight_through_takes_an_exact_draw():
+    """The action is one component's own draw, to the last bit, chosen with the frequency of its weight."""
+    leaves = one_dimensional([-1.0, 1.0], [1e-3, 1e-3], [0.2, 0.8], 40_000)
+    seen = []
+
+    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+        seen.append(u.detach())
+        return maximise_u(u, log_prob)
+
+    torch.manual_seed(0)
+    GumbelSoftmax(temperature=0.1)(TanhGaussianMixture(*leaves), objective)
+    torch.manual_seed(0)
+    draws = (leaves.loc + leaves.scale * torch.randn_like(leaves.loc)).detach()
+    component = (seen[0] > 0).long()
+    assert torch.equal(seen[0], draws.gather(-2, component.unsqueeze(-2)).squeeze(-2))
+    assert_mean(component.double(), torch.tensor([0.8], dtype=torch.float64), resolution=0.02)
+
+
+def test_gumbel_softmax_anneals_geometrically():
+    estimator = GumbelSoftmax(temperature=1.0, final_temperature=0.01)
+    temperatures = []
+    for progress in (0.0, 0.5, 1.0, 0.5):
+        estimator.anneal(progress)
+        temperatures.append(estimator.temperature)
+    assert temperatures == pytest.approx([1.0, 0.1, 0.01, 0.1])
+    constant = GumbelSoftmax(temperature=0.7)
+    constant.anneal(1.0)
+    assert constant.temperature == 0.7
+
+
+@pytest.mark.parametrize("name", ["temperature", "final_temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_temperatures_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"estimator gumbel_softmax: {name} must be finite and positive"):
+        GumbelSoftmax(**{name: value})
 
 
 # --- frequency -------------------------------------------------------------------------------------------------------

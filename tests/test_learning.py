@@ -19,7 +19,7 @@ SOLVED = {"pendulum_sac": -200.0, "pendulum_ppo": -300.0}
 def test_pendulum_is_solved(experiment, seed, run_module, tmp_path):
     """The best checkpoint of the run, judged anew by twenty episodes that had no part in choosing it."""
     words = [f"experiment={experiment}", "actor=pmoe", "estimator=frequency", f"seed={seed}", "logger=none"]
-    words += ["callbacks=[metrics,evaluation,checkpoint_best]", "hydra.run.dir=run"]
+    words += ["callbacks=[metrics,evaluation,checkpoint_best]", "callbacks.evaluation.episodes=20", "hydra.run.dir=run"]
     done = run_module("pmoe_lightning.train", *words, timeout=1500)
     assert done.returncode == 0, done.stderr
     policy = load_policy(tmp_path / "run" / "checkpoints" / "best.ckpt")

@@ -51,6 +51,11 @@ class AbstractAlgorithm(LightningModule, ABC):
         """The entry the actor reads."""
         return self.actor.in_keys[0]
 
+    def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
+        data = self.trainer.datamodule
+        if data is not None:
+            self.loss.estimator.anneal(min(1.0, data.env_frames / data.total_frames))
+
     @abstractmethod
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """Every update of one collector iteration."""

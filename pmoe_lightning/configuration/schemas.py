@@ -158,6 +158,26 @@ class PathwiseSchema:
     _target_: str = MISSING
 
 
+@dataclass
+class ImplicitSchema:
+    _target_: str = MISSING
+
+
+@dataclass
+class ScoreSchema:
+    _target_: str = MISSING
+    num_samples: int = _at_least(1)
+    baseline: str = _one_of("none", "mean", "leave_one_out")
+
+
+@dataclass
+class GumbelSoftmaxSchema:
+    _target_: str = MISSING
+    temperature: float = _positive()
+    final_temperature: Optional[float] = _positive()  # noqa: UP045
+    straight_through: bool = MISSING
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 @dataclass
 class DataSchema:
@@ -259,7 +279,15 @@ class Configuration:
 SCHEMAS = {
     "algo": {"ppo": PPOSchema, "sac": SACSchema},
     "actor": {"gaussian": GaussianSchema, "pmoe": PMOESchema},
-    "estimator": {"frequency": FrequencySchema, "marginalized": MarginalizedSchema, "pathwise": PathwiseSchema},
+    "estimator": {
+        "frequency": FrequencySchema,
+        "gumbel_softmax": GumbelSoftmaxSchema,
+        "half_reparameterized": ScoreSchema,
+        "implicit": ImplicitSchema,
+        "marginalized": MarginalizedSchema,
+        "pathwise": PathwiseSchema,
+        "score_function": ScoreSchema,
+    },
     "data": {"off_policy": OffPolicySchema, "on_policy": OnPolicySchema},
     "trainer": {"default": TrainerSchema},
     "callbacks": {

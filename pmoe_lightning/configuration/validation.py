@@ -20,6 +20,7 @@ from pmoe_lightning.configuration.schemas import (
     PMOESchema,
     PPOSchema,
     SACSchema,
+    ScoreSchema,
 )
 from pmoe_lightning.errors import ConfigurationError
 
@@ -112,6 +113,15 @@ def _check_estimator_and_actor(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"estimator=pathwise differentiates one component, not actor.num_components={components}: "
             "use actor=gaussian or estimator=frequency"
+        )
+    if (
+        OmegaConf.get_type(cfg.estimator) is ScoreSchema
+        and cfg.estimator.baseline != "none"
+        and (cfg.estimator.num_samples < 2)
+    ):
+        raise ConfigurationError(
+            f"estimator.baseline={cfg.estimator.baseline} needs estimator.num_samples of at least 2: "
+            "use more samples or estimator.baseline=none"
         )
 
 

@@ -8,12 +8,32 @@
 |---|---|---|
 | ``frequency`` (PMOE) | biased | K |
 | ``marginalized`` | none | K |
+| ``half_reparameterized`` | none | N |
+| ``score_function`` | none | N |
+| ``implicit`` | none | 1 |
+| ``gumbel_softmax`` | biased | 1 |
 | ``pathwise`` | none, K = 1 only | 1 |
 """
 
 from pmoe_lightning.estimators.base import AbstractEstimator, Evaluation, Objective, Surrogate
 from pmoe_lightning.estimators.frequency import Frequency
+from pmoe_lightning.estimators.gumbel_softmax import GumbelSoftmax
+from pmoe_lightning.estimators.half_reparameterized import HalfReparameterized
+from pmoe_lightning.estimators.implicit import Implicit
 from pmoe_lightning.estimators.marginalized import Marginalized
 from pmoe_lightning.estimators.pathwise import Pathwise
+from pmoe_lightning.estimators.score_function import ScoreFunction
 
-__all__ = ["AbstractEstimator", "Evaluation", "Frequency", "Marginalized", "Objective", "Pathwise", "Surrogate"]
+__all__ = [
+    "AbstractEstimator",
+    "Evaluation",
+    "Frequency",
+    "GumbelSoftmax",
+    "HalfReparameterized",
+    "Implicit",
+    "Marginalized",
+    "Objective",
+    "Pathwise",
+    "ScoreFunction",
+    "Surrogate",
+]

@@ -72,5 +72,8 @@ class AbstractEstimator(ABC):
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
         """Estimate the gradient of the expected cost."""
 
+    def anneal(self, progress: float) -> None:  # noqa: B027 (most estimators have nothing to anneal)
+        """Set what changes in the course of training, from the share of it that is done, 0 to 1."""
+
     def check(self, num_components: int) -> None:  # noqa: B027 (most estimators serve any number)
         """Raise ValueError where the estimator cannot serve that many components."""

@@ -1,0 +1,41 @@
+"""The score-function (likelihood-ratio, REINFORCE) estimator."""
+
+from __future__ import annotations
+
+import torch
+
+from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
+from pmoe_lightning.estimators.baselines import Baseline, check_baseline, subtract_baseline
+
+
+class ScoreFunction(AbstractEstimator):
+    r"""The density is differentiated, never the cost (Williams 1992).
+
+        grad = (1/N) sum_i grad log pi(u_i) (cost(u_i) - b_i),    u_i ~ pi
+
+    Unbiased with ``none`` and ``leave_one_out``; ``mean`` shrinks the gradient by (N-1)/N, see ``baselines``. N critic
+    evaluations, none of them differentiated. Variance grows with the action dimension. The dependence of the cost on
+    log pi itself is left out: its gradient E[grad log pi] has mean zero for a cost that is affine in log pi.
+
+    Args:
+        num_samples: N.
+        baseline: b_i, which lowers the variance: ``none``, ``mean`` or ``leave_one_out``.
+
+    Raises:
+        ValueError: an unknown baseline, or too few draws for it.
+    """
+
+    def __init__(self, *, num_samples: int = 4, baseline: Baseline = "leave_one_out") -> None:
+        check_baseline("score_function", baseline, num_samples)
+        self.num_samples, self.baseline = num_samples, baseline
+
+    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+        with torch.no_grad():
+            u = distribution.rsample_unsquashed((self.num_samples,))
+        density = distribution.log_prob_unsquashed(u)
+        with torch.no_grad():
+            evaluation = objective(u, density)
+        advantage = subtract_baseline(evaluation.cost, self.baseline)
+        score_term = ((density - density.detach()) * advantage).mean(0)
+        return Surrogate(evaluation.cost.mean(0) + score_term, evaluation.log_prob.mean(0))
