@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchrl.data import Bounded, Composite
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 
+from pmoe_lightning.compositions import Composition, add_actions, multiply_densities
 from pmoe_lightning.distributions import DeterministicRule, TanhGaussianMixture
 from pmoe_lightning.networks import Initialization, initialize, make_mlp
 
@@ -87,6 +88,20 @@ class MixtureNetwork(nn.Module):
         if self.router is None:
             return loc.new_zeros(shape[:-1]), loc, scale
         return self.router(features.detach() if self.router_is_detached else features), loc, scale
+
+
+class ComposedNetwork(nn.Module):
+    """The experts of a ``MixtureNetwork`` merged into one Gaussian: what a mixture with K = 1 reads."""
+
+    num_components = 1
+
+    def __init__(self, experts: MixtureNetwork, compose: Composition) -> None:
+        super().__init__()
+        self.experts, self.compose = experts, compose
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixture logits [*B, 1] (zero), loc and scale [*B, 1, A] of the policy at the observation [*B, O]."""
+        return self.compose(*self.experts(observation))
 
 
 class MixtureSampler(SafeProbabilisticModule):
@@ -183,41 +198,20 @@ def make_pmoe_actor(
         >>> actor(TensorDict(observation=torch.randn(5, 17), batch_size=5))["action"].shape
         torch.Size([5, 6])
     """
-    low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (action_low, action_high))
-    if low.ndim != 1 or low.shape != high.shape or not (low.isfinite() & high.isfinite() & (low < high)).all():
-        raise ValueError(f"action bounds must be finite vectors with low < high, not {low.tolist()}, {high.tolist()}")
-    if num_components < 1:
-        raise ValueError(f"num_components must be at least 1, not {num_components}")
-    for name, value, choices in (
-        ("router", router, Router),
-        ("scale", scale, Scale),
-        ("deterministic", deterministic, DeterministicRule),
-    ):
-        if value not in get_args(choices):
-            raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
-    network = MixtureNetwork(
+    return _make_actor(
         observation_dim,
-        low.numel(),
+        action_low,
+        action_high,
         num_components=num_components,
         hidden_sizes=hidden_sizes,
         activation=activation,
         router=router,
         scale=scale,
         initialization=initialization,
+        deterministic=deterministic,
+        return_log_prob=return_log_prob,
+        observation_key=observation_key,
     )
-    actor = SafeProbabilisticTensorDictSequential(
-        TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
-        MixtureSampler(
-            low,
-            high,
-            deterministic=deterministic,
-            return_log_prob=return_log_prob,
-            spec=Bounded(low.clone(), high.clone(), shape=low.shape),
-        ),
-    )
-    # K (2 A + 1) parameters a step would otherwise go into every buffer.
-    sampler = actor.module[-1]
-    return actor.select_out_keys(*sampler.out_keys)
 
 
 def make_gaussian_actor(
@@ -228,6 +222,38 @@ def make_gaussian_actor(
 ) -> SafeProbabilisticTensorDictSequential:
     """The unimodal squashed Gaussian of SAC: ``make_pmoe_actor`` with one component and the same arguments."""
     return make_pmoe_actor(observation_dim, action_low, action_high, num_components=1, **arguments)
+
+
+def make_additive_moe_actor(
+    observation_dim: int,
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    *,
+    num_experts: int = 4,
+    **arguments,
+) -> SafeProbabilisticTensorDictSequential:
+    """Experts whose actions are added by weight, ``compositions.add_actions``: unimodal, a baseline.
+
+    Args:
+        num_experts: how many Gaussians are merged.
+        **arguments: of ``make_pmoe_actor``, but for ``num_components``, ``router`` and ``deterministic``: the gate is
+            part of the action and learns with it.
+    """
+    arguments |= {"num_components": num_experts, "router": "attached", "compose": add_actions}
+    return _make_actor(observation_dim, action_low, action_high, **arguments)
+
+
+def make_mcp_actor(
+    observation_dim: int,
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    *,
+    num_experts: int = 4,
+    **arguments,
+) -> SafeProbabilisticTensorDictSequential:
+    """Experts whose densities are multiplied, ``compositions.multiply_densities``; arguments as the additive one's."""
+    arguments |= {"num_components": num_experts, "router": "attached", "compose": multiply_densities}
+    return _make_actor(observation_dim, action_low, action_high, **arguments)
 
 
 class BestValueActor(TensorDictModuleBase):
@@ -253,3 +279,58 @@ class BestValueActor(TensorDictModuleBase):
         values = torch.stack([critic(inputs.copy())["state_action_value"].squeeze(-1) for critic in self.critics])
         best = values.min(0).values.argmax(0)
         return tensordict.set("action", distribution.take_component(distribution.component_modes, best))
+
+
+def _make_actor(
+    observation_dim: int,
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    *,
+    num_components: int,
+    hidden_sizes: Sequence[int] = (256, 256),
+    activation: str = "relu",
+    router: Router,
+    scale: Scale = "state_dependent",
+    initialization: Initialization = "default",
+    deterministic: DeterministicRule = "max_weight",
+    return_log_prob: bool = False,
+    observation_key: str = "observation",
+    compose: Composition | None = None,
+) -> SafeProbabilisticTensorDictSequential:
+    low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (action_low, action_high))
+    if low.ndim != 1 or low.shape != high.shape or not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise ValueError(f"action bounds must be finite vectors with low < high, not {low.tolist()}, {high.tolist()}")
+    if num_components < 1:
+        raise ValueError(f"the number of components must be at least 1, not {num_components}")
+    for name, value, choices in (
+        ("router", router, Router),
+        ("scale", scale, Scale),
+        ("deterministic", deterministic, DeterministicRule),
+    ):
+        if value not in get_args(choices):
+            raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
+    network = MixtureNetwork(
+        observation_dim,
+        low.numel(),
+        num_components=num_components,
+        hidden_sizes=hidden_sizes,
+        activation=activation,
+        router=router,
+        scale=scale,
+        initialization=initialization,
+    )
+    if compose is not None:
+        network = ComposedNetwork(network, compose)
+    actor = SafeProbabilisticTensorDictSequential(
+        TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
+        MixtureSampler(
+            low,
+            high,
+            deterministic=deterministic,
+            return_log_prob=return_log_prob,
+            spec=Bounded(low.clone(), high.clone(), shape=low.shape),
+        ),
+    )
+    # K (2 A + 1) parameters a step would otherwise go into every buffer.
+    sampler = actor.module[-1]
+    return actor.select_out_keys(*sampler.out_keys)

@@ -12,16 +12,17 @@ PACKAGE = ROOT / "pmoe_lightning"
 FOLDERS = {"pmoe_lightning": PACKAGE, "pmoe_lightning.callbacks": ROOT / "callbacks"}
 
 # Each part with the parts of the package it may import; a part may always import itself.
-MATHS = {"distributions", "networks", "actors", "critics", "estimators", "hamiltonian", "losses"}
+MATHS = {"compositions", "distributions", "networks", "actors", "critics", "estimators", "hamiltonian", "losses"}
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
     "distributions": set(),
+    "compositions": set(),
     "networks": set(),
     "normalization": set(),
     "figures": set(),
     "critics": {"networks"},
-    "actors": {"networks", "distributions"},
+    "actors": {"compositions", "networks", "distributions"},
     "estimators": {"distributions"},
     "hamiltonian": {"distributions"},
     "losses": {"distributions", "estimators", "critics", "hamiltonian"},

@@ -15,14 +15,25 @@ from typing import Any
 import torch
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 
-from pmoe_lightning.actors import BestValueActor, make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.actors import (
+    BestValueActor,
+    make_additive_moe_actor,
+    make_gaussian_actor,
+    make_mcp_actor,
+    make_pmoe_actor,
+)
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
 from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.normalization import ObservationNormalizer
 
-ACTORS: dict[str, Callable[..., TensorDictModule]] = {"pmoe": make_pmoe_actor, "gaussian": make_gaussian_actor}
+ACTORS: dict[str, Callable[..., TensorDictModule]] = {
+    "additive_moe": make_additive_moe_actor,
+    "gaussian": make_gaussian_actor,
+    "mcp": make_mcp_actor,
+    "pmoe": make_pmoe_actor,
+}
 FORMAT = 1
 _MAX_WIDTH = 65_536
 _MAX_PARAMETERS = 500_000_000
@@ -162,12 +173,12 @@ def _numbers(mapping: Mapping[str, Any], key: str, where: str) -> list[float]:
 
 def _check_arguments(arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str) -> None:
     """Reject what the factories do not check themselves: types, and a size that would exhaust the memory."""
-    components = arguments.get("num_components", 1)
+    components = arguments.get("num_components", arguments.get("num_experts", 1))
     widths = arguments.get("hidden_sizes", [])
     if not all(isinstance(key, str) for key in arguments):
         raise RunError(f"{where}: the names of arguments must be text")
     if not isinstance(components, int) or isinstance(components, bool) or not 1 <= components <= _MAX_WIDTH:
-        raise RunError(f"{where}: num_components {components!r} is out of range")
+        raise RunError(f"{where}: {components!r} components are out of range")
     if not isinstance(widths, list | tuple) or not all(
         isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= _MAX_WIDTH for width in widths
     ):

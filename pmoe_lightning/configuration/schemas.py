@@ -139,6 +139,11 @@ class PMOESchema(GaussianSchema):
 
 
 @dataclass
+class ExpertsSchema(GaussianSchema):
+    num_experts: int = _at_least(1)
+
+
+@dataclass
 class FrequencySchema:
     _target_: str = MISSING
     backpropagate: str = _one_of("max", "all")
@@ -278,7 +283,7 @@ class Configuration:
 
 SCHEMAS = {
     "algo": {"ppo": PPOSchema, "sac": SACSchema},
-    "actor": {"gaussian": GaussianSchema, "pmoe": PMOESchema},
+    "actor": {"additive_moe": ExpertsSchema, "gaussian": GaussianSchema, "mcp": ExpertsSchema, "pmoe": PMOESchema},
     "estimator": {
         "frequency": FrequencySchema,
         "gumbel_softmax": GumbelSoftmaxSchema,

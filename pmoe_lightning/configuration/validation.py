@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pmoe_lightning.configuration.composition import nearest
 from pmoe_lightning.configuration.schemas import (
-    GaussianSchema,
     Limit,
     OffPolicySchema,
     OnPolicySchema,
@@ -108,8 +107,8 @@ def _check_frames(cfg: DictConfig) -> None:
 
 
 def _check_estimator_and_actor(cfg: DictConfig) -> None:
-    components = {GaussianSchema: 1, PMOESchema: cfg.actor.get("num_components")}.get(OmegaConf.get_type(cfg.actor))
-    if OmegaConf.get_type(cfg.estimator) is PathwiseSchema and components is not None and components > 1:
+    components = cfg.actor.num_components if OmegaConf.get_type(cfg.actor) is PMOESchema else 1
+    if OmegaConf.get_type(cfg.estimator) is PathwiseSchema and components > 1:
         raise ConfigurationError(
             f"estimator=pathwise differentiates one component, not actor.num_components={components}: "
             "use actor=gaussian or estimator=frequency"
