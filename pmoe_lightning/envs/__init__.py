@@ -1,5 +1,9 @@
 """Environments: any Gymnasium environment with continuous actions, as one fast batched TorchRL environment."""
 
+from gymnasium.envs.registration import register
+
 from pmoe_lightning.envs.gymnasium import GymnasiumEnv, make_env
 
 __all__ = ["GymnasiumEnv", "make_env"]
+
+register("MultiGoal-v0", "pmoe_lightning.envs.multi_goal:MultiGoal", max_episode_steps=30)

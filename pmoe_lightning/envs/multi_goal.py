@@ -1,0 +1,79 @@
+"""A point among four equally good goals: the task in which a policy with one mode must give three of them up."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+GOALS = np.array([(5.0, 0.0), (-5.0, 0.0), (0.0, 5.0), (0.0, -5.0)], np.float32)
+LIMIT = 7.0
+GOAL_RADIUS = 1.0
+_PIXELS = 240
+
+
+class MultiGoal(gymnasium.Env):
+    """The multi-goal task of soft Q-learning (Haarnoja et al. 2017, arXiv 1702.08165), registered as ``MultiGoal-v0``.
+
+    A point at s in [-7, 7]^2 moves by its action, s' = s + a with a in [-1, 1]^2, from a start near the origin,
+    s_0 ~ N(0, 0.1^2). It seeks any of four goals, (+-5, 0) and (0, +-5):
+
+        r = -action_cost |a|^2 - distance_cost min_g |s' - g|^2    (+ goal_reward, and the end, within 1 of a goal)
+
+    By symmetry all goals are equally good at the start, so a maximum-entropy policy reaches each of them equally often.
+    The registered id ends an episode after 30 steps. (The numbers are those of the mixture example in the code of
+    soft actor-critic, but for the names.)
+
+    Args:
+        action_cost, distance_cost, goal_reward: see above.
+        render_mode: ``rgb_array`` draws the plane, the goals and the point.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(
+        self,
+        *,
+        action_cost: float = 1.0,
+        distance_cost: float = 0.1,
+        goal_reward: float = 1.0,
+        render_mode: str | None = None,
+    ) -> None:
+        self.action_cost, self.distance_cost, self.goal_reward = action_cost, distance_cost, goal_reward
+        self.render_mode = render_mode
+        self.observation_space = Box(-LIMIT, LIMIT, (2,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (2,), np.float32)
+        self._position = np.zeros(2, np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._position = self.np_random.normal(0.0, 0.1, 2).astype(np.float32)
+        return self._position.copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self._position = np.clip(self._position + action, -LIMIT, LIMIT).astype(np.float32)
+        squared_distance = float(((GOALS - self._position) ** 2).sum(-1).min())
+        reward = -self.action_cost * float(np.square(action).sum()) - self.distance_cost * squared_distance
+        terminated = squared_distance < GOAL_RADIUS**2
+        return self._position.copy(), reward + self.goal_reward * terminated, terminated, False, {}
+
+    def render(self) -> np.ndarray | None:
+        if self.render_mode != "rgb_array":
+            return None
+        center = (np.arange(_PIXELS) + 0.5) / _PIXELS * 2 * LIMIT - LIMIT
+        plane = np.stack(np.meshgrid(center, -center), -1)
+        picture = np.full((_PIXELS, _PIXELS, 3), 255, np.uint8)
+        for goal in GOALS:
+            picture[((plane - goal) ** 2).sum(-1) < GOAL_RADIUS**2] = (160, 215, 190)
+        picture[((plane - self._position) ** 2).sum(-1) < 0.25**2] = (0, 114, 178)
+        return picture
+
+
+def goals_reached(position: np.ndarray) -> np.ndarray:
+    """Index of the goal within reach of each position [..., 2], -1 where there is none."""
+    distance = ((position[..., None, :] - GOALS) ** 2).sum(-1)
+    return np.where(distance.min(-1) < GOAL_RADIUS**2, distance.argmin(-1), -1)
