@@ -5,6 +5,7 @@ hands out finished episodes, ``trainer.lightning_module`` counts ``updates`` and
 them from the configuration and training is the same, bit for bit.
 """
 
+from pmoe_lightning.callbacks.estimator_variance import EstimatorVariance
 from pmoe_lightning.callbacks.evaluation import Evaluation
 from pmoe_lightning.callbacks.final_policy import FinalPolicy
 from pmoe_lightning.callbacks.learning_curve import LearningCurve
@@ -13,6 +14,7 @@ from pmoe_lightning.callbacks.mixture import MixtureDiagnostics
 from pmoe_lightning.callbacks.progress import FramesProgressBar
 
 __all__ = [
+    "EstimatorVariance",
     "Evaluation",
     "FinalPolicy",
     "FramesProgressBar",

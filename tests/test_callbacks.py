@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_ppo, make_sac
 from pmoe_lightning.callbacks import (
+    EstimatorVariance,
     Evaluation,
     FinalPolicy,
     FramesProgressBar,
@@ -138,6 +139,7 @@ def everything(folder):
         MetricsLogger(50),
         Evaluation(Unruly(), episodes=2, seed=1000),
         MixtureDiagnostics(50, 150),
+        EstimatorVariance(50, num_samples=4),
         LearningCurve("Pendulum"),
         FramesProgressBar(),
         *savers(folder),
@@ -372,6 +374,22 @@ def test_the_bar_is_closed_after_an_error(tmp_path, monkeypatch):
 
 
 # --- MixtureDiagnostics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_the_estimator_is_measured_at_intervals(tmp_path, num_components):
+    logger = Recorder()
+    fit([EstimatorVariance(100, num_samples=100)], tmp_path, logger=logger, num_components=num_components)
+    groups = ("router", "loc", "scale") if num_components > 1 else ("loc", "scale")
+    for group in groups:
+        assert logger.steps(f"estimator/variance_{group}") == [100, 200, 300]
+        for value in logger.values(f"estimator/variance_{group}"):
+            assert 0 <= value < math.inf
+        for value in logger.values(f"estimator/cosine_{group}"):
+            assert -1.001 <= value <= 1.001
+    if num_components == 1:  # both are plain reparameterisation; only the noise differs
+        assert min(logger.values("estimator/cosine_loc")) > 0.5
+        assert not logger.steps("estimator/variance_router")
 
 
 def test_mixture_metrics_of_a_router_that_never_decides():

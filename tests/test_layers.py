@@ -24,6 +24,7 @@ ALLOWED = {
     "critics": {"networks"},
     "actors": {"compositions", "networks", "distributions"},
     "estimators": {"distributions"},
+    "gradient_statistics": {"distributions", "estimators"},
     "hamiltonian": {"distributions"},
     "losses": {"distributions", "estimators", "critics", "hamiltonian"},
     "algorithms": MATHS,
@@ -39,7 +40,16 @@ ALLOWED = {
         "tracking",
     },  # a reference may name an MLflow run
     "tracking": {"checkpoints", "errors", "lazy"},
-    "callbacks": {"checkpoints", "distributions", "errors", "evaluation", "figures", "tracking"},
+    "callbacks": {
+        "checkpoints",
+        "distributions",
+        "errors",
+        "estimators",
+        "evaluation",
+        "figures",
+        "gradient_statistics",
+        "tracking",
+    },
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},
 }

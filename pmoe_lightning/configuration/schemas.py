@@ -244,6 +244,14 @@ class MixtureDiagnosticsSchema:
 
 
 @dataclass
+class EstimatorVarianceSchema:
+    _target_: str = MISSING
+    every_frames: int = _at_least(1)
+    num_samples: int = _at_least(2)
+    max_states: int = _at_least(1)
+
+
+@dataclass
 class FinalPolicySchema:
     _target_: str = MISSING
     video: bool = MISSING
@@ -296,6 +304,7 @@ SCHEMAS = {
     "data": {"off_policy": OffPolicySchema, "on_policy": OnPolicySchema},
     "trainer": {"default": TrainerSchema},
     "callbacks": {
+        "estimator_variance": EstimatorVarianceSchema,
         "evaluation": EvaluationSchema,
         "final_policy": FinalPolicySchema,
         "metrics": MetricsLoggerSchema,

@@ -15,7 +15,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss
 
 from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized
+from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective
 
 
 class PMOEPPOLoss(ClipPPOLoss):
@@ -99,12 +99,17 @@ class PMOEPPOLoss(ClipPPOLoss):
         self.__dict__["_distribution"] = distribution
         return log_prob, distribution, is_composite
 
-    def _get_entropy(self, dist: TanhGaussianMixture, adv_shape: torch.Size) -> Float[Tensor, "*B 1"]:
+    def objective(self, tensordict: TensorDictBase | None, distribution: TanhGaussianMixture) -> Objective:
+        """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s)."""
+
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-            log_prob = log_prob - dist.log_abs_det_jacobian(u)
+            log_prob = log_prob - distribution.log_abs_det_jacobian(u)
             return Evaluation(log_prob, log_prob, -log_prob)
 
-        return -self.estimator(dist, objective).expected_cost.unsqueeze(-1)
+        return objective
+
+    def _get_entropy(self, dist: TanhGaussianMixture, adv_shape: torch.Size) -> Float[Tensor, "*B 1"]:
+        return -self.estimator(dist, self.objective(None, dist)).expected_cost.unsqueeze(-1)
 
     def _qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> Tensor:
         with parameters.to_module(self.qvalue_network, preserve_module_state=False):

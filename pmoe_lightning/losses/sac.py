@@ -15,7 +15,7 @@ from torchrl.objectives import SACLoss
 
 from pmoe_lightning.critics import QValueNetwork, stacked_qvalue
 from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Surrogate
+from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate
 
 
 class PMOESACLoss(SACLoss):
@@ -104,9 +104,8 @@ class PMOESACLoss(SACLoss):
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value)
         return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
 
-    def estimate(self, tensordict: TensorDictBase) -> Surrogate:
-        """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
-        distribution = self._distribution(tensordict)
+    def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
+        """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
             log_prob = log_prob - distribution.log_abs_det_jacobian(u)
@@ -114,7 +113,12 @@ class PMOESACLoss(SACLoss):
             qvalue = qvalue.min(0).values
             return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
-        return self.estimator(distribution, objective)
+        return objective
+
+    def estimate(self, tensordict: TensorDictBase) -> Surrogate:
+        """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
+        distribution = self._distribution(tensordict)
+        return self.estimator(distribution, self.objective(tensordict, distribution))
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
         """The reduced actor loss, and ``log_prob``, ``auxiliary`` (reduced) and ``diagnostics`` of the estimate."""
