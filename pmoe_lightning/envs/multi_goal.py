@@ -18,16 +18,16 @@ class MultiGoal(gymnasium.Env):
     """The multi-goal task of soft Q-learning (Haarnoja et al. 2017, arXiv 1702.08165), registered as ``MultiGoal-v0``.
 
     A point at s in [-7, 7]^2 moves by its action, s' = s + a with a in [-1, 1]^2, from a start near the origin,
-    s_0 ~ N(0, 0.1^2). It seeks any of four goals, (+-5, 0) and (0, +-5):
+    s_0 ~ N(0, start_deviation^2). It seeks any of four goals, (+-5, 0) and (0, +-5):
 
         r = -action_cost |a|^2 - distance_cost min_g |s' - g|^2    (+ goal_reward, and the end, within 1 of a goal)
 
-    By symmetry all goals are equally good at the start, so a maximum-entropy policy reaches each of them equally often.
+    At the origin all goals are equally good, so a maximum-entropy policy reaches each of them equally often.
     The registered id ends an episode after 30 steps. (The numbers are those of the mixture example in the code of
     soft actor-critic, but for the names.)
 
     Args:
-        action_cost, distance_cost, goal_reward: see above.
+        start_deviation, action_cost, distance_cost, goal_reward: see above.
         render_mode: ``rgb_array`` draws the plane, the goals and the point.
     """
 
@@ -36,11 +36,13 @@ class MultiGoal(gymnasium.Env):
     def __init__(
         self,
         *,
+        start_deviation: float = 0.1,
         action_cost: float = 1.0,
         distance_cost: float = 0.1,
         goal_reward: float = 1.0,
         render_mode: str | None = None,
     ) -> None:
+        self.start_deviation = start_deviation
         self.action_cost, self.distance_cost, self.goal_reward = action_cost, distance_cost, goal_reward
         self.render_mode = render_mode
         self.observation_space = Box(-LIMIT, LIMIT, (2,), np.float32)
@@ -51,7 +53,7 @@ class MultiGoal(gymnasium.Env):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
-        self._position = self.np_random.normal(0.0, 0.1, 2).astype(np.float32)
+        self._position = self.np_random.normal(0.0, self.start_deviation, 2).astype(np.float32)
         return self._position.copy(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
