@@ -351,10 +351,14 @@ def report(results: Path, rows: list[dict]) -> None:
     import mlflow
     from estimator_lab_figures import draw_all
 
-    tables = [markdown(rows, objective, 4, 6) for objective in (*OBJECTIVES, "critic")]
+    measured = [(int(row["K"]), int(row["A"])) for row in rows if row["objective"] in OBJECTIVES]
+    K, A = (4, 6) if (4, 6) in measured else measured[-1]
+    tables = [markdown(rows, objective, K, A) for objective in OBJECTIVES]
+    (critic,) = {(int(row["K"]), int(row["A"])) for row in rows if row["objective"] == "critic"}
+    tables.append(markdown(rows, "critic", *critic))
     (results / "tables.md").write_text("\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
-    figures = draw_all(rows)
+    figures = draw_all(rows, K, A)
     for name, figure in figures.items():
         figure.savefig(results / f"{name}.png")
     if "MLFLOW_RUN_ID" not in os.environ:  # else `mlflow run` has opened the run already
@@ -373,13 +377,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="of algo=sac actor=pmoe; trained where none is given")
     parser.add_argument("--frames", type=int, default=20_000, help="environment frames to train the critic for")
+    parser.add_argument("--components", type=int, nargs="+", default=COMPONENTS, metavar="K")
+    parser.add_argument("--action-dims", type=int, nargs="+", default=ACTION_DIMS, metavar="A")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cells = arguments.results / "cells"
     cells.mkdir(parents=True, exist_ok=True)
-    for num_components in COMPONENTS:
-        for action_dim in ACTION_DIMS:
+    for num_components in arguments.components:
+        for action_dim in arguments.action_dims:
             path = cells / f"K{num_components:02}-A{action_dim:02}.csv"
             fill(path, lambda K=num_components, A=action_dim: analytic_cell(K, A))
     fill(cells / "time.csv", time_cell)

@@ -27,11 +27,12 @@ STYLES = ("-", "--", ":")
 Row = dict[str, str]
 
 
-def draw_all(rows: list[Row]) -> dict[str, Figure]:
-    """Every figure by name."""
-    figures = {"bias": bias_by_objective(rows, "4", "6")}
-    figures["noise_by_action_dim"] = noise_along(rows, "A", "action dimensions", lambda row: row["K"] == "4")
-    figures["noise_by_components"] = noise_along(rows, "K", "components", lambda row: row["A"] == "6")
+def draw_all(rows: list[Row], num_components: int, action_dim: int) -> dict[str, Figure]:
+    """Every figure by name; where one of K and A is fixed, it is to these."""
+    K, A = str(num_components), str(action_dim)
+    figures = {"bias": bias_by_objective(rows, K, A)}
+    figures["noise_by_action_dim"] = noise_along(rows, "A", "action dimensions", lambda row: row["K"] == K)
+    figures["noise_by_components"] = noise_along(rows, "K", "components", lambda row: row["A"] == A)
     if any(row["objective"] == "critic" for row in rows):
         figures["critic"] = noise_against_time(rows)
     return figures
