@@ -313,7 +313,7 @@ def train_critic(frames: int) -> Path:
 
 
 def collect(results: Path) -> list[dict]:
-    """All rows of all cells, also written to one file."""
+    """All rows of all cells with the same columns, also written to one file."""
     rows = []
     for path in sorted((results / "cells").glob("*.csv")):
         with path.open(newline="") as file:
@@ -323,7 +323,7 @@ def collect(results: Path) -> list[dict]:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    return rows
+    return [dict.fromkeys(columns, "") | row for row in rows]
 
 
 def markdown(rows: list[dict], objective: str, num_components: int, action_dim: int) -> str:

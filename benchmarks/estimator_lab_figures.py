@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pmoe_lightning.figures import GREY, PALETTE
 
 GROUPS = ("router", "loc", "scale")
-#: One colour per family, one line style per variant of it.
+#: One colour per family, one line style and marker per variant of it.
 FAMILIES = {
     "marginalized": PALETTE[0],
     "implicit": PALETTE[4],
@@ -22,7 +22,7 @@ FAMILIES = {
     "frequency": PALETTE[3],
     "pathwise": GREY,
 }
-STYLES = ("-", "--", ":")
+STYLES, MARKERS = ("-", "--", ":"), ("o", "s", "^")
 
 Row = dict[str, str]
 
@@ -79,7 +79,8 @@ def noise_along(rows: list[Row], key: str, label: str, chosen: Callable[[Row], b
                 lines.setdefault(row["estimator"], []).append((int(row[key]), float(row["signal_to_noise"])))
         for name, points in lines.items():
             x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, np.maximum(y, 1e-3), marker="o", markersize=4, label=name, **_line(name, list(lines)))
+            color, style, marker = _look(name, list(lines))
+            axes.plot(x, np.maximum(y, 1e-3), style, color=color, marker=marker, markersize=5, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
@@ -88,13 +89,12 @@ def noise_along(rows: list[Row], key: str, label: str, chosen: Callable[[Row], b
         axes.set_xlabel(label)
         _declutter(axes)
     panels[0].set_ylabel("signal-to-noise (higher is better)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _legend(figure)
     return figure
 
 
 def noise_against_time(rows: list[Row]) -> Figure:
-    """What an actor step costs and what it brings, with the critics of a real run; a ring marks a biased estimator."""
+    """What an actor step costs and what it brings, with the critics of a real run; a hollow marker is a biased one."""
     times = {row["estimator"]: float(row["relative_time"]) for row in rows if row["objective"] == "time"}
     figure = Figure(figsize=(13.0, 5.4), dpi=100, layout="constrained")
     figure.suptitle(
@@ -106,26 +106,31 @@ def noise_against_time(rows: list[Row]) -> Figure:
         for row in found:
             name = row["estimator"]
             biased = float(row["relative_bias"]) > max(0.1, 3 * float(row["standard_error"]))
-            color = _line(name, [row["estimator"] for row in found])["color"]
+            color, _, marker = _look(name, [row["estimator"] for row in found])
             face = "none" if biased else color
             signal = max(float(row["signal_to_noise"]), 1e-3)
-            axes.scatter(times[name], signal, s=70, facecolors=face, edgecolors=color, linewidths=1.8, zorder=3)
-            axes.annotate(
-                name.replace(" ", "\n", 1), (times[name], signal), xytext=(6, 3), textcoords="offset points", fontsize=7
+            axes.scatter(
+                times[name], signal, s=80, marker=marker, facecolors=face, edgecolors=color, linewidths=1.8, label=name
             )
         axes.set_yscale("log")
         axes.set_title(group, fontsize=11)
         axes.set_xlabel("time of an actor step, unimodal = 1")
-        axes.margins(x=0.2)
         _declutter(axes)
-    panels[0].set_ylabel("signal-to-noise (ring: biased)")
+    panels[0].set_ylabel("signal-to-noise (hollow: biased)")
+    _legend(figure)
     return figure
 
 
-def _line(name: str, names: list[str]) -> dict[str, str]:
+def _look(name: str, names: list[str]) -> tuple[str, str, str]:
+    """Colour, line style and marker of an estimator."""
     family = name.split(" ")[0]
-    variants = [other for other in names if other.split(" ")[0] == family]
-    return {"color": FAMILIES[family], "linestyle": STYLES[variants.index(name) % len(STYLES)]}
+    variant = [other for other in names if other.split(" ")[0] == family].index(name) % len(STYLES)
+    return FAMILIES[family], STYLES[variant], MARKERS[variant]
+
+
+def _legend(figure: Figure) -> None:
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _declutter(axes: Axes) -> None:

@@ -51,7 +51,7 @@ def test_a_small_laboratory(run_module, tmp_path, store, clean_environ):
     words = ["algo=sac", "debug=default", "estimator=marginalized", "callbacks=minimal", "logger=none"]
     done = run_module("pmoe_lightning.train", *words, "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, str(LAB), "--components", "2", "--action-dims", "1", "--results", "lab"]
+    command = [sys.executable, str(LAB), "--components", "4", "--action-dims", "1", "--results", "lab"]
     command += ["--checkpoint", "run/checkpoints/last.ckpt"]
     environ = clean_environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
@@ -69,7 +69,7 @@ def test_a_small_laboratory(run_module, tmp_path, store, clean_environ):
         elif row["estimator"] in ("marginalized", "implicit", "half_reparameterized", "score_function"):
             # 4 standard errors of |m - exact|, whose square is a sum over at least eight parameters
             assert float(row["relative_bias"]) < 4 * float(row["standard_error"]) + 1e-3, row
-    assert "| marginalized | 2 |" in done.stdout and "objective critic, K = 4, A = 1" in done.stdout
+    assert "| marginalized | 4 |" in done.stdout and "objective critic, K = 4, A = 1" in done.stdout
     figures = {path.name for path in (tmp_path / "lab").glob("*.png")}
     assert figures == {"bias.png", "critic.png", "noise_by_action_dim.png", "noise_by_components.png"}
     client = MlflowClient(f"sqlite:///{store}")

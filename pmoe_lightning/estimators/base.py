@@ -37,7 +37,10 @@ class Evaluation(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """Maps unsquashed actions and their log-densities to costs; squashing is its first step."""
+    """Maps unsquashed actions and their log-densities to costs; squashing is its first step.
+
+    The cost is affine in the log-density, with a factor that does not depend on u: SAC's temperature, 1 for an entropy.
+    """
 
     def __call__(self, u: Float[Tensor, "*S A"], log_prob: Float[Tensor, "*S"]) -> Evaluation: ...
 
