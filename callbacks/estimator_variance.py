@@ -50,8 +50,11 @@ class EstimatorVariance(Callback):
         self._frames = frames
 
     def measure(self, algorithm: LightningModule) -> dict[str, float]:
-        """The metrics above, for the states that the algorithm trained on last; nothing before its first update."""
-        if algorithm.last_observation is None:
+        """The metrics above, for the states that the algorithm trained on last.
+
+        Nothing before its first update, and nothing for an algorithm without an estimator.
+        """
+        if algorithm.last_observation is None or algorithm.estimator is None:
             return {}
         observation = algorithm.last_observation
         observation = observation[:: max(1, len(observation) // self.max_states)][: self.max_states]
@@ -67,7 +70,7 @@ class EstimatorVariance(Callback):
                     lambda repeated: algorithm.loss.objective(states, repeated),
                     num_samples=self.num_samples,
                 )
-                for estimator in (algorithm.loss.estimator, Marginalized())
+                for estimator in (algorithm.estimator, Marginalized())
             )
         metrics = {}
         for group in chosen if distribution.num_components > 1 else ("loc", "scale"):

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.callbacks.reporting import log_metrics
+from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation import evaluate_policy
 
 _MAX_ENVS = 16
@@ -31,7 +32,8 @@ class Evaluation(Callback):
     the policy alone decides the outcome. With several devices the first process evaluates and the others wait.
 
     Args:
-        make_env: called as ``make_env(num_envs=..., seed=...)`` at the first evaluation.
+        make_env: called as ``make_env(num_envs=..., seed=...)`` at the first evaluation; for a policy with memory also
+            with ``carry=...``.
         episodes: episodes of one evaluation.
         seed: seed of the evaluation environments; choose one that the training environments do not use.
         every_epochs: epochs between two evaluations. The last epoch is always evaluated.
@@ -75,7 +77,8 @@ class Evaluation(Callback):
             start = time.monotonic()
             with isolate_rng():
                 if self._env is None:
-                    self._env = self.make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
+                    make_env = with_memory(self.make_env, pl_module.policy)
+                    self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
                 result = evaluate_policy(pl_module.policy, self._env, episodes=self.episodes, seed=self.seed)
             mean, (low, high) = float(result.mean), result.interval
             frames = trainer.datamodule.env_frames

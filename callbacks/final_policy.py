@@ -21,6 +21,8 @@ class FinalPolicy(Checkpoint):
     saved. Without a logger only the film is made, without a checkpoint nothing. What fails here, for example rendering
     on a machine that cannot, is a one-line warning: the training itself is done and kept.
 
+    A policy with memory, which needs more than an observation, is not packaged: that too is a one-line warning.
+
     After an error or an interrupt only the checkpoints are logged, because whoever stops a run does not want to wait.
 
     Lightning calls ``Checkpoint`` callbacks last and in the given order: put this one behind every

@@ -9,7 +9,7 @@ An actor is a ``SafeProbabilisticTensorDictSequential``: it goes wherever TorchR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -78,7 +78,10 @@ class MixtureNetwork(nn.Module):
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mixture logits [*B, K], loc [*B, K, A] and scale [*B, K, A] of the policy at the observation [*B, O]."""
-        features = self.trunk(observation)
+        return self.heads(self.trunk(observation))
+
+    def heads(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from the features of the trunk."""
         shape = (*features.shape[:-1], self.num_components, self.action_dim)
         loc = self.loc(features).view(shape)
         if isinstance(self.log_scale, nn.Linear):
@@ -256,6 +259,24 @@ def make_mcp_actor(
     return _make_actor(observation_dim, action_low, action_high, **arguments)
 
 
+def action_bounds(low: Tensor | Sequence[float], high: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The bounds of an actor as tensors [A].
+
+    Raises:
+        ValueError: they are not finite vectors with low < high.
+    """
+    low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (low, high))
+    if low.ndim != 1 or low.shape != high.shape or not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise ValueError(f"action bounds must be finite vectors with low < high, not {low.tolist()}, {high.tolist()}")
+    return low, high
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise ValueError unless ``value`` is one of a ``Literal``'s words."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
+
+
 class BestValueActor(TensorDictModuleBase):
     r"""The deterministic rule that asks the critics which component to follow.
 
@@ -297,9 +318,7 @@ def _make_actor(
     observation_key: str = "observation",
     compose: Composition | None = None,
 ) -> SafeProbabilisticTensorDictSequential:
-    low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (action_low, action_high))
-    if low.ndim != 1 or low.shape != high.shape or not (low.isfinite() & high.isfinite() & (low < high)).all():
-        raise ValueError(f"action bounds must be finite vectors with low < high, not {low.tolist()}, {high.tolist()}")
+    low, high = action_bounds(action_low, action_high)
     if num_components < 1:
         raise ValueError(f"the number of components must be at least 1, not {num_components}")
     for name, value, choices in (
@@ -307,8 +326,7 @@ def _make_actor(
         ("scale", scale, Scale),
         ("deterministic", deterministic, DeterministicRule),
     ):
-        if value not in get_args(choices):
-            raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
+        check_choice(name, value, choices)
     network = MixtureNetwork(
         observation_dim,
         low.numel(),

@@ -58,10 +58,35 @@ def make_value_network(
     observation_key: str = "observation",
 ) -> ValueOperator:
     """``observation -> state_value`` [*B, 1]."""
+    layers = _value_layers(observation_dim, 1, hidden_sizes, activation, initialization)
+    return ValueOperator(layers, in_keys=[observation_key])
+
+
+def make_option_value_network(
+    observation_dim: int,
+    num_options: int,
+    *,
+    hidden_sizes: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    initialization: Initialization = "orthogonal",
+    observation_key: str = "observation",
+) -> ValueOperator:
+    """``observation -> option_value`` [*B, K]: q(s, o) of every option o."""
+    layers = _value_layers(observation_dim, num_options, hidden_sizes, activation, initialization)
+    return ValueOperator(layers, in_keys=[observation_key], out_keys=["option_value"])
+
+
+def _value_layers(
+    observation_dim: int,
+    num_values: int,
+    hidden_sizes: Sequence[int],
+    activation: str,
+    initialization: Initialization,
+) -> nn.Sequential:
     layers = make_mlp(observation_dim, hidden_sizes, activation, initialization)
-    output = nn.Linear(hidden_sizes[-1], 1)
+    output = nn.Linear(hidden_sizes[-1], num_values)
     initialize(output, initialization, gain=1.0)
-    return ValueOperator(layers.append(output), in_keys=[observation_key])
+    return layers.append(output)
 
 
 def stacked_qvalue(

@@ -148,7 +148,7 @@ def evaluate(request: Request) -> tuple[str, "Evaluation", Path | None]:
     from pmoe_lightning.checkpoints.files import read_checkpoint
     from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
     from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
-    from pmoe_lightning.envs import make_env
+    from pmoe_lightning.envs import make_env, with_memory
     from pmoe_lightning.evaluation import evaluate_policy
 
     where = f"checkpoint {request.checkpoint}"
@@ -156,7 +156,8 @@ def evaluate(request: Request) -> tuple[str, "Evaluation", Path | None]:
     sample = request.rule == "sample"
     policy = build_policy(entry, rule=None if sample else request.rule, where=where)
     env_id, env_kwargs = _environment(request, entry["description"]["env"])
-    env = make_env(env_id, num_envs=min(request.episodes, _MAX_ENVS), seed=request.seed, **env_kwargs)
+    num_envs = min(request.episodes, _MAX_ENVS)
+    env = with_memory(make_env, policy)(env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
         _check_fit(entry["description"], env_id, env)
         result = evaluate_policy(policy, env, episodes=request.episodes, seed=request.seed, sample=sample)

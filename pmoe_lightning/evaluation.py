@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from pmoe_lightning.envs import GymnasiumEnv, make_env
+from pmoe_lightning.envs import GymnasiumEnv, carried_entries, make_env, with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
 
 # Matrix products of different row counts round differently, and a chaotic simulator magnifies that: with a constant
@@ -72,7 +72,8 @@ def evaluate_policy(
     ``env`` with training.
 
     Args:
-        policy: reads ``observation`` [N, O], writes ``action`` [N, A]; acts on the device of its parameters.
+        policy: reads ``observation`` [N, O], writes ``action`` [N, A]; acts on the device of its parameters. A policy
+            with memory also reads what ``env`` carries, see ``envs.with_memory``.
         env: N environments; rounds of N episodes are run at once, and only the first episode after the reset counts.
         episodes: number of episodes, at least 1.
         seed: seed of episode 0.
@@ -123,7 +124,7 @@ def record_video(
     path = Path(path)
     choose_headless_renderer()
     try:
-        env = make_env(env_id, seed=seed, render_mode="rgb_array", **dict(env_kwargs or {}))
+        env = with_memory(make_env, policy)(env_id, seed=seed, render_mode="rgb_array", **dict(env_kwargs or {}))
     except ConfigurationError as error:
         raise RunError(f"cannot film {env_id}: {error}") from error
     try:
@@ -147,17 +148,21 @@ def choose_headless_renderer() -> None:
 
 @contextmanager
 def _acting(policy: TensorDictModuleBase, seed: int, sample: bool) -> Iterator[Any]:
-    """A function from observation [N, O] to action [N, A], both on the CPU, without side effects on the outside."""
+    """A function that adds the policy's action [N, A] to a root [N], both on the CPU, and has no other side effect."""
     parameter = next(policy.parameters(), torch.empty(0))
     modes = [(module, module.training) for module in policy.modules()]
+    written = ["action", *carried_entries(policy)]
     mode = ExplorationType.RANDOM if sample else ExplorationType.DETERMINISTIC
 
-    def act(observation: Tensor) -> Tensor:
-        n = observation.shape[0]
-        padded = observation.new_zeros(max(n, _POLICY_ROWS), observation.shape[1])
-        padded[:n] = observation
-        tensordict = TensorDict(observation=padded.to(parameter.device), batch_size=len(padded))
-        return policy(tensordict)["action"][:n].cpu()
+    def act(root: TensorDictBase) -> TensorDictBase:
+        n = root.batch_size[0]
+        rows = max(n, _POLICY_ROWS)
+        read = root.select(*policy.in_keys, strict=False).items()
+        inputs = {key: _padded(value, rows).to(parameter.device) for key, value in read}
+        out = policy(TensorDict(inputs, batch_size=rows))
+        for key in written:
+            root.set(key, out.get(key)[:n].cpu())
+        return root
 
     devices = [parameter.device] if parameter.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), set_exploration_type(mode):
@@ -170,6 +175,12 @@ def _acting(policy: TensorDictModuleBase, seed: int, sample: bool) -> Iterator[A
                 module.training = training
 
 
+def _padded(values: Tensor, rows: int) -> Tensor:
+    padded = values.new_zeros(rows, *values.shape[1:])
+    padded[: len(values)] = values
+    return padded
+
+
 def _run_round(act: Any, env: GymnasiumEnv, count: int, seed: int) -> tuple[list[float], list[int]]:
     """The first episodes of the first ``count`` environments, seeded with ``seed``, ``seed + 1``, ..."""
     env.set_seed(seed)
@@ -177,7 +188,7 @@ def _run_round(act: Any, env: GymnasiumEnv, count: int, seed: int) -> tuple[list
     returns, lengths = [math.nan] * count, [0] * count
     running = set(range(count))
     while running:
-        step, root = env.step_and_maybe_reset(root.set("action", act(root["observation"])))
+        step, root = env.step_and_maybe_reset(act(root))
         done = step["next", "done"].flatten().tolist()
         for i in [i for i in running if done[i]]:
             returns[i] = step["next", "episode_return"][i].item()
@@ -200,7 +211,7 @@ def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:
         ) as writer:
             for _ in range(max_frames):
                 writer.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
-                step, root = env.step_and_maybe_reset(root.set("action", act(root["observation"])))
+                step, root = env.step_and_maybe_reset(act(root))
                 if step["next", "done"].any():
                     break
                 frame = _render(env)

@@ -1,6 +1,6 @@
 """A scripted Gymnasium environment, about which every stored number can be predicted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, cycle, islice
 from typing import NamedTuple
 
@@ -46,9 +46,9 @@ class ScriptedEnv(gymnasium.Env):
         return np.array([self.identity, self.episode, self.elapsed], np.float64)
 
 
-def make_scripted_env(*, num_envs: int = 1, seed: int | None = 0) -> GymnasiumEnv:
+def make_scripted_env(*, num_envs: int = 1, seed: int | None = 0, carry: Sequence[str] = ()) -> GymnasiumEnv:
     """A batch of scripted environments; environment i plays the script from its entry i on."""
-    return GymnasiumEnv([ScriptedEnv(SCRIPT[i:] + SCRIPT[:i]) for i in range(num_envs)], seed=seed)
+    return GymnasiumEnv([ScriptedEnv(SCRIPT[i:] + SCRIPT[:i]) for i in range(num_envs)], seed=seed, carry=carry)
 
 
 class Transition(NamedTuple):

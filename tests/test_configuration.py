@@ -69,7 +69,8 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
     for group, options in group_options().items():
         assert set(SCHEMAS.get(group, {})) <= set(options)
         for option in options:
-            words = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"]}.get(option, [])
+            needs = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"], "options": ["algo=dac"]}
+            words = needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
             schema = SCHEMAS.get(group, {}).get(option)
             if schema is not None:
@@ -80,7 +81,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
 
 def test_every_combination_of_algorithm_actor_and_estimator_composes():
     for algo in group_options()["algo"]:
-        for actor in group_options()["actor"]:
+        for actor in ["options"] if algo == "dac" else set(group_options()["actor"]) - {"options"}:
             for estimator in set(group_options()["estimator"]) - {"pathwise"}:
                 configure(f"algo={algo}", f"actor={actor}", f"estimator={estimator}", "debug=default")
 
@@ -93,6 +94,7 @@ def test_the_algorithm_brings_its_data_its_frames_and_its_networks():
     assert (ppo.actor.activation, sac.actor.activation) == ("tanh", "relu")
     assert (ppo.actor.scale, sac.actor.scale) == ("state_independent", "state_dependent")
     assert configure("algo=sac", "data.batch_size=64").data.batch_size == 64
+    assert configure("algo=dac").actor._target_.endswith("make_option_actor")
 
 
 def test_a_value_of_the_actor_alone_leaves_the_critics():
@@ -173,7 +175,7 @@ def test_help_lists_every_option():
         (["xyz=1"], "unknown key xyz"),
         (["actor=gaussian", "actor.num_components=4"], "actor=gaussian has no num_components, actor=pmoe has"),
         (["data.batch_size=64"], "the chosen data has no batch_size, data=off_policy has"),
-        (["algo=sca"], "algo=sca is not one of ppo, sac; did you mean sac?"),
+        (["algo=sca"], "algo=sca is not one of dac, ppo, sac; did you mean sac?"),
         (["estimator=frequenzy"], "did you mean frequency?"),
         (["experiment=papr"], "did you mean paper?"),
         # wrong types
@@ -214,6 +216,12 @@ def test_help_lists_every_option():
         (["data.frames_per_epoch=100"], "data.frames_per_epoch=100"),
         (["algo=sac", "data=on_policy"], "use data=off_policy"),
         (["algo=ppo", "data=off_policy"], "use data=on_policy"),
+        (["algo=dac", "data=off_policy"], "algo=dac learns from fresh rollouts: use data=on_policy"),
+        (["algo=dac", "algo.minibatch_size=4096"], "must not exceed data.frames_per_batch=2048"),
+        (["algo=dac", "actor=pmoe"], "algo=dac learns options: use actor=options"),
+        (["algo=ppo", "actor=options"], "actor=options is learnt by algo=dac alone: use algo=dac or another actor"),
+        (["algo=sac", "actor=options"], "actor=options is learnt by algo=dac alone"),
+        (["algo=dac", "actor.num_options=1"], "actor.num_options=1"),
         (["algo=sac", "total_frames=500"], "data.init_random_frames=1000"),
         (["algo=sac", "data.buffer_size=500"], "data.buffer_size=500"),
     ],

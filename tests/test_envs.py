@@ -271,3 +271,39 @@ def test_warnings_of_the_simulator_go_to_logging(tmp_path, caplog, capfd, monkey
     )
     assert not any(record.levelno > logging.DEBUG for record in caplog.records[:-1])
     assert capfd.readouterr().err == "" and not list(tmp_path.iterdir())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def generic_step(env: GymnasiumEnv, root: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+    return EnvBase.step_and_maybe_reset(env, root)
+
+
+@pytest.mark.parametrize("step", [GymnasiumEnv.step_and_maybe_reset, generic_step])
+def test_what_the_policy_writes_comes_back_one_step_later_and_never_across_episodes(step) -> None:
+    env = make_scripted_env(num_envs=3, carry=["option"])
+    root, before = env.reset(), torch.full((3, 1), -1)
+    first = torch.ones(3, 1, dtype=torch.bool)
+    for t in range(30):
+        assert root["option_previous"].dtype == torch.int64
+        assert root["option_previous"].equal(before.masked_fill(first, -1))
+        root.set("action", env.action_spec.rand()).set("option", torch.tensor([[t], [100 + t], [200 + t]]))
+        before = root["option"].clone()
+        stepped, root = step(env, root)
+        assert stepped["next", "option_previous"].equal(before)  # true for a last step too, like its observation
+        first = stepped["next", "done"].clone()
+    assert env.batch_size == (3,)
+
+
+def test_an_environment_that_carries_describes_what_it_returns() -> None:
+    env = make_env("Pendulum-v1", num_envs=2, seed=0, carry=["option"])
+    check_env_specs(env)
+    assert env.observation_spec["option_previous"].shape == (2, 1)
+    assert env.rollout(3)["option_previous"].eq(-1).all()  # random actions come without options
+
+
+def test_nothing_is_carried_unless_asked_for() -> None:
+    env = make_env("Pendulum-v1")
+    assert set(env.observation_spec.keys()) == {"observation"}
+    assert set(env.reset().keys()) == {"observation", "done", "terminated", "truncated"}

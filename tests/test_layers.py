@@ -12,7 +12,17 @@ PACKAGE = ROOT / "pmoe_lightning"
 FOLDERS = {"pmoe_lightning": PACKAGE, "pmoe_lightning.callbacks": ROOT / "callbacks"}
 
 # Each part with the parts of the package it may import; a part may always import itself.
-MATHS = {"compositions", "distributions", "networks", "actors", "critics", "estimators", "hamiltonian", "losses"}
+MATHS = {
+    "compositions",
+    "distributions",
+    "networks",
+    "actors",
+    "options",
+    "critics",
+    "estimators",
+    "hamiltonian",
+    "losses",
+}
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
@@ -23,10 +33,11 @@ ALLOWED = {
     "figures": set(),
     "critics": {"networks"},
     "actors": {"compositions", "networks", "distributions"},
+    "options": {"actors", "networks", "distributions"},
     "estimators": {"distributions"},
     "gradient_statistics": {"distributions", "estimators"},
     "hamiltonian": {"distributions"},
-    "losses": {"distributions", "estimators", "critics", "hamiltonian"},
+    "losses": {"distributions", "estimators", "critics", "hamiltonian", "options"},
     "algorithms": MATHS,
     "envs": {"errors"},
     "data": {"envs", "errors", "normalization"},
@@ -37,12 +48,14 @@ ALLOWED = {
         "errors",
         "lazy",
         "normalization",
+        "options",
         "tracking",
     },  # a reference may name an MLflow run
     "tracking": {"checkpoints", "errors", "lazy"},
     "callbacks": {
         "checkpoints",
         "distributions",
+        "envs",
         "errors",
         "estimators",
         "evaluation",

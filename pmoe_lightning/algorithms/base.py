@@ -1,4 +1,4 @@
-"""What SAC and PPO share as LightningModules: the policy, one manually stepped optimizer, counters and metrics."""
+"""What all algorithms share as LightningModules: the policy, one manually stepped optimizer, counters and metrics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import LossModule
+
+from pmoe_lightning.estimators import AbstractEstimator
 
 
 class AbstractAlgorithm(LightningModule, ABC):
@@ -33,7 +34,7 @@ class AbstractAlgorithm(LightningModule, ABC):
     def __init__(
         self,
         loss: LossModule,
-        actor: SafeProbabilisticTensorDictSequential,
+        actor: TensorDictModuleBase,
         policy: TensorDictModuleBase,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
@@ -51,10 +52,15 @@ class AbstractAlgorithm(LightningModule, ABC):
         """The entry the actor reads."""
         return self.actor.in_keys[0]
 
+    @property
+    def estimator(self) -> AbstractEstimator | None:
+        """What estimates the gradient of the mixture; None for an algorithm that estimates none."""
+        return self.loss.estimator
+
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         data = self.trainer.datamodule
-        if data is not None:
-            self.loss.estimator.anneal(min(1.0, data.env_frames / data.total_frames))
+        if data is not None and self.estimator is not None:
+            self.estimator.anneal(min(1.0, data.env_frames / data.total_frames))
 
     @abstractmethod
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:

@@ -27,11 +27,13 @@ from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
 from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.normalization import ObservationNormalizer
+from pmoe_lightning.options import OptionActor, make_option_actor
 
 ACTORS: dict[str, Callable[..., TensorDictModule]] = {
     "additive_moe": make_additive_moe_actor,
     "gaussian": make_gaussian_actor,
     "mcp": make_mcp_actor,
+    "options": make_option_actor,
     "pmoe": make_pmoe_actor,
 }
 FORMAT = 1
@@ -44,6 +46,7 @@ def load_policy(
 ) -> TensorDictModule:
     """Rebuild the policy of a checkpoint: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
 
+    A policy with memory also reads what an environment made with ``carry`` hands on, see ``envs.with_memory``.
     The observation normaliser, if the policy was trained with one, is part of it. The policy is in evaluation mode and
     acts deterministically; ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)`` makes it sample.
 
@@ -91,7 +94,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     _get(description, "normalize_observation", bool, place)
     environment = _get(description, "env", dict, place)
     _get(environment, "id", str, f"{place}.env")
-    reserved = {"id", "num_envs", "seed", "render_mode"}.intersection(_get(environment, "kwargs", dict, f"{place}.env"))
+    given = _get(environment, "kwargs", dict, f"{place}.env")
+    reserved = {"id", "num_envs", "seed", "render_mode", "carry"}.intersection(given)
     if reserved:
         raise RunError(f"{place}.env: kwargs must not hold {', '.join(sorted(reserved))}")
     _check_arguments(_get(description, "arguments", dict, place), size, len(low), f"{place}.arguments")
@@ -127,7 +131,7 @@ def build_policy(
         best = BestValueActor(actor, _build_critics(entry, where))
         policy = best if policy is actor else TensorDictSequential(policy[0], best)
     for module in policy.modules():
-        if isinstance(module, ProbabilisticTensorDictModule):
+        if isinstance(module, ProbabilisticTensorDictModule | OptionActor):
             module.default_interaction_type = InteractionType.DETERMINISTIC
     return policy.to(device).eval()
 
@@ -173,7 +177,8 @@ def _numbers(mapping: Mapping[str, Any], key: str, where: str) -> list[float]:
 
 def _check_arguments(arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str) -> None:
     """Reject what the factories do not check themselves: types, and a size that would exhaust the memory."""
-    components = arguments.get("num_components", arguments.get("num_experts", 1))
+    named = (arguments[key] for key in ("num_components", "num_experts", "num_options") if key in arguments)
+    components = next(named, 1)
     widths = arguments.get("hidden_sizes", [])
     if not all(isinstance(key, str) for key in arguments):
         raise RunError(f"{where}: the names of arguments must be text")

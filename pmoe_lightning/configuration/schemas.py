@@ -103,7 +103,7 @@ class SACSchema:
 
 
 @dataclass
-class PPOSchema:
+class DACSchema:
     _target_: str = MISSING
     lr: float = _positive()
     gamma: float = _between(0, 1)
@@ -111,7 +111,6 @@ class PPOSchema:
     clip_epsilon: float = _positive()
     entropy_coeff: float = _at_least(0)
     critic_coeff: float = _at_least(0)
-    qvalue_coeff: float = _at_least(0)
     max_grad_norm: float = _positive()
     num_epochs: int = _at_least(1)
     minibatch_size: int = _at_least(1)
@@ -119,6 +118,11 @@ class PPOSchema:
     hidden_sizes: list[int] = _at_least(1)
     activation: str = _one_of("relu", "tanh")
     suggests: Suggestions = field(default_factory=Suggestions)
+
+
+@dataclass
+class PPOSchema(DACSchema):
+    qvalue_coeff: float = _at_least(0)
 
 
 # -- actor, estimator, action_transform --------------------------------------------------------------------------------
@@ -141,6 +145,12 @@ class PMOESchema(GaussianSchema):
 @dataclass
 class ExpertsSchema(GaussianSchema):
     num_experts: int = _at_least(1)
+
+
+@dataclass
+class OptionsSchema(GaussianSchema):
+    num_options: int = _at_least(2)
+    deterministic: str = _one_of("max_weight", "sample_component")
 
 
 @dataclass
@@ -290,8 +300,14 @@ class Configuration:
 
 
 SCHEMAS = {
-    "algo": {"ppo": PPOSchema, "sac": SACSchema},
-    "actor": {"additive_moe": ExpertsSchema, "gaussian": GaussianSchema, "mcp": ExpertsSchema, "pmoe": PMOESchema},
+    "algo": {"dac": DACSchema, "ppo": PPOSchema, "sac": SACSchema},
+    "actor": {
+        "additive_moe": ExpertsSchema,
+        "gaussian": GaussianSchema,
+        "mcp": ExpertsSchema,
+        "options": OptionsSchema,
+        "pmoe": PMOESchema,
+    },
     "estimator": {
         "frequency": FrequencySchema,
         "gumbel_softmax": GumbelSoftmaxSchema,

@@ -12,9 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pmoe_lightning.configuration.composition import nearest
 from pmoe_lightning.configuration.schemas import (
+    DACSchema,
     Limit,
     OffPolicySchema,
     OnPolicySchema,
+    OptionsSchema,
     PathwiseSchema,
     PMOESchema,
     PPOSchema,
@@ -42,6 +44,7 @@ def validate(cfg: DictConfig) -> None:
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigurationError(f"callbacks.{name} has no _target_: choose callbacks that include it, or drop it")
     _check_algorithm_and_data(cfg)
+    _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
 
 
@@ -71,9 +74,10 @@ def _check_algorithm_and_data(cfg: DictConfig) -> None:
     algo, data = OmegaConf.get_type(cfg.algo), OmegaConf.get_type(cfg.data)
     if algo is SACSchema and data is OnPolicySchema:
         raise ConfigurationError("algo=sac learns from a replay buffer: use data=off_policy")
-    if algo is PPOSchema and data is OffPolicySchema:
-        raise ConfigurationError("algo=ppo learns from fresh rollouts: use data=on_policy")
-    if algo is PPOSchema and cfg.algo.minibatch_size > cfg.data.frames_per_batch:
+    on_policy = {DACSchema: "dac", PPOSchema: "ppo"}
+    if algo in on_policy and data is OffPolicySchema:
+        raise ConfigurationError(f"algo={on_policy[algo]} learns from fresh rollouts: use data=on_policy")
+    if algo in on_policy and cfg.algo.minibatch_size > cfg.data.frames_per_batch:
         raise ConfigurationError(
             f"algo.minibatch_size={cfg.algo.minibatch_size} must not exceed "
             f"data.frames_per_batch={cfg.data.frames_per_batch}"
@@ -104,6 +108,16 @@ def _check_frames(cfg: DictConfig) -> None:
                 f"data.buffer_size={data.buffer_size} must hold data.batch_size={data.batch_size}, "
                 f"data.init_random_frames={data.init_random_frames} and data.frames_per_batch={data.frames_per_batch}"
             )
+
+
+def _check_algorithm_and_actor(cfg: DictConfig) -> None:
+    learns_options, acts_by_options = (
+        OmegaConf.get_type(node) is schema for node, schema in ((cfg.algo, DACSchema), (cfg.actor, OptionsSchema))
+    )
+    if learns_options and not acts_by_options:
+        raise ConfigurationError("algo=dac learns options: use actor=options")
+    if acts_by_options and not learns_options:
+        raise ConfigurationError("actor=options is learnt by algo=dac alone: use algo=dac or another actor")
 
 
 def _check_estimator_and_actor(cfg: DictConfig) -> None:

@@ -17,6 +17,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
+from pmoe_lightning.envs import with_memory
 from pmoe_lightning.errors import ConfigurationError
 
 __all__ = ["CollectedData", "CollectorLoader"]
@@ -43,7 +44,8 @@ class CollectedData(LightningDataModule, ABC):
 
     Args:
         make_env: called as ``make_env(num_envs=..., seed=...)``; the environment must write ``episode_return`` and
-            ``episode_length`` beside the reward, as :class:`pmoe_lightning.envs.GymnasiumEnv` does.
+            ``episode_length`` beside the reward, as :class:`pmoe_lightning.envs.GymnasiumEnv` does. For a policy with
+            memory also with ``carry=...``.
         policy: the module that acts and is trained.
         total_frames: environment steps of the whole run.
         frames_per_epoch: environment steps of a Lightning epoch.
@@ -137,7 +139,7 @@ class CollectedData(LightningDataModule, ABC):
         if self.device.type != "cpu":
             devices = {"policy_device": self.device, "env_device": "cpu", "storing_device": "cpu"}
         return Collector(
-            self.make_env(num_envs=self.num_envs, seed=self.seed),
+            with_memory(self.make_env, self.policy)(num_envs=self.num_envs, seed=self.seed),
             self.policy,
             frames_per_batch=self.frames_per_batch,
             total_frames=-1,

@@ -2,8 +2,8 @@
 
 from gymnasium.envs.registration import register
 
-from pmoe_lightning.envs.gymnasium import GymnasiumEnv, make_env
+from pmoe_lightning.envs.gymnasium import GymnasiumEnv, carried_entries, make_env, with_memory
 
-__all__ = ["GymnasiumEnv", "make_env"]
+__all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 
 register("MultiGoal-v0", "pmoe_lightning.envs.multi_goal:MultiGoal", max_episode_steps=30)

@@ -8,7 +8,8 @@ needs from every step (float32 observations, episode return and length) is compu
 
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -16,15 +17,17 @@ import torch
 from gymnasium.spaces import Box
 from gymnasium.wrappers import FlattenObservation
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.errors import ConfigurationError
 
-__all__ = ["GymnasiumEnv", "make_env"]
+__all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 
 _log = logging.getLogger(__name__)
 _ROOT_KEYS = ("observation", "done", "terminated", "truncated")
+_PREVIOUS = "_previous"
 
 
 class GymnasiumEnv(EnvBase):
@@ -41,16 +44,21 @@ class GymnasiumEnv(EnvBase):
     squashed policy never reaches an environment that checks its input. Observations of any other kind than a flat
     vector are flattened with :class:`gymnasium.wrappers.FlattenObservation`.
 
+    A policy with memory names in ``carry`` the integer entries [N, 1] that it writes and wants to read one step later.
+    Every root then holds ``<name>_previous`` int64 [N, 1]: what the policy wrote in the step before, or -1 in the first
+    step of an episode, and wherever nothing was written.
+
     Args:
         envs: the Gymnasium environments; all must have the same spaces. They are closed with this environment.
         seed: environment i receives ``seed + i`` at its first reset (None: nondeterministic).
+        carry: entries handed on to the next step.
 
     Raises:
         ConfigurationError: if there is no environment, the action space is not a bounded vector, the observations
             cannot be flattened to a vector, or the environments differ in their spaces.
     """
 
-    def __init__(self, envs: Sequence[gymnasium.Env], *, seed: int | None = None) -> None:
+    def __init__(self, envs: Sequence[gymnasium.Env], *, seed: int | None = None, carry: Sequence[str] = ()) -> None:
         if not envs:
             raise ConfigurationError("GymnasiumEnv needs at least one environment (num_envs >= 1)")
         super().__init__(device=None, batch_size=torch.Size([len(envs)]))
@@ -59,6 +67,8 @@ class GymnasiumEnv(EnvBase):
         self._observation_shape = (len(envs), *self.envs[0].observation_space.shape)
         self._action_low, self._action_high = action_space.low, action_space.high
         self._returns, self._lengths = [0.0] * len(envs), [0] * len(envs)
+        self._carried = {name: f"{name}{_PREVIOUS}" for name in carry}
+        self._root_keys = (*_ROOT_KEYS, *self._carried.values())
         self._make_specs()
         self._set_seed(seed)
 
@@ -70,7 +80,8 @@ class GymnasiumEnv(EnvBase):
 
         low, high = bound(self._action_low), bound(self._action_high)
         flags = {key: Categorical(2, shape=(n, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
-        self.observation_spec = Composite(observation=Unbounded(shape=self._observation_shape), shape=(n,))
+        carried = {key: Unbounded(shape=(n, 1), dtype=torch.int64) for key in self._carried.values()}
+        self.observation_spec = Composite(observation=Unbounded(shape=self._observation_shape), **carried, shape=(n,))
         self.action_spec = Bounded(low=low, high=high, shape=low.shape, dtype=torch.float32)
         # Entries of the reward spec exist in "next" only, which is where episode totals belong.
         self.reward_spec = Composite(
@@ -100,21 +111,35 @@ class GymnasiumEnv(EnvBase):
             self._returns[i], self._lengths[i] = 0.0, 0
         done, terminated, truncated = np.zeros((3, len(self.envs), 1), np.bool_)
         arrays = {"observation": observation, "done": done, "terminated": terminated, "truncated": truncated}
+        for key in self._carried.values():
+            arrays[key] = np.full((len(self.envs), 1), -1, np.int64)
         return self._tensordict(self._tensors(arrays))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        return self._tensordict(self._tensors(self._step_envs(tensordict.get("action"))))
+        tensors = self._tensors(self._step_envs(tensordict.get("action")))
+        self._carry(tensordict, tensors)
+        return self._tensordict(tensors)
 
     def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
         """Step all environments, write ``next``, reset those that are done; returns (the input, the next root)."""
         arrays = self._step_envs(tensordict.get("action"))
         tensors = self._tensors(arrays)
+        self._carry(tensordict, tensors)
         # Unchecked like the constructor below, and for the same reason.
         tensordict._set_str("next", self._tensordict(tensors), validated=True, inplace=False, non_blocking=False)
         if arrays["done"].any():
             ended = np.flatnonzero(arrays["done"]).tolist()
-            return tensordict, self._start_episodes(arrays["observation"].copy(), ended)
-        return tensordict, self._tensordict({key: tensors[key] for key in _ROOT_KEYS})
+            root = self._start_episodes(arrays["observation"].copy(), ended)
+            for key in self._carried.values():
+                root.set(key, tensors[key].masked_fill(tensors["done"], -1))
+            return tensordict, root
+        return tensordict, self._tensordict({key: tensors[key] for key in self._root_keys})
+
+    def _carry(self, tensordict: TensorDictBase, tensors: dict[str, torch.Tensor]) -> None:
+        """Add what the policy wrote under the names of ``carry``; random actions come without it."""
+        for name, key in self._carried.items():
+            written = tensordict.get(name, None)
+            tensors[key] = torch.full_like(tensors["episode_length"], -1) if written is None else written
 
     def _step_envs(self, action: torch.Tensor) -> dict[str, np.ndarray]:
         n = len(self.envs)
@@ -157,8 +182,25 @@ class GymnasiumEnv(EnvBase):
             env.close()
 
 
+def carried_entries(policy: TensorDictModuleBase) -> list[str]:
+    """The entries that a policy reads again one step later: ``carry`` of its environment, empty without memory."""
+    return [key.removesuffix(_PREVIOUS) for key in policy.in_keys if str(key).endswith(_PREVIOUS)]
+
+
+def with_memory(make_env: Callable[..., EnvBase], policy: TensorDictModuleBase) -> Callable[..., EnvBase]:
+    """``make_env``, with the ``carry`` that the policy needs; unchanged for a policy without memory."""
+    carry = carried_entries(policy)
+    return partial(make_env, carry=carry) if carry else make_env
+
+
 def make_env(
-    id: str, *, num_envs: int = 1, seed: int | None = None, render_mode: str | None = None, **kwargs
+    id: str,
+    *,
+    num_envs: int = 1,
+    seed: int | None = None,
+    render_mode: str | None = None,
+    carry: Sequence[str] = (),
+    **kwargs,
 ) -> GymnasiumEnv:
     """Make a batch of one registered Gymnasium environment.
 
@@ -167,6 +209,7 @@ def make_env(
         num_envs: number of environments stepped together.
         seed: environment i receives ``seed + i`` at its first reset.
         render_mode: as in :func:`gymnasium.make`.
+        carry: entries of the policy handed on to its next step, see :class:`GymnasiumEnv`.
         **kwargs: passed to :func:`gymnasium.make`.
 
     Raises:
@@ -191,7 +234,7 @@ def make_env(
         raise ConfigurationError(f"environment {id!r} cannot be imported: {_line(error)}") from error
     except (gymnasium.error.Error, TypeError) as error:
         raise ConfigurationError(f"environment {id!r} cannot be made with {kwargs}: {_line(error)}") from error
-    return GymnasiumEnv(envs, seed=seed)
+    return GymnasiumEnv(envs, seed=seed, carry=carry)
 
 
 def _send_mujoco_warnings_to_logging() -> None:

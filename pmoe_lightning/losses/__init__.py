@@ -1,6 +1,7 @@
 """Drop-in TorchRL loss modules for mixture policies."""
 
+from pmoe_lightning.losses.dac import DACLoss
 from pmoe_lightning.losses.ppo import PMOEPPOLoss
 from pmoe_lightning.losses.sac import PMOESACLoss
 
-__all__ = ["PMOEPPOLoss", "PMOESACLoss"]
+__all__ = ["DACLoss", "PMOEPPOLoss", "PMOESACLoss"]

@@ -88,12 +88,15 @@ def log_policy_model(
         its URI, ``models:/m-...``, for ``mlflow.pyfunc.load_model``.
 
     Raises:
-        RunError: the checkpoint cannot be read, the policy cannot be exported, or the store does not take it.
+        RunError: the checkpoint cannot be read, the policy has a memory or cannot be exported for another reason, or
+            the store does not take it.
     """
     where = "the checkpoint" if isinstance(checkpoint, Mapping) else f"checkpoint {checkpoint}"
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     entry = policy_entry(content, where)
     policy = build_policy(entry, rule="max_weight", where=where)
+    if memory := [key for key in policy.in_keys if key != "observation"]:
+        raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
     function = PolicyFunction(policy).eval().requires_grad_(False)
     facts = _facts(entry, policy) | dict(metadata or {})
     run_id = logger.run_id

@@ -1,0 +1,94 @@
+"""What PPO and DAC share: advantages once per rollout, then epochs of shuffled minibatches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from pmoe_lightning.algorithms.base import AbstractAlgorithm
+
+
+class OnPolicyAlgorithm(AbstractAlgorithm):
+    """Steps a loss on one rollout [N, T] of the present policy.
+
+    Args:
+        loss: the loss module; besides its losses it writes ``kl_approx``.
+        actor: the policy inside ``loss``.
+        policy: what acts: the actor, preceded by the observation normaliser where there is one.
+        gamma, lmbda: discount and parameter of the generalised advantage (Schulman et al. 2015, arXiv 1506.02438).
+        lr: learning rate of Adam.
+        num_epochs: passes over a rollout.
+        minibatch_size: transitions per update.
+        max_grad_norm: the gradient of all parameters together is scaled down to this norm.
+        target_kl: no further pass over a rollout once the mean of log(pi_old / pi) over a pass exceeds it; ``None``:
+            all passes.
+        policy_description: see ``AbstractAlgorithm``.
+    """
+
+    #: What an update needs of a transition, besides the observation.
+    minibatch_keys: tuple[str, ...]
+
+    def __init__(
+        self,
+        loss: LossModule,
+        actor: TensorDictModuleBase,
+        policy: TensorDictModuleBase,
+        *,
+        gamma: float = 0.99,
+        lmbda: float = 0.95,
+        lr: float = 3e-4,
+        num_epochs: int = 10,
+        minibatch_size: int = 64,
+        max_grad_norm: float = 0.5,
+        target_kl: float | None = None,
+        policy_description: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(loss, actor, policy, policy_description)
+        self.gamma, self.lmbda = gamma, lmbda
+        self.lr, self.num_epochs, self.minibatch_size = lr, num_epochs, minibatch_size
+        self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+
+    @abstractmethod
+    def estimate_advantages(self, rollout: TensorDictBase) -> None:
+        """Write the advantages, ``value_target`` and ``state_value``; called without gradients."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(parameters, lr=self.lr, eps=1e-5, fused=True)
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.estimate_advantages(batch)
+        self.record({"train/explained_variance": _explained_variance(batch)})
+        transitions = batch.reshape(-1).select(self.observation_key, *self.minibatch_keys)
+        for _ in range(self.num_epochs):
+            if self._epoch(transitions):
+                break
+        self.last_observation = transitions.get(self.observation_key)
+
+    def _epoch(self, transitions: TensorDictBase) -> bool:
+        """One shuffled pass; true where the policy has moved too far to go on."""
+        permutation = torch.randperm(len(transitions), device=transitions.device)
+        divergences = []
+        for indices in permutation.split(self.minibatch_size):
+            out = self.loss(transitions[indices])
+            self.step(out, max_grad_norm=self.max_grad_norm)
+            self.record_loss(out)
+            divergences.append(out["kl_approx"])
+        if self.target_kl is None:
+            return False
+        exceeded = bool(torch.stack(divergences).mean() > self.target_kl)
+        return self.trainer.strategy.reduce_boolean_decision(exceeded, all=False)
+
+
+def _explained_variance(batch: TensorDictBase) -> Tensor:
+    """1 - Var[value_target - V] / Var[value_target]: one is a perfect critic, zero a constant one."""
+    target, error = batch["value_target"], batch["value_target"] - batch["state_value"]
+    return 1 - error.var() / target.var().clamp_min(1e-8)
