@@ -30,7 +30,7 @@ _SOLVER_PREFIXES = ("efc_", "iefc_", "efm_")
 
 
 def capture(env: gymnasium.Env) -> State | None:
-    """The state of an environment, made of dictionaries, lists, numbers, text and tensors; None if it has other parts."""
+    """The state of an environment as dictionaries, lists, numbers, text and tensors; None if it has other parts."""
     layers = [_plain_attributes(layer) for layer in _layers(env)]
     if any(layer is None for layer in layers):
         return None
