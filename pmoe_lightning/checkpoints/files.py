@@ -1,17 +1,24 @@
 """Reading and writing one checkpoint file.
 
-A checkpoint is a ``torch.save`` archive: a zip whose entries are stored uncompressed, each with its CRC-32. Reading
-verifies every entry first and then accepts tensors and plain values only: nothing in the file is imported or executed.
+A checkpoint is a ``torch.save`` archive, a zip file, whose comment at the very end is the SHA-256 of all before it.
+Reading compares that first and then accepts tensors and plain values only: nothing in the file is imported or executed.
+The checkpoint that a new one replaces stays beside it, as ``<name>.previous.ckpt``.
 """
 
+import hashlib
+import logging
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from pmoe_lightning.errors import RunError
+
+_LABEL = b"sha256:"
+_COMMENT_LENGTH = len(_LABEL) + 2 * hashlib.sha256().digest_size
+_log = logging.getLogger(__name__)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -19,7 +26,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
     The temporary file lies in the target's own folder, because only a rename within one filesystem is atomic; file and
     folder are synced, so the order survives a power cut. A writer killed half-way leaves ``.<name>.partial`` behind,
-    which the next write of the same target replaces.
+    see :func:`remove_leftovers`.
 
     Raises:
         OSError: when the file cannot be written (disk full, no permission); the old content is then intact.
@@ -28,10 +35,11 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:
             _save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        _keep(path)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -39,14 +47,58 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     _sync_folder(path.parent)
 
 
-def _save(checkpoint: dict[str, Any], file) -> None:
+def previous_checkpoint(path: str | Path) -> Path:
+    """Where the checkpoint is kept that the one at ``path`` replaced."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what a killed writer left in a folder of checkpoints; nobody may be writing there."""
+    for partial in Path(folder).glob(".*.partial"):
+        _log.warning("removed %s, which a killed run had not finished writing", partial)
+        partial.unlink(missing_ok=True)
+
+
+def _keep(path: Path) -> None:
+    """Make the present file the previous one. As a second name for it first, so that there is one at every instant."""
+    if not path.exists():
+        return
+    link = path.with_name(f".{path.name}.previous.partial")
+    link.unlink(missing_ok=True)
     try:
-        torch.save(checkpoint, file)
+        os.link(path, link)
+    except OSError:  # a filesystem without hard links
+        link = path
+    os.replace(link, previous_checkpoint(path))
+
+
+class _Hashing:
+    """A file to write to that remembers the digest of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    hashing = _Hashing(file)
+    try:
+        torch.save(checkpoint, hashing)
     except RuntimeError as error:
         # torch's zip writer reports a failed write() (a full disk) as an internal error and hides the reason.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+    # A zip file ends with the length of its comment, zero as torch wrote it, and the comment.
+    file.seek(-2, os.SEEK_END)
+    file.write(_COMMENT_LENGTH.to_bytes(2, "little") + _LABEL + hashing.digest.hexdigest().encode())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -60,30 +112,44 @@ def _sync_folder(folder: Path) -> None:
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Check that ``path`` is a complete ``torch.save`` archive, without unpickling any of it.
+    """Check that ``path`` is, to the last bit, what was written, without unpickling any of it.
 
     Raises:
-        RunError: the file is missing, is no such archive, or one of its entries is damaged.
+        RunError: the file is missing, is no checkpoint, or was changed since it was written.
     """
     path = Path(path)
     if not path.is_file():
         raise RunError(f"checkpoint {path} does not exist" if not path.exists() else f"checkpoint {path} is not a file")
     try:
+        with open(path, "rb") as file:
+            intact = _matches_its_digest(file)
+        if not intact:
+            raise RunError(f"checkpoint {path} is damaged, or is not a checkpoint: its SHA-256 does not match")
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
             # A compressed entry is not torch.save's, and could unpack to more than the memory.
-            foreign = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or not any(
-                entry.filename.endswith("data.pkl") for entry in entries
-            )
-            damaged = None if foreign else archive.testzip()
+            foreign = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            foreign |= not any(name.endswith("data.pkl") for name in archive.namelist())
     except OSError as error:
         raise RunError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise RunError(f"checkpoint {path} is damaged or is not a checkpoint: {error}") from error
+        raise RunError(f"checkpoint {path} is not a checkpoint: {error}") from error
     if foreign:
         raise RunError(f"checkpoint {path} is not a PyTorch checkpoint")
-    if damaged:
-        raise RunError(f"checkpoint {path} is damaged: entry {damaged} does not match its checksum")
+
+
+def _matches_its_digest(file: BinaryIO) -> bool:
+    """Whether the comment of the archive holds the digest of the rest, with the comment's length as torch wrote it."""
+    size = os.fstat(file.fileno()).st_size - _COMMENT_LENGTH - 2
+    if size < 0:
+        return False
+    digest = hashlib.sha256()
+    while size > 0:
+        content = file.read(min(size, 1 << 20))
+        digest.update(content)
+        size -= len(content)
+    digest.update(b"\0\0")
+    end = _COMMENT_LENGTH.to_bytes(2, "little") + _LABEL + digest.hexdigest().encode()
+    return file.read() == end
 
 
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
