@@ -33,6 +33,8 @@ from pmoe_lightning.checkpoints.files import write_checkpoint
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.evaluate import main as evaluate_main
 from pmoe_lightning.tracking import MLflowLogger, check_server, log_policy_model, provenance, run_status
+from pmoe_lightning.tracking.delivery import Delivery
+from pmoe_lightning.tracking.spool import Spool
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
 
@@ -243,12 +245,13 @@ def test_points_are_sent_without_being_asked_to(store: str) -> None:
     quick = MLflowLogger(tracking_uri=store, flush_seconds=0.2)
     quick.log_metrics({"a": 1.0}, step=1)
     full = MLflowLogger(tracking_uri=store, flush_seconds=1000.0)
-    full.log_metrics({f"m{i}": float(i) for i in range(950)}, step=1)
+    for step in range(120):
+        full.log_metrics({"m": float(step)}, step=step)
     deadline = time.monotonic() + 30
-    while not (history(quick, "a") and history(full, "m949")) and time.monotonic() < deadline:
+    while not (history(quick, "a") and len(history(full, "m")) >= 100) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert history(quick, "a") == {1: 1.0}
-    assert history(full, "m949") == {1: 949.0}
+    assert len(history(full, "m")) >= 100
     quick.finish("FINISHED")
     full.finish("FINISHED")
 
@@ -358,66 +361,154 @@ def test_a_server_that_goes_away_costs_neither_time_nor_points(
     assert json.loads(read_artifact(logger, "versions.json", tmp_path))["python"]
 
 
-def test_points_refused_for_good_do_not_block_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    arrived: list[int] = []
-
-    def send(points: list[int]) -> None:
-        if 3 in points:
-            raise ValueError("no 3 here")
-        arrived.extend(points)
-
-    writer = BackgroundWriter(send, refused=lambda error: isinstance(error, ValueError), period=1000.0, batch=2)
-    writer.add([1, 2])
-    assert writer.flush(10)
-    writer.add([3, 4, 5, 6])
-    assert writer.close(10)
-    assert arrived == [1, 2, 5, 6]
-    assert "refused 2 metric points, dropped: no 3 here" in caplog.text
-    writer.add([7])
-    assert writer.flush(10)
-    assert arrived[-1] == 7
+def put_points(spool: Spool | BackgroundWriter, *values: float) -> None:
+    for value in values:
+        spool.put("points", {"points": [["a", value, 0, int(value)]]})
 
 
-def test_flush_counts_a_batch_that_is_under_way() -> None:
-    arrived: list[int] = []
+def waiting(spool: Spool) -> list[float]:
+    return [entry.values["points"][0][1] for entry in spool.entries()]
+
+
+def test_points_refused_for_good_do_not_block_the_others(
+    logger: MLflowLogger, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    spool = Spool(tmp_path / "spool")
+    put_points(spool, 1.0, 2.0)
+    spool.put("points", {"points": [["not [a] name", 3.0, 0, 3]]})
+    put_points(spool, 4.0)
+    delivery = Delivery(logger.experiment, logger.tracking_uri, logger.run_id)
+    assert delivery.deliver(spool) and not len(spool)
+    assert history(logger, "a") == {1: 1.0, 2: 2.0, 4: 4.0}
+    assert "refused 1 metric points, dropped" in caplog.text
+
+
+def test_flush_counts_a_batch_that_is_under_way(tmp_path: Path) -> None:
+    arrived: list[float] = []
     under_way, go_on = threading.Event(), threading.Event()
 
-    def send(points: list[int]) -> None:
+    def deliver(spool: Spool) -> bool:
+        entries = spool.entries()
         under_way.set()
         assert go_on.wait(20)
-        arrived.extend(points)
+        arrived.extend(entry.values["points"][0][1] for entry in entries)
+        spool.remove(entries)
+        return True
 
-    writer = BackgroundWriter(send, refused=lambda error: False, period=0.01)
-    writer.add([1])
+    writer = BackgroundWriter(Spool(tmp_path / "spool"), deliver, period=0.01)
+    put_points(writer, 1.0)
     assert under_way.wait(20)
     assert not writer.flush(0.05)
-    writer.add([2])
+    put_points(writer, 2.0)
     go_on.set()
     assert writer.flush(20)
-    assert arrived == [1, 2]
+    assert arrived == [1.0, 2.0]
+    assert writer.close(20)
+    assert not (tmp_path / "spool").exists()
 
 
-def test_a_forked_process_starts_afresh() -> None:
+def test_a_forked_process_leaves_its_parents_entries_alone(tmp_path: Path) -> None:
     code = """
-import os, time
+import os, sys
+from pmoe_lightning.tracking.spool import Spool
+from pmoe_lightning.tracking.delivery import Delivery
+from pmoe_lightning.tracking.spool import Spool
 from pmoe_lightning.tracking.writer import BackgroundWriter
 parent = os.getpid()
 
-def send(points):
-    os.write(1, f"{os.getpid() == parent}{points} ".encode())
+def deliver(spool):
+    entries = spool.entries()
+    os.write(1, f"{os.getpid() == parent}{[entry.values['x'] for entry in entries]} ".encode())
+    spool.remove(entries)
+    return True
 
-writer = BackgroundWriter(send, refused=bool, period=1000.0)
-writer.add(["before"])
+writer = BackgroundWriter(Spool(sys.argv[1]), deliver, period=1000.0)
+writer.put("points", {"x": "before"})
 child = os.fork()
-writer.add(["after"])
+writer.put("points", {"x": "after"})
 if not child:
     writer.flush(10)
     os._exit(0)
 os.waitpid(child, 0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    # The child sends only its own point; the parent sends at its exit, without being asked to.
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "spool")], capture_output=True, text=True, timeout=60
+    )
+    # The child sends only its own entry; the parent sends at its exit, without being asked to.
     assert done.stdout == "False['after'] True['before', 'after'] ", done.stderr
+
+
+def test_a_spool_survives_the_process_and_stays_within_its_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path / "spool", limit_bytes=250)
+    put_points(spool, 1.0, 2.0)
+    put_points(spool, *[9.0] * 20)
+    spool.put("status", {"status": "FINISHED", "ended": 0})
+    assert caplog.text.count("is full") == 1
+    (tmp_path / "spool" / "000000099-1.entry").write_text("{")
+    again = Spool(tmp_path / "spool")
+    kinds = [entry.kind for entry in again.entries()]
+    assert kinds[:2] == ["points", "points"] and kinds[-1] == "status" and len(kinds) < 8
+    assert "cannot read" in caplog.text
+    put_points(again, 5.0)
+    assert again.entries()[-1].values["points"][0][1] == 5.0
+
+
+def resend(*folders: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pmoe_lightning.tracking.resend", *map(str, folders)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+KILLED_RUN = """
+import os, signal, sys
+from pmoe_lightning.tracking import MLflowLogger
+logger = MLflowLogger(tracking_uri=sys.argv[1], spool=sys.argv[2], flush_seconds=1000.0)
+logger.start()
+print(logger.run_id, flush=True)
+for step in range(20):
+    logger.log_metrics({"a": float(step)}, step=step)
+logger.log_text("kept", "note.txt")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_is_continued_without_gap_or_overlap(store: str, tmp_path: Path) -> None:
+    spool = tmp_path / "run" / "mlflow-spool"
+    done = subprocess.run([sys.executable, "-c", KILLED_RUN, store, spool], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    logger = MLflowLogger(tracking_uri=store, run_id=done.stdout.strip(), spool=spool)
+    for step in range(15, 30):  # the last checkpoint was at step 15
+        logger.log_metrics({"a": float(step), "b": 1.0}, step=step)
+    logger.finish("FINISHED")
+    points = MlflowClient(store).get_metric_history(logger.run_id, "a")
+    assert [point.step for point in sorted(points, key=lambda point: point.step)] == list(range(30))
+    assert history(logger, "b").keys() == set(range(15, 30))
+    assert read_artifact(logger, "note.txt", tmp_path) == b"kept"
+    assert run_of(logger).info.status == "FINISHED"
+    assert not spool.exists()
+
+
+def test_what_is_left_after_the_end_is_sent_by_a_command(store: str, tmp_path: Path) -> None:
+    spool = tmp_path / "run" / "mlflow-spool"
+    done = subprocess.run([sys.executable, "-c", KILLED_RUN, store, spool], capture_output=True, text=True, timeout=120)
+    run_id = done.stdout.strip()
+    assert not MlflowClient(store).get_metric_history(run_id, "a")
+    sent = resend(tmp_path)
+    assert sent.returncode == 0 and f"entries sent to run {run_id}" in sent.stdout, sent.stderr
+    assert len(MlflowClient(store).get_metric_history(run_id, "a")) == 20
+    again = resend(tmp_path)
+    assert (again.returncode, again.stdout) == (0, "nothing is waiting to be sent\n")
+
+
+def test_the_command_says_what_it_could_not_send(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.identify(f"http://127.0.0.1:{free_port()}", "0" * 32)
+    put_points(spool, 1.0)
+    done = resend(tmp_path)
+    assert done.returncode == 1 and "does not answer" in done.stderr and done.stderr.count("\n") == 1
+    assert waiting(Spool(tmp_path / "spool")) == [1.0]
+    assert resend(tmp_path / "nowhere").returncode == 2
 
 
 # ------------------------------------------------------------------ is the server there?

@@ -278,6 +278,7 @@ class MLflowSchema:
     run_name: Optional[str] = MISSING  # noqa: UP045
     tracking_uri: Optional[str] = MISSING  # noqa: UP045
     flush_seconds: float = _positive()
+    spool: Optional[str] = MISSING  # noqa: UP045
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,16 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.delivery import Delivery
 from pmoe_lightning.tracking.origin import provenance
 from pmoe_lightning.tracking.server import check_server
+from pmoe_lightning.tracking.spool import Spool
 from pmoe_lightning.tracking.stay_killed import stay_killed
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
@@ -52,10 +54,11 @@ def run_status(error: BaseException | None) -> str:
 class MLflowLogger(MLFlowLogger):
     """Lightning's MLflow logger, made safe for long runs.
 
-    Metrics and artifacts are queued and sent by one background thread (see :class:`BackgroundWriter`): a logging call
-    never waits for the server, and a server that goes away and comes back loses no point. The run opened by
-    ``mlflow run`` is adopted, so that one training is one MLflow run. No run exists before :meth:`start` or the first
-    use. All methods do nothing on ranks other than 0.
+    Metrics and artifacts are written to a spool on disk and sent from there by one background thread (see
+    :class:`BackgroundWriter`): a logging call never waits for the server, and neither a server that goes away nor the
+    end of this process loses a point. The run opened by ``mlflow run`` is adopted, so that one training is one MLflow
+    run. A run that is continued gets no second point at a step it has one for. No run exists before :meth:`start` or
+    the first use. All methods do nothing on ranks other than 0.
 
     Args:
         experiment_name: default ``MLFLOW_EXPERIMENT_ID`` or ``MLFLOW_EXPERIMENT_NAME``, else ``"pmoe_lightning"``.
@@ -66,6 +69,7 @@ class MLflowLogger(MLFlowLogger):
             per job of a sweep).
         tags: tags of the run.
         flush_seconds: metrics reach the server at most this late.
+        spool: folder for what has not arrived yet; by default a temporary one, which is not found again after a crash.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class MLflowLogger(MLFlowLogger):
         nested: bool = False,
         tags: Mapping[str, Any] | None = None,
         flush_seconds: float = 5.0,
+        spool: str | Path | None = None,
     ) -> None:
         opened = os.environ.get("MLFLOW_RUN_ID") or None
         # A progress bar per uploaded file would tear the training's own one to pieces.
@@ -93,6 +98,8 @@ class MLflowLogger(MLFlowLogger):
             self._experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
         self._parent_run_id = opened if nested and not run_id else None
         self._flush_seconds = flush_seconds
+        self._spool_folder = spool
+        self._last_steps: dict[str, int] = {}
         self._status: str | None = None
         self._started = False
 
@@ -136,9 +143,14 @@ class MLflowLogger(MLFlowLogger):
                 self._open()
             except (MlflowException, OSError) as error:
                 raise RunError(f"cannot open an MLflow run in {self._tracking_uri}: {_first_line(error)}") from error
-            self._writer = BackgroundWriter(self._send, refused=_refused, period=self._flush_seconds)
             self._initialized = True
         return self._mlflow_client
+
+    def _make_writer(self) -> BackgroundWriter:
+        spool = Spool(self._spool_folder or tempfile.mkdtemp(prefix="mlflow-spool-"))
+        spool.identify(self._tracking_uri, self._run_id)
+        delivery = Delivery(self._mlflow_client, self._tracking_uri, self._run_id)
+        return BackgroundWriter(spool, delivery.deliver, period=self._flush_seconds)
 
     def _open(self) -> None:
         mlflow.set_tracking_uri(self._tracking_uri)
@@ -152,6 +164,8 @@ class MLflowLogger(MLFlowLogger):
                 client.update_run(self._run_id, status="RUNNING")
             for key, value in self.tags.items():
                 client.set_tag(self._run_id, key, value)
+            self._writer = self._make_writer()
+            self._last_steps = self._find_last_steps(run.data.metrics)
             return
         if self._parent_run_id is not None:
             self._experiment_id = client.get_run(self._parent_run_id).info.experiment_id
@@ -160,6 +174,19 @@ class MLflowLogger(MLFlowLogger):
             self._experiment_id = self._find_experiment()
         run = client.create_run(self._experiment_id, tags=resolve_tags(self.tags), run_name=self._run_name)
         self._run_id = run.info.run_id
+        self._writer = self._make_writer()
+
+    def _find_last_steps(self, names: Mapping[str, float]) -> dict[str, int]:
+        """The last step of every metric that the continued run has, sent or still in the spool."""
+        histories = {name: self._mlflow_client.get_metric_history(self._run_id, name) for name in names}
+        last = {name: max((point.step for point in history), default=-1) for name, history in histories.items()}
+        spool = self._writer.spool
+        for entry in spool.entries():
+            if entry.kind == "status":  # how the run had ended; it is running again
+                spool.remove([entry])
+            for name, _, _, step in entry.values.get("points", ()):
+                last[name] = max(step, last.get(name, -1))
+        return last
 
     def _find_experiment(self) -> str:
         client, name = self._mlflow_client, self._experiment_name
@@ -186,19 +213,16 @@ class MLflowLogger(MLFlowLogger):
         if not self._initialized:
             return
         if status != self._status:
-            ended = int(time.time() * 1000)
-            self._writer.submit("the run's status", lambda: self._terminate(status, ended))
+            self._writer.put("status", {"status": status, "ended": int(time.time() * 1000)})
+            self._status = status
         if not self._writer.close(_EXIT_PATIENCE_SECONDS):
             print(
-                f"warning: the MLflow server at {self._tracking_uri} did not answer; {self._writer.pending} points or "
-                f"uploads of run {self._run_id} are not recorded",
+                f"warning: the MLflow server at {self._tracking_uri} did not answer; {len(self._writer.spool)} entries "
+                f"of run {self._run_id} are kept; send them with: python -m pmoe_lightning.tracking.resend "
+                f"{self._writer.spool.folder}",
                 file=sys.stderr,
             )
-
-    def _terminate(self, status: str, ended: int) -> None:
-        self._mlflow_client.set_terminated(self._run_id, status, end_time=ended)
-        self._status = status
-        if status == "KILLED":
+        elif status == "KILLED":
             stay_killed(self._tracking_uri, self._run_id)
 
     @rank_zero_only
@@ -225,13 +249,11 @@ class MLflowLogger(MLFlowLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Queue one point per entry at ``step`` (environment frames); numbers or one-element tensors."""
         _ = self.experiment
-        now = int(time.time() * 1000)
-        self._writer.add(
-            [Metric(_legal(name), float(value), now, int(step or 0)) for name, value in metrics.items()],
-        )
-
-    def _send(self, points: list[Metric]) -> None:
-        self._mlflow_client.log_batch(self._run_id, metrics=points)
+        now, step = int(time.time() * 1000), int(step or 0)
+        legal = {_legal(name): float(value) for name, value in metrics.items()}
+        points = [[name, value, now, step] for name, value in legal.items() if step > self._last_steps.get(name, -1)]
+        if points:
+            self._writer.put("points", {"points": points})
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace | None = None, *_: Any, **__: Any) -> None:
@@ -280,30 +302,14 @@ class MLflowLogger(MLFlowLogger):
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Queue the upload of a file into artifact folder ``folder``; it must stay in place until :meth:`flush`."""
-        self._submit(str(path), lambda: self._mlflow_client.log_artifact(self._run_id, str(path), folder))
+        _ = self.experiment
+        path = Path(path).absolute()
+        self._writer.put("upload", {"source": str(path), "name": path.name, "folder": folder})
 
     def _log_bytes(self, content: bytes, artifact_file: str) -> None:
-        def upload() -> None:
-            folder, name = os.path.split(artifact_file)
-            with tempfile.TemporaryDirectory() as temporary:
-                path = Path(temporary, name)
-                path.write_bytes(content)
-                self._mlflow_client.log_artifact(self._run_id, str(path), folder or None)
-
-        self._submit(artifact_file, upload)
-
-    def _submit(self, what: str, job: Callable[[], None]) -> None:
         _ = self.experiment
-        self._writer.submit(what, job)
-
-
-def _refused(error: Exception) -> bool:
-    """A 4xx answer is final (bad name, deleted run); everything else may pass (no connection, locked database)."""
-    return (
-        isinstance(error, MlflowException)
-        and 400 <= error.get_http_status_code() < 500
-        and error.get_http_status_code() not in (408, 429)
-    )
+        folder, name = os.path.split(artifact_file)
+        self._writer.put("upload", {"name": name, "folder": folder or None}, content)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,4 +1,6 @@
-"""One background thread that sends metric points and artifacts, so that training never waits for the server."""
+"""One background thread that empties a spool, so that training never waits for the server."""
+
+from __future__ import annotations
 
 import atexit
 import logging
@@ -7,83 +9,82 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from pmoe_lightning.tracking.spool import Spool
+
 _LONGEST_PAUSE_SECONDS = 60.0
 _EXIT_PATIENCE_SECONDS = 15.0
 _log = logging.getLogger(__name__)
 
 
 class BackgroundWriter:
-    """Collects metric points and sends them in batches; runs other uploads in the order given.
+    """Puts entries into a spool and has them delivered: within ``period`` seconds, or at once if they are urgent.
 
-    Points whose sending failed are kept and sent again, with growing pauses, until the server answers or the process
-    ends. Points refused for good, and uploads that fail, are dropped with a warning.
+    What could not be delivered is tried again, with growing pauses, until it is or the process ends.
 
     Args:
-        send: called in the thread with at most ``batch`` points.
-        refused: tells whether an exception of ``send`` is final, so that trying again is useless.
-        period: seconds after which points are sent at the latest.
-        batch: number of points that are sent at once, without waiting for ``period``.
+        spool: holds what is waiting.
+        deliver: called in the thread; True if everything in the spool was delivered.
+        period: seconds after which entries are delivered at the latest.
+        batch: number of waiting entries that are delivered without waiting for ``period``.
     """
 
-    def __init__(
-        self, send: Callable[[list], Any], *, refused: Callable[[Exception], bool], period: float, batch: int = 900
-    ) -> None:
-        self._send, self._refused, self._period, self._batch = send, refused, period, batch
+    def __init__(self, spool: Spool, deliver: Callable[[Spool], bool], *, period: float, batch: int = 100) -> None:
+        self.spool, self._deliver, self._period, self._batch = spool, deliver, period, batch
         self._failures = 0
         self._start_afresh()
         atexit.register(self._finish)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._start_afresh)
+            os.register_at_fork(after_in_child=self._leave_to_parent)
 
     def _start_afresh(self) -> None:
-        # A forked process has neither the thread nor the right to its queue, and perhaps a lock that nobody releases.
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._points: list = []
-        self._jobs: list[tuple[str, Callable[[], Any]]] = []
         self._urgent = self._closing = self._busy = False
+
+    def _leave_to_parent(self) -> None:
+        # A forked process has neither the thread nor the right to its entries, and perhaps a lock nobody releases.
+        self._start_afresh()
+        self.spool.forget_all()
 
     def _finish(self) -> None:
         # Whoever closed in vain has waited and warned already.
         if not self._closing:
             self.close(_EXIT_PATIENCE_SECONDS)
 
-    @property
-    def pending(self) -> int:
-        """Number of points and uploads still waiting."""
+    def put(self, kind: str, values: dict[str, Any], content: bytes | None = None) -> None:
+        """Queue an entry (:meth:`Spool.put`); does not wait for the server."""
+        self.spool.put(kind, values, content)
         with self._condition:
-            return len(self._points) + len(self._jobs)
-
-    def add(self, points: list) -> None:
-        """Queue metric points; returns at once."""
-        with self._condition:
-            self._points += points
-            self._wake()
-
-    def submit(self, what: str, job: Callable[[], Any]) -> None:
-        """Queue an upload; ``what`` names it in the warning should it fail. Returns at once."""
-        with self._condition:
-            self._jobs.append((what, job))
             self._wake()
 
     def flush(self, timeout: float) -> bool:
         """Send everything now; ``False`` when something is left after one attempt or ``timeout`` seconds."""
         with self._condition:
-            if not (self._points or self._jobs or self._busy):
+            if not (len(self.spool) or self._busy):
                 return True
-            # A round under way took its points before this call, so only the next one counts.
+            # A round under way looked into the spool before this call, so only the next one counts.
             self._urgent = True
             self._wake()
             self._condition.wait_for(lambda: not (self._urgent or self._busy), timeout)
-            return not (self._urgent or self._busy or self._points or self._jobs)
+            return not (self._urgent or self._busy or len(self.spool))
 
     def close(self, timeout: float) -> bool:
-        """Flush and end the thread; a later :meth:`add` starts a new one. Returns what :meth:`flush` returns."""
+        """Flush and end the thread; a later :meth:`put` starts a new one. Returns what :meth:`flush` returns."""
         sent = self.flush(timeout)
         with self._condition:
             self._closing = True
             self._condition.notify_all()
+        if sent:
+            self.spool.close()
         return sent
+
+    def _try(self) -> bool:
+        try:
+            return self._deliver(self.spool)
+        except Exception:
+            # The thread must outlive whatever it is: what is in the spool is tried again.
+            _log.warning("could not send to MLflow", exc_info=True)
+            return False
 
     def _wake(self) -> None:
         self._closing = False
@@ -93,8 +94,7 @@ class BackgroundWriter:
         self._condition.notify_all()
 
     def _due(self) -> bool:
-        waiting = bool(self._jobs) or len(self._points) >= self._batch
-        return self._urgent or self._closing or (waiting and not self._failures)
+        return self._urgent or self._closing or (len(self.spool) >= self._batch and not self._failures)
 
     def _run(self) -> None:
         while True:
@@ -103,41 +103,9 @@ class BackgroundWriter:
                 if self._closing and not self._urgent:
                     self._thread = None
                     return
-                points, self._points = self._points, []
-                jobs, self._jobs = self._jobs, []
                 self._urgent, self._busy = False, True
-            left = self._send_all(points)
-            for what, job in jobs:
-                self._do(what, job)
+            delivered = self._try()
             with self._condition:
-                self._points[:0] = left
+                self._failures = 0 if delivered else min(self._failures + 1, 10)
                 self._busy = False
                 self._condition.notify_all()
-
-    def _send_all(self, points: list) -> list:
-        for start in range(0, len(points), self._batch):
-            batch = points[start : start + self._batch]
-            try:
-                self._send(batch)
-            except Exception as error:
-                if self._refused(error):
-                    _log.warning("MLflow refused %d metric points, dropped: %s", len(batch), _first_line(error))
-                    continue
-                if not self._failures:
-                    _log.warning("MLflow does not answer, metric points are sent later: %s", _first_line(error))
-                self._failures = min(self._failures + 1, 10)
-                return points[start:]
-        if points and self._failures:
-            _log.warning("MLflow answers again, all metric points sent")
-            self._failures = 0
-        return []
-
-    def _do(self, what: str, job: Callable[[], Any]) -> None:
-        try:
-            job()
-        except Exception as error:
-            _log.warning("could not log %s to MLflow: %s", what, _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
