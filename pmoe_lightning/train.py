@@ -31,6 +31,7 @@ Examples
   experiment=paper                           the settings of the PMOE authors' SAC code
   debug=default                              every part of a run once, in seconds
   -m algo=ppo,sac seed=1,2,3                 one run per combination
+  algo=sac resume=auto                       go on with the newest unfinished run of this configuration
 
 Choices (group=option, files in conf/)
 {choices}
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         with _one_line_errors():
             sys.argv[1:] = normalise_argv(sys.argv[1:])
-            _refuse_what_cannot_run(sys.argv[1:])
+            sys.argv[1:] = _refuse_what_cannot_run(sys.argv[1:])
             _hydra_main()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -78,8 +79,8 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(_print_line("error", error, code=1))
 
 
-def _refuse_what_cannot_run(words: list[str]) -> None:
-    """Raise before Hydra makes a folder and before an MLflow run exists."""
+def _refuse_what_cannot_run(words: list[str]) -> list[str]:
+    """Raise before Hydra makes a folder and before an MLflow run exists; returns the words with ``resume`` a file."""
     arguments = get_args_parser().parse_args(words)
     if arguments.help:
         # Hydra's own help takes seconds to collect what it prints.
@@ -88,14 +89,22 @@ def _refuse_what_cannot_run(words: list[str]) -> None:
     prints_only = arguments.hydra_help or arguments.shell_completion
     other_source = arguments.config_path or arguments.config_name or arguments.experimental_rerun
     if prints_only or other_source:
-        return
+        return words
     jobs = compose_jobs(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
     for cfg in jobs:
         validate(cfg)
-    if arguments.cfg is None and arguments.info is None:
-        from pmoe_lightning.training import check_surroundings
+    if arguments.cfg is not None or arguments.info is not None:
+        return words
+    from pmoe_lightning.training import check_surroundings
 
-        check_surroundings(jobs)
+    check_surroundings(jobs)
+    if jobs[0].resume is None:
+        return words
+    if arguments.multirun:
+        raise ConfigurationError("resume continues one run: leave out --multirun")
+    from pmoe_lightning.resume import resume_words
+
+    return resume_words(words, jobs[0])
 
 
 def _print_line(kind: str, error: Exception, *, code: int) -> int:

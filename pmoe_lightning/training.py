@@ -6,7 +6,7 @@ This is the one place where configuration meets code: everything below receives 
 from __future__ import annotations
 
 import logging
-import math
+import os
 import signal
 import sys
 import warnings
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -26,8 +27,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
+from pmoe_lightning.checkpoints.files import read_checkpoint, remove_leftovers
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.resume import command, describe
+from pmoe_lightning.stopping import StopAfterIteration
 from pmoe_lightning.tracking import check_server, run_status
 
 #: What names a part's class or what only other parts read, as opposed to its arguments.
@@ -60,6 +64,7 @@ def run_training(cfg: DictConfig) -> None:
     """Train as configured, inside a Hydra job."""
     _prepare_process(cfg)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
+    remove_leftovers(output_dir / "checkpoints")
     logger = _make_logger(cfg)
     error: BaseException | None = None
     try:
@@ -68,9 +73,10 @@ def run_training(cfg: DictConfig) -> None:
             algorithm, data = make_run(cfg, trainer.global_rank)
             if logger is not None:
                 logger.start()
+                logger.set_tags({"output_dir": output_dir})
                 logger.log_hyperparams(_parameters(cfg))
                 logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
-        fit(trainer, algorithm, data)
+        fit(trainer, algorithm, data, cfg.resume)
     except BaseException as caught:
         error = caught
         if not isinstance(error, Exception):
@@ -91,8 +97,8 @@ def make_trainer(cfg: DictConfig, logger: Any, output_dir: Path) -> Trainer:
     return _call(
         cfg.trainer,
         accelerator=_accelerator(cfg.trainer.accelerator),
-        max_epochs=math.ceil(cfg.total_frames / cfg.data.frames_per_epoch),
-        callbacks=callbacks,
+        max_epochs=-1,  # the data end the run, at total_frames
+        callbacks=[*callbacks, RunRecord(describe(cfg)), StopAfterIteration()],
         logger=logger or False,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=output_dir,
@@ -158,10 +164,10 @@ def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
         env.close()
 
 
-def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule) -> None:
+def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule, resume: str | None = None) -> None:
     """``trainer.fit``, with the shell's exit codes for a run that was stopped."""
     try:
-        trainer.fit(algorithm, datamodule=data)
+        trainer.fit(algorithm, datamodule=data, ckpt_path=resume)
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as stop:
@@ -169,6 +175,18 @@ def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule)
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise SystemExit(128 + signal.SIGINT) from None
         raise
+
+
+class RunRecord(Callback):
+    """Writes into every checkpoint which run it is of: the configuration and the MLflow run."""
+
+    def __init__(self, configuration: dict[str, Any]) -> None:
+        self.configuration = configuration
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = {"configuration": self.configuration}
+        for logger in trainer.loggers:
+            checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": logger.tracking_uri}
 
 
 def describe_results(trainer: Trainer, output_dir: Path) -> str:
@@ -186,6 +204,8 @@ def describe_results(trainer: Trainer, output_dir: Path) -> str:
     for logger in trainer.loggers:
         lines.append(f"MLflow     run {logger.run_id} in {logger.tracking_uri}")
         lines.append(f"curves     mlflow ui --backend-store-uri {logger.tracking_uri}")
+    if last:
+        lines.append(f"resume     {command(HydraConfig.get().overrides.task, output_dir)}")
     if best or last:
         lines.append(f"evaluate   {Path(sys.executable).name} -m pmoe_lightning.evaluate checkpoint={best or last}")
     return "\n".join(lines)
@@ -203,6 +223,8 @@ def _prepare_process(cfg: DictConfig) -> None:
         "`isinstance.treespec, LeafSpec.` is deprecated",  # inside Lightning, as is the next
         "torch.distributed.nn.functional.all_gather is deprecated",
         "It is recommended to use `self.log",  # the evaluation is broadcast
+        "Checkpoint directory",  # a resumed run goes on in its own folder
+        "You're resuming from a checkpoint that ended before the epoch ended",  # the data themselves go on exactly
     ):
         warnings.filterwarnings("ignore", message=meant_for_others)
 
@@ -210,7 +232,16 @@ def _prepare_process(cfg: DictConfig) -> None:
 def _make_logger(cfg: DictConfig) -> Any:
     if not cfg.logger:
         return None
-    return _call(cfg.logger, nested=HydraConfig.get().mode is RunMode.MULTIRUN)
+    return _call(cfg.logger, run_id=_continued_run(cfg), nested=HydraConfig.get().mode is RunMode.MULTIRUN)
+
+
+def _continued_run(cfg: DictConfig) -> str | None:
+    """The MLflow run of the checkpoint, unless ``mlflow run`` has opened one or another store is in use."""
+    if cfg.resume is None or "MLFLOW_RUN_ID" in os.environ:
+        return None
+    run = read_checkpoint(cfg.resume)["run"].get("mlflow", {})
+    same_store = run.get("tracking_uri") == (cfg.logger.tracking_uri or mlflow.get_tracking_uri())
+    return run["run_id"] if same_store else None
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:

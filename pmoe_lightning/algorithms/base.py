@@ -115,14 +115,20 @@ class AbstractAlgorithm(LightningModule, ABC):
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self.trainer.datamodule
+        # A checkpoint of the weights alone is for acting; only a whole one can be resumed from.
+        if data is not None and "optimizer_states" in checkpoint:
+            checkpoint["experience"] = data.experience()
         checkpoint["updates"] = self.updates
         checkpoint["policy"] = {
             "description": self.policy_description,
             "state_dict": dict(self.policy.state_dict()),
             "action_values": self.action_values(),
-            "env_frames": self.trainer.datamodule.env_frames if self.trainer.datamodule else 0,
+            "env_frames": data.env_frames if data else 0,
             "updates": self.updates,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates = checkpoint["updates"]
+        if "experience" in checkpoint and self.trainer.datamodule is not None:
+            self.trainer.datamodule.load_experience(checkpoint["experience"])

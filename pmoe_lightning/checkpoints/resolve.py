@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pmoe_lightning.errors import RunError
 
-_CHECKPOINTS = ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
+_LAST = "checkpoints/last.ckpt"
+_CHECKPOINTS = ("checkpoints/best.ckpt", _LAST)
 
 
 def resolve_checkpoint(reference: str | Path) -> Path:
@@ -36,13 +38,28 @@ def resolve_checkpoint(reference: str | Path) -> Path:
     raise RunError(f"checkpoint {text} does not exist: give a file, an MLflow run id, or models:/<name>@<alias>")
 
 
-def _of_run(run_id: str) -> Path:
+def resolve_last_checkpoint(run_id: str) -> Path:
+    """The checkpoint from which an MLflow run can be resumed: in the run's own folder, else the one it has uploaded.
+
+    Raises:
+        RunError: there is none, or the tracking server cannot be used.
+    """
+    client, MlflowException = _client()
+    try:
+        folder = client.get_run(run_id).data.tags.get("output_dir")
+    except MlflowException as error:
+        raise RunError(f"no MLflow run {run_id}: {str(error).splitlines()[0]}") from error
+    local = Path(folder or "", _LAST)
+    return local if folder and local.is_file() else _of_run(run_id, (_LAST,))
+
+
+def _of_run(run_id: str, wanted: Sequence[str] = _CHECKPOINTS) -> Path:
     client, MlflowException = _client()
     try:
         present = {item.path for item in client.list_artifacts(run_id, "checkpoints")}
-        artifact = next((path for path in _CHECKPOINTS if path in present), None)
+        artifact = next((path for path in wanted if path in present), None)
         if artifact is None:
-            raise RunError(f"MLflow run {run_id} holds neither {' nor '.join(_CHECKPOINTS)}")
+            raise RunError(f"MLflow run {run_id} does not hold {' or '.join(wanted)}")
         folder = tempfile.mkdtemp(prefix="pmoe-checkpoint-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return Path(client.download_artifacts(run_id, artifact, folder))

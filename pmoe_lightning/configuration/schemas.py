@@ -298,6 +298,7 @@ class Configuration:
     seed: int = _between(0, 2**31 - 1)
     total_frames: int = _at_least(1)
     num_threads: int = _at_least(1)
+    resume: Optional[str] = MISSING  # noqa: UP045
 
 
 SCHEMAS = {

@@ -4,6 +4,7 @@ One item of the loader is one collector iteration (or the few it takes until the
 collected only when the training loop asks for it: never ahead, because data collected ahead is data of a stale policy.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -11,16 +12,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
+from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.errors import ConfigurationError
 
 __all__ = ["CollectedData", "CollectorLoader"]
+
+_log = logging.getLogger(__name__)
 
 
 class CollectedData(LightningDataModule, ABC):
@@ -97,6 +101,7 @@ class CollectedData(LightningDataModule, ABC):
         self.collector: Collector | None = None
         self._iterations: Iterator[TensorDictBase] | None = None
         self._finished_episodes: list[tuple[float, int]] = []
+        self._experience: dict[str, Any] | None = None
 
     @abstractmethod
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
@@ -120,6 +125,7 @@ class CollectedData(LightningDataModule, ABC):
         """Run one collector iteration, count its frames and episodes, and return the rollout [N, T]."""
         if self._iterations is None:
             self.collector = self._make_collector()
+            self._restore()
             self._iterations = iter(self.collector)
         rollout = next(self._iterations)
         rollout.names = None
@@ -164,6 +170,40 @@ class CollectedData(LightningDataModule, ABC):
         if self.collector is not None:
             self.collector.shutdown()
         self.collector = self._iterations = None
+
+    def experience(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly, besides :meth:`state_dict`: simulators, random numbers, replay.
+
+        Plain values and tensors. Tensors may share memory with the live ones: write them before training goes on.
+        """
+        if self.collector is None:
+            return {}
+        return {
+            "root": self.collector._carrier.to_dict(),
+            "collected_frames": self.collector._frames,
+            "simulators": self.collector.env.simulator_state(),
+            "finished_episodes": list(self._finished_episodes),
+            "random_states": capture_random_states(),
+        }
+
+    def load_experience(self, experience: dict[str, Any]) -> None:
+        """Go on from an :meth:`experience`, when the collector is made."""
+        self._experience = experience or None
+
+    def _restore(self) -> None:
+        if self._experience is None:
+            return
+        experience, self._experience = self._experience, None
+        env, root = self.collector.env, TensorDict(experience["root"], batch_size=self.collector.env.batch_size)
+        lost = env.load_simulator_state(experience["simulators"])
+        if lost.any():
+            _log.warning("resumed environments that cannot be captured start a new episode: %s", env.envs[0])
+            root = env.reset(root.set("_reset", lost))
+        self.collector._carrier.update(root)
+        self.collector._frames = experience["collected_frames"]
+        self._finished_episodes = [tuple(episode) for episode in experience["finished_episodes"]]
+        # Last, because what was made up to here may have drawn.
+        restore_random_states(experience["random_states"])
 
     def state_dict(self) -> dict[str, Any]:
         return {"env_frames": self.env_frames, "episodes": self.episodes}

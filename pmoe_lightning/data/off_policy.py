@@ -4,8 +4,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
@@ -96,7 +98,7 @@ class OffPolicyData(CollectedData):
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
         """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
         if self.buffer is None:
-            self.buffer = ReplayBuffer(storage=LazyTensorStorage(self.capacity, device=self.device))
+            self.buffer = self._make_buffer()
         if len(self.buffer) >= self.warm_up:
             self.updates_owed += rollout.numel() * self.utd_ratio
         self.buffer.extend(rollout.select(*_KEYS).reshape(-1).to(self.device))
@@ -110,12 +112,42 @@ class OffPolicyData(CollectedData):
         # A resumed run refills its buffer with the policy it has already learned.
         return super()._make_collector(init_random_frames=self.warm_up if self.env_frames == 0 else 0)
 
+    def _make_buffer(self) -> ReplayBuffer:
+        return ReplayBuffer(storage=LazyTensorStorage(self.capacity, device=self.device))
+
+    def experience(self) -> dict[str, Any]:
+        experience = super().experience()
+        if experience and self.buffer is not None:
+            filled = self.buffer.storage.get(slice(0, len(self.buffer))).flatten_keys(".")
+            # As tensors of their own over the same memory: saving a slice would save all that it is a slice of.
+            transitions = {key: torch.from_numpy(value.numpy(force=True)) for key, value in filled.items()}
+            experience["replay"] = {"transitions": transitions, "cursor": self.buffer.writer.state_dict()["_cursor"]}
+        return experience
+
+    def _restore(self) -> None:
+        replay = (self._experience or {}).get("replay")
+        if replay is not None:
+            self.buffer = self._make_buffer()
+            _refill(self.buffer, replay["transitions"], replay["cursor"], self.capacity)
+        super()._restore()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "updates_owed": float(self.updates_owed)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.updates_owed = Fraction(state_dict["updates_owed"]).limit_denominator(1_000_000)
+
+
+def _refill(buffer: ReplayBuffer, transitions: dict[str, Tensor], cursor: int, capacity: int) -> None:
+    """Put saved transitions where they were; into a buffer of another size the newest that fit, the oldest first."""
+    saved = TensorDict(transitions).auto_batch_size_(1).unflatten_keys(".")
+    if len(saved) == capacity:
+        buffer.extend(saved)
+        buffer.writer.load_state_dict({"_cursor": cursor % capacity})
+    else:
+        oldest_first = (torch.arange(len(saved)) + cursor).remainder(len(saved))
+        buffer.extend(saved[oldest_first[-capacity:]])
 
 
 def _round_up(frames: int, multiple: int) -> int:

@@ -10,6 +10,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -21,6 +22,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from pmoe_lightning.envs.simulator_state import capture, restore
 from pmoe_lightning.errors import ConfigurationError
 
 __all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
@@ -174,6 +176,27 @@ class GymnasiumEnv(EnvBase):
     def _tensordict(self, tensors: dict[str, torch.Tensor]) -> TensorDict:
         # The checked constructor costs as much as a MuJoCo step; here shapes and device are right by construction.
         return TensorDict._new_unsafe(tensors, batch_size=self.batch_size, device=self.device)
+
+    def simulator_state(self) -> dict[str, Any]:
+        """Everything the next step depends on, as plain values and tensors; see :mod:`.simulator_state`."""
+        episodes = {"returns": list(self._returns), "lengths": list(self._lengths), "seeds": list(self._seeds)}
+        return {"envs": [capture(env) for env in self.envs], **episodes}
+
+    def load_simulator_state(self, state: dict[str, Any]) -> torch.Tensor:
+        """Go on where :meth:`simulator_state` was taken.
+
+        Returns:
+            a mask [N, 1] of the environments that could not be captured, and must be reset.
+        """
+        mask = torch.zeros(len(self.envs), 1, dtype=torch.bool)
+        for i, (env, captured) in enumerate(zip(self.envs, state["envs"], strict=True)):
+            if captured is None:
+                mask[i] = True
+            else:
+                restore(env, captured)
+        self._returns, self._lengths = list(state["returns"]), list(state["lengths"])
+        self._seeds = list(state["seeds"])
+        return mask
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close every Gymnasium environment."""

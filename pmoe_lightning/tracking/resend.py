@@ -21,14 +21,8 @@ def main(folders: list[str]) -> int:
     if missing:
         print(f"error: {missing[0]} is not a folder", file=sys.stderr)
         return 2
-    found = sorted(
-        {
-            note.parent
-            for folder in folders
-            for note in Path(folder).rglob("run.json")
-            if list(note.parent.glob("*.entry"))
-        }
-    )
+    notes = {note for folder in folders for note in Path(folder).rglob("run.json")}
+    found = sorted(note.parent for note in notes if any(note.parent.glob("*.entry")))
     if not found:
         print("nothing is waiting to be sent")
     return max((_send(folder) for folder in found), default=0)

@@ -1,0 +1,135 @@
+"""From ``resume=...`` to the checkpoint that is meant, checked before anything starts.
+
+A resumed run is the same run: same configuration, same output folder, same MLflow run. What may differ is where and how
+long it runs (``FREE``); anything else that differs is an error which says how to write the command.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pmoe_lightning.errors import ConfigurationError, RunError
+
+LAST = Path("checkpoints", "last.ckpt")
+#: Top-level keys that a resumed run may change.
+FREE = ("resume", "total_frames", "num_threads", "trainer", "callbacks", "logger")
+_log = logging.getLogger(__name__)
+
+
+def resume_words(words: Sequence[str], cfg: DictConfig) -> list[str]:
+    """The command line with ``resume`` made a file, and its run's folder as that of this run.
+
+    ``resume`` is ``auto`` (the newest unfinished run of this configuration below ``outputs/``, or that in
+    ``hydra.run.dir`` if it is given; a new run if there is none), a run's folder, a checkpoint, or an MLflow run id.
+
+    Raises:
+        ConfigurationError: the checkpoint is of another configuration, or its run is at its end.
+        RunError: there is no such checkpoint, or it is damaged and so is the one before it.
+    """
+    rest = [word for word in words if not word.startswith("resume=")]
+    given = next((word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")), None)
+    path = _find_unfinished(cfg, given) if cfg.resume == "auto" else _find(str(cfg.resume))
+    if path is None:
+        _log.warning("resume=auto: no unfinished run of this configuration, starting a new one")
+        return [*rest, "resume=null"]
+    path, checkpoint = read_newest(path)
+    _check(cfg, checkpoint, path)
+    rest.append(f"resume={_quoted(path.absolute())}")
+    folder = path.absolute().parent.parent
+    if given is None and (folder / ".hydra").is_dir():
+        rest.append(f"hydra.run.dir={_quoted(folder)}")
+    return rest
+
+
+def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at ``path``, or the one it replaced if it is damaged; with a warning then.
+
+    Raises:
+        RunError: neither can be read.
+    """
+    from pmoe_lightning.checkpoints.files import previous_checkpoint, read_checkpoint
+
+    previous = previous_checkpoint(path)
+    try:
+        return path, read_checkpoint(path)
+    except RunError as error:
+        if not previous.is_file():
+            raise
+        checkpoint = read_checkpoint(previous)
+        _log.warning("%s; using the one before it, %s", error, previous)
+        return previous, checkpoint
+
+
+def describe(cfg: DictConfig) -> dict[str, Any]:
+    """What a checkpoint says about its run, for :func:`resume_words` to compare: dotted keys and plain values."""
+    return _flat({key: _plain(cfg[key]) for key in cfg if key not in FREE})
+
+
+def command(words: Sequence[str], output_dir: Path) -> str:
+    """How to resume the run that these words started, as a line for a shell."""
+    words = [word for word in words if not word.startswith(("resume=", "hydra.run.dir="))]
+    return shlex.join(["python", "-m", "pmoe_lightning.train", *words, f"resume={output_dir}"])
+
+
+def _find(reference: str) -> Path:
+    if re.fullmatch(r"[0-9a-f]{32}", reference) and not Path(reference).exists():
+        from pmoe_lightning.checkpoints.resolve import resolve_last_checkpoint
+
+        return resolve_last_checkpoint(reference)
+    path = Path(reference)
+    return path / LAST if path.is_dir() else path
+
+
+def _find_unfinished(cfg: DictConfig, folder: str | None) -> Path | None:
+    if folder is not None:
+        return Path(folder, LAST) if Path(folder, LAST).exists() else None
+    found = sorted(Path("outputs").glob(f"*/*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        try:
+            _, checkpoint = read_newest(path)
+            _check(cfg, checkpoint, path)
+        except (RunError, ConfigurationError):
+            continue
+        return path
+    return None
+
+
+def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
+    run = checkpoint.get("run")
+    if not isinstance(run, dict) or not isinstance(run.get("configuration"), dict) or "experience" not in checkpoint:
+        raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
+    now, then = describe(cfg), run["configuration"]
+    differing = [key for key in {**then, **now} if now.get(key) != then.get(key)]
+    if differing:
+        words = " ".join(f"{key}={then[key]}" for key in differing[:5] if key in then)
+        raise ConfigurationError(
+            f"resume={path} is a run with another {', '.join(differing[:5])}"
+            f"{' and more' * (len(differing) > 5)}: repeat its command{f', with {words}' * bool(words)}"
+        )
+    frames = checkpoint["policy"]["env_frames"]
+    if frames >= cfg.total_frames:
+        raise ConfigurationError(
+            f"resume={path} has all of its {frames:,} frames: raise total_frames={cfg.total_frames} to extend the run"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for key, value in values.items():
+        pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return pairs
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"

@@ -1,0 +1,200 @@
+"""A run that was stopped and resumed ends, to the last bit, as the run that was not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pmoe_lightning.checkpoints import read_checkpoint
+from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
+from pmoe_lightning.train import main
+
+SAC = ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.frames_per_epoch=160"]
+PPO = ["data.frames_per_batch=64", "data.frames_per_epoch=128", "algo.num_epochs=2", "algo.minibatch_size=32"]
+QUIET = ["algo.hidden_sizes=[16]", "data.num_envs=2", "logger=none", "callbacks=minimal"]
+LAST = Path("checkpoints", "last.ckpt")
+# Counted by Lightning, and other where a run ended in the middle of an epoch before it was extended.
+LIGHTNINGS_OWN = ("loops", "epoch", "callbacks", "pytorch-lightning_version")
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two checkpoints differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        missing = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
+        return missing + [where for key in a.keys() & b.keys() for where in differing(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [where for i, pair in enumerate(zip(a, b, strict=True)) for where in differing(*pair, f"{path}[{i}]")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return [] if same else [path]
+    return [] if a == b else [path]
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(folder / LAST)
+    return {key: value for key, value in checkpoint.items() if key not in LIGHTNINGS_OWN}
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The train command inside this process, because starting Python costs more than these runs: what it printed."""
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def train(*words: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            main()
+            left = 0
+        except SystemExit as ending:
+            left = ending.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        printed = "".join(capfd.readouterr())
+        assert left == code, printed
+        return printed
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*SAC, "env=Ant-v5", "actor=pmoe", "estimator=gumbel_softmax"],
+        [*PPO, "env=Humanoid-v5", "actor=pmoe"],
+        [*PPO, "env=Pendulum-v1", "algo=dac", "env.max_episode_steps=50"],
+    ],
+    ids=["sac", "ppo", "dac"],
+)
+def test_a_run_that_is_extended_is_the_run_that_was_longer(words, train, tmp_path):
+    words = ["+" + word if word.startswith("env.max") else word for word in [*words, *QUIET]]
+    train(*words, "total_frames=450", "hydra.run.dir=whole")
+    train(*words, "total_frames=256", "hydra.run.dir=extended")
+    half = state_of(tmp_path / "extended")
+    said = train(*words, "total_frames=450", "resume=extended")
+    assert "resume     python -m pmoe_lightning.train" in said and "resume=extended" not in said.split("resume     ")[0]
+    whole, extended = state_of(tmp_path / "whole"), state_of(tmp_path / "extended")
+    assert differing(whole, extended) == []
+    assert {"simulators", "random_states", "root"} <= extended["experience"].keys()
+    assert differing(whole, half), "the second part of the run changed nothing"
+
+
+SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+
+
+@pytest.mark.parametrize("number", SIGNALS.values(), ids=SIGNALS)
+def test_a_run_that_is_stopped_at_any_moment_goes_on_exactly(number, clean_environ, train, tmp_path):
+    words = [*SAC, *QUIET, "env=Hopper-v5", "total_frames=960", "data.utd_ratio=0.25"]
+    train(*words, "hydra.run.dir=whole")
+    command = [sys.executable, "-m", "pmoe_lightning.train", *words, "hydra.run.dir=stopped"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    last = tmp_path / "stopped" / LAST
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    process.wait(60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    stopped_at = read_checkpoint(last)["policy"]["env_frames"]
+    assert stopped_at < 960, "it was over before it was stopped"
+    train(*words, "resume=auto", "hydra.run.dir=stopped")
+    whole, stopped = state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")
+    # Those that were logged early, when the run was stopped, are not logged again.
+    assert set(differing(whole, stopped)) <= {".experience.finished_episodes"}
+    assert sorted(os.listdir(last.parent)) == ["last.ckpt", "last.previous.ckpt"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, clean_environ) -> Path:
+    """A run of 256 frames in outputs/, tracked in mlflow.db."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = [sys.executable, "-m", "pmoe_lightning.train", *TRACKED, "total_frames=256"]
+    done = subprocess.run(command, cwd=folder, env=clean_environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+TRACKED = [*PPO, "env=Pendulum-v1", "algo.hidden_sizes=[16]", "callbacks=[metrics,checkpoint_last]"]
+TRACKED += ["callbacks.metrics.every_frames=64", "data.num_envs=2"]
+
+
+def run_folder(root: Path) -> Path:
+    (folder,) = (path.parent.parent for path in root.glob(f"outputs/*/*/{LAST}"))
+    return folder
+
+
+def test_the_same_mlflow_run_goes_on_without_gap_or_overlap(train, tmp_path):
+    train(*TRACKED, "total_frames=256")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (before,) = client.search_runs(["1"])
+    # As if killed before the last checkpoint: the points beyond it are known already.
+    shutil.copy(previous_checkpoint(run_folder(tmp_path) / LAST), run_folder(tmp_path) / LAST)
+    train(*TRACKED, "total_frames=512", f"resume={before.info.run_id}")
+    (after,) = client.search_runs(["1"])
+    assert after.info.run_id == before.info.run_id and after.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(after.info.run_id, "train/loss_critic")]
+    assert steps == list(range(steps[0], 513, 64))
+    assert "changed_params" in after.data.tags, "total_frames"
+
+
+def test_auto_finds_the_unfinished_run_of_this_configuration(finished, train, tmp_path):
+    shutil.copytree(finished / "outputs", tmp_path / "outputs")
+    folder = run_folder(tmp_path)
+    quiet = [*TRACKED, "logger=none", "total_frames=320", "resume=auto"]
+    assert "starting a new one" in train(*quiet, "seed=5")
+    other = {path.parent.parent for path in tmp_path.glob(f"outputs/*/*/{LAST}")} - {folder}
+    assert len(other) == 1, "a run of another seed is another run"
+    train(*quiet)
+    assert read_checkpoint(folder / LAST)["policy"]["env_frames"] == 320
+    assert "starting a new one" in train(*quiet), "a finished run is not resumed"
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, train, tmp_path):
+    shutil.copytree(finished / "outputs", tmp_path / "outputs")
+    folder = run_folder(tmp_path)
+    intact = (folder / LAST).read_bytes()
+    assert previous_checkpoint(folder / LAST).exists()
+    (folder / LAST).write_bytes(intact[:-9] + b"123456789")
+    (folder / "checkpoints" / ".last.ckpt.partial").write_bytes(intact[:1000])
+    said = train(*TRACKED, "logger=none", "total_frames=320", f"resume={folder}")
+    assert "SHA-256 does not match" in said and "using the one before it" in said and "removed" in said
+    assert read_checkpoint(folder / LAST)["policy"]["env_frames"] == 320
+
+
+REFUSED = [
+    (["resume=nowhere"], 1, "checkpoint nowhere does not exist"),
+    (["resume={folder}"], 2, "has all of its 256 frames: raise total_frames=256"),
+    (["resume={folder}", "total_frames=512", "algo.gamma=0.5"], 2, "another algo.gamma: repeat its command, with algo"),
+    (["resume={folder}", "total_frames=512", "env=Hopper-v5"], 2, "with env.id=Pendulum-v1"),
+    (["resume={folder}", "total_frames=512", "-m"], 2, "leave out --multirun"),
+    (["resume={acting}", "total_frames=512"], 1, "holds a policy but not the run that made it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "message"), REFUSED)
+def test_what_cannot_be_resumed_is_one_line(words, code, message, finished, train, tmp_path):
+    folder = run_folder(finished)
+    checkpoint = read_checkpoint(folder / LAST)
+    del checkpoint["experience"]
+    write_checkpoint(checkpoint, tmp_path / "acting.ckpt")
+    words = [word.format(folder=folder, acting="acting.ckpt") for word in words]
+    said = train(*TRACKED, "logger=none", *(["total_frames=256"] if len(words) == 1 else []), *words, code=code)
+    assert message in said and said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["acting.ckpt"]
