@@ -1,0 +1,137 @@
+"""Whatever is wrong with a configuration: exit code 2, one line that names the key, and nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pmoe_lightning.configuration.groups import group_options
+from pmoe_lightning.configuration.schemas import SCHEMAS, Configuration, Limit
+from pmoe_lightning.train import main
+
+NUMBERS = ("-1", "0", "-1e-9", "1.5", "1e400", "nan", "inf", "-inf", "3000000000", "2", "1e-400")
+WORDS = ("maybe", "[]", "[0]", "[a]", "{a: 1}", "'1 2'", "truee")
+CHOICES = {
+    "algo": ["sac", "ppo"],
+    "actor": ["pmoe", "gaussian", "additive_moe", "mcp"],
+    "estimator": ["frequency", "gumbel_softmax", "score_function", "half_reparameterized"],
+    "data": ["off_policy", "on_policy"],
+    "trainer": ["default"],
+}
+
+
+def limits() -> Iterator[tuple[list[str], str, Limit]]:
+    """(choice that has the key, dotted key, what it may be) for every key with a declared limit."""
+    for group, options in CHOICES.items():
+        for option in options:
+            for field in dataclasses.fields(SCHEMAS[group][option]):
+                if "limit" in field.metadata:
+                    algo = {"off_policy": ["algo=sac"], "on_policy": ["algo=ppo"]}.get(option, [])
+                    choice = algo or [f"{group}={option}"]
+                    yield choice, f"{group}.{field.name}", field.metadata["limit"]
+    for field in dataclasses.fields(Configuration):
+        if "limit" in field.metadata:
+            yield [], field.name, field.metadata["limit"]
+
+
+def out_of_range() -> Iterator[list[str]]:
+    for choice, key, limit in limits():
+        for text in NUMBERS:
+            if limit.numeric and not limit.accepts(float(text)) and text not in limit.words:
+                yield [*choice, f"{key}={text}"]
+        yield from ([*choice, f"{key}={word}"] for word in WORDS if word not in limit.words)
+
+
+def misspelt() -> Iterator[list[str]]:
+    rng = random.Random(0)
+    for choice, key, _ in limits():
+        name = key.split(".")[-1]
+        at = rng.randrange(len(name))
+        wrong = rng.choice([name[:at] + "q" + name[at:], name[:at] + name[at + 1 :] + "z", name.upper()])
+        yield [*choice, f"{key.removesuffix(name)}{wrong}=1"]
+
+
+def unknown_options() -> Iterator[list[str]]:
+    for group, options in group_options().items():
+        if group != "env":  # there any word is the id of an environment
+            for option in options:
+                yield from ([f"{group}={wrong}"] for wrong in (f"{option}x", option[1:], f"../{option}"))
+
+
+INCOMPATIBLE = [
+    ["algo=sac", "data=on_policy"],
+    ["algo=ppo", "data=off_policy"],
+    ["algo=dac", "data=off_policy"],
+    ["algo=dac", "actor=pmoe"],
+    ["algo=ppo", "actor=options"],
+    ["algo=sac", "actor=options"],
+    ["estimator=pathwise"],
+    ["estimator=pathwise", "actor.num_components=2"],
+    ["estimator=score_function", "estimator.num_samples=1"],
+    ["algo.minibatch_size=5000"],
+    ["data.num_envs=3"],
+    ["data.frames_per_epoch=100"],
+    ["algo=sac", "total_frames=500"],
+    ["algo=sac", "data.buffer_size=100"],
+    ["seed=1,2"],
+    ["algo.lr"],
+    ["=3"],
+    ["algo.lr=(1"],
+    ["overrides='a"],
+    ["--seed"],
+    ["~callbacks.nothing"],
+    ["env.id=Nothing-v0"],
+    ["env.id=CartPole-v1"],
+    ["env.id="],
+    ["env.id=no_such_module:Env-v0"],
+    ["+env.no_such_argument=1"],
+]
+
+
+def drawn(count: int) -> list[list[str]]:
+    """``count`` of them: all incompatible ones, and the others evenly."""
+    rng = random.Random(1)
+    kinds = [list(kind()) for kind in (out_of_range, misspelt, unknown_options)]
+    share = (count - len(INCOMPATIBLE)) // len(kinds)
+    found = INCOMPATIBLE + [words for kind in kinds for words in rng.sample(kind, min(share, len(kind)))]
+    rest = [words for kind in kinds for words in kind if words not in found]
+    return found + rng.sample(rest, count - len(found))
+
+
+@pytest.fixture
+def refuse(monkeypatch, tmp_path, capfd) -> Callable[[list[str]], str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def refuse(words: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        out, err = capfd.readouterr()
+        assert ending.value.code == 2, (words, ending.value.code, err)
+        assert not out and err.count("\n") == 1 and "Traceback" not in err, (words, out, err)
+        assert os.listdir(tmp_path) == [], words
+        return err
+
+    return refuse
+
+
+def check_all(refuse: Callable[[list[str]], str], cases: list[list[str]]) -> None:
+    for words in cases:
+        said = refuse(words)
+        key = words[-1].partition("=")[0].lstrip("+~-")
+        assert key.split(".")[-1].split("/")[-1] in said or words in INCOMPATIBLE, (words, said)
+
+
+def test_bad_configurations_are_refused_in_one_line(refuse):
+    check_all(refuse, drawn(50))
+
+
+@pytest.mark.slow
+def test_five_hundred_bad_configurations_are_refused_in_one_line(refuse):
+    check_all(refuse, drawn(500))
