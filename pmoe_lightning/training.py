@@ -127,6 +127,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     if normalizer is not None:
         arguments["observation_key"] = normalizer.out_keys[0]
     actor = _call(cfg.actor, **vars(spaces), **arguments)
+    compile = resolve_compile(cfg.compile, planned_updates(cfg) / world_size)
     shared = {"normalizer": normalizer} if on_policy else {}
     algorithm = _call(
         cfg.algo,
@@ -134,7 +135,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         estimator=_call(cfg.estimator),
         observation_dim=spaces.observation_dim,
         action_dim=len(spaces.action_low),
-        compile=resolve_compile(cfg.compile, planned_updates(cfg) / world_size),
+        compile=compile,
         policy_description=_describe_policy(cfg, spaces, arguments, normalizer is not None),
         **shared,
     )
@@ -147,6 +148,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         policy=algorithm.policy,
         total_frames=cfg.total_frames,
         seed=cfg.seed + rank * cfg.data.num_envs,
+        compile=compile,
         **shared,
     )
     seed_everything(cfg.seed + rank, verbose=False)
@@ -161,7 +163,7 @@ def planned_updates(cfg: DictConfig) -> float:
 
 
 def resolve_compile(setting: bool | str, updates: float) -> bool:
-    """Whether to compile the update: as told, or by ``auto`` where a process makes enough updates to repay it."""
+    """Whether to compile the run: as told, or by ``auto`` where a process makes enough updates to repay it."""
     return updates >= UPDATES_TO_REPAY_COMPILING if setting == "auto" else bool(setting)
 
 
