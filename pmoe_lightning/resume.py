@@ -19,7 +19,7 @@ from pmoe_lightning.errors import ConfigurationError, RunError
 
 LAST = Path("checkpoints", "last.ckpt")
 #: Top-level keys that a resumed run may change.
-FREE = ("resume", "total_frames", "num_threads", "trainer", "callbacks", "logger")
+FREE = ("resume", "total_frames", "num_threads", "compile", "matmul_precision", "trainer", "callbacks", "logger")
 _log = logging.getLogger(__name__)
 
 

@@ -14,11 +14,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
+from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.errors import ConfigurationError
 
@@ -44,7 +44,7 @@ class CollectedData(LightningDataModule, ABC):
         env_frames: environment steps taken, over all environments, warm-up included.
         episodes: episodes finished.
         total_frames: as given.
-        collector: the TorchRL collector, None before the first iteration and after teardown.
+        collector: a TorchRL collector, None before the first iteration and after teardown.
 
     Args:
         make_env: called as ``make_env(num_envs=..., seed=...)``; the environment must write ``episode_return`` and
@@ -56,6 +56,7 @@ class CollectedData(LightningDataModule, ABC):
         frames_per_batch: environment steps of a collector iteration, over all environments.
         num_envs: number of environments stepped together.
         seed: environment i receives ``seed + i``.
+        compile: act with a compiled policy.
 
     Raises:
         ConfigurationError: if a number is not positive, ``frames_per_batch`` is not a multiple of ``num_envs``, or
@@ -72,6 +73,7 @@ class CollectedData(LightningDataModule, ABC):
         frames_per_batch: int,
         num_envs: int,
         seed: int,
+        compile: bool,
     ) -> None:
         super().__init__()
         sizes = {
@@ -93,12 +95,12 @@ class CollectedData(LightningDataModule, ABC):
                 f"data.frames_per_epoch={frames_per_epoch} must not be smaller than "
                 f"data.frames_per_batch={frames_per_batch}"
             )
-        self.make_env, self.policy = make_env, policy
+        self.make_env, self.policy, self.compile = make_env, policy, compile
         self.total_frames, self.frames_per_epoch = total_frames, frames_per_epoch
         self.frames_per_batch, self.num_envs, self.seed = frames_per_batch, num_envs, seed
         self.env_frames = 0
         self.episodes = 0
-        self.collector: Collector | None = None
+        self.collector: RolloutCollector | None = None
         self._iterations: Iterator[TensorDictBase] | None = None
         self._finished_episodes: list[tuple[float, int]] = []
         self._experience: dict[str, Any] | None = None
@@ -140,11 +142,11 @@ class CollectedData(LightningDataModule, ABC):
         finished, self._finished_episodes = self._finished_episodes, []
         return finished
 
-    def _make_collector(self, init_random_frames: int = 0) -> Collector:
+    def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector:
         devices = {}
         if self.device.type != "cpu":
             devices = {"policy_device": self.device, "env_device": "cpu", "storing_device": "cpu"}
-        return Collector(
+        return RolloutCollector(
             with_memory(self.make_env, self.policy)(num_envs=self.num_envs, seed=self.seed),
             self.policy,
             frames_per_batch=self.frames_per_batch,
@@ -153,7 +155,9 @@ class CollectedData(LightningDataModule, ABC):
             exploration_type=ExplorationType.RANDOM,
             track_traj_ids=False,
             use_buffers=False,  # a preallocated rollout would make up what random warm-up frames lack
+            return_same_td=True,  # no copy: every rollout has storage of its own
             auto_register_policy_transforms=False,
+            compile=self.compile,
             **devices,
         )
 

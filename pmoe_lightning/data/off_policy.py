@@ -8,11 +8,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData
+from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.errors import ConfigurationError
 
 __all__ = ["OffPolicyData"]
@@ -57,6 +57,7 @@ class OffPolicyData(CollectedData):
         batch_size: int = 256,
         utd_ratio: float = 1.0,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             make_env,
@@ -66,6 +67,7 @@ class OffPolicyData(CollectedData):
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
             seed=seed,
+            compile=compile,
         )
         if batch_size < 1 or utd_ratio <= 0 or init_random_frames < 0:
             raise ConfigurationError(
@@ -108,7 +110,7 @@ class OffPolicyData(CollectedData):
         self.updates_owed -= updates
         return self.buffer.sample(updates * self.batch_size).view(updates, self.batch_size)
 
-    def _make_collector(self, init_random_frames: int = 0) -> Collector:
+    def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector:
         # A resumed run refills its buffer with the policy it has already learned.
         return super()._make_collector(init_random_frames=self.warm_up if self.env_frames == 0 else 0)
 

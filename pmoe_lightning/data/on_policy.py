@@ -50,6 +50,7 @@ class OnPolicyData(CollectedData):
         normalizer: ObservationNormalizer | None = None,
         reward_scaler: RewardScaler | None = None,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             make_env,
@@ -59,6 +60,7 @@ class OnPolicyData(CollectedData):
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
             seed=seed,
+            compile=compile,
         )
         if reward_scaler is not None and len(reward_scaler.discounted_return) != num_envs:
             raise ConfigurationError(

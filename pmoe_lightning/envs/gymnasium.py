@@ -2,13 +2,14 @@
 
 TorchRL's generic wrapper spends several times the cost of a MuJoCo step on specs and bookkeeping. Here one TensorDict
 is built per batched step, directly from NumPy arrays, and :meth:`GymnasiumEnv.step_and_maybe_reset` replaces the
-generic machinery on the collector's path. A transform around the environment would bypass that path, so what a trainer
-needs from every step (float32 observations, episode return and length) is computed inside.
+generic machinery. Our collector does without that TensorDict too: :meth:`GymnasiumEnv.step_into`. A transform around
+the environment would bypass both, so what a trainer needs from every step (float32 observations, episode return and
+length) is computed inside.
 """
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,8 +29,10 @@ from pmoe_lightning.errors import ConfigurationError
 __all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 
 _log = logging.getLogger(__name__)
-_ROOT_KEYS = ("observation", "done", "terminated", "truncated")
+_FLAGS = ("done", "terminated", "truncated")
+_STEPPED = ("observation", "reward", *_FLAGS, "episode_return", "episode_length")
 _PREVIOUS = "_previous"
+Arrays = Mapping[str, np.ndarray]
 
 
 class GymnasiumEnv(EnvBase):
@@ -69,8 +72,8 @@ class GymnasiumEnv(EnvBase):
         self._observation_shape = (len(envs), *self.envs[0].observation_space.shape)
         self._action_low, self._action_high = action_space.low, action_space.high
         self._returns, self._lengths = [0.0] * len(envs), [0] * len(envs)
+        self.carry = tuple(carry)
         self._carried = {name: f"{name}{_PREVIOUS}" for name in carry}
-        self._root_keys = (*_ROOT_KEYS, *self._carried.values())
         self._make_specs()
         self._set_seed(seed)
 
@@ -81,7 +84,7 @@ class GymnasiumEnv(EnvBase):
             return torch.as_tensor(values, dtype=torch.float32).expand(n, -1).clone()
 
         low, high = bound(self._action_low), bound(self._action_high)
-        flags = {key: Categorical(2, shape=(n, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        flags = {key: Categorical(2, shape=(n, 1), dtype=torch.bool) for key in _FLAGS}
         carried = {key: Unbounded(shape=(n, 1), dtype=torch.int64) for key in self._carried.values()}
         self.observation_spec = Composite(observation=Unbounded(shape=self._observation_shape), **carried, shape=(n,))
         self.action_spec = Bounded(low=low, high=high, shape=low.shape, dtype=torch.float32)
@@ -104,52 +107,67 @@ class GymnasiumEnv(EnvBase):
         mask = None if tensordict is None else tensordict.get("_reset", None)
         rows = range(len(self.envs)) if mask is None else mask.reshape(-1).nonzero().reshape(-1).tolist()
         # EnvBase.reset keeps the caller's values in the rows outside the mask.
-        return self._start_episodes(np.zeros(self._observation_shape, np.float32), rows)
-
-    def _start_episodes(self, observation: np.ndarray, rows: Iterable[int]) -> TensorDict:
-        for i in rows:
-            observation[i] = self.envs[i].reset(seed=self._seeds[i])[0]
-            self._seeds[i] = None  # later episodes continue the environment's own random stream
-            self._returns[i], self._lengths[i] = 0.0, 0
-        done, terminated, truncated = np.zeros((3, len(self.envs), 1), np.bool_)
-        arrays = {"observation": observation, "done": done, "terminated": terminated, "truncated": truncated}
-        for key in self._carried.values():
-            arrays[key] = np.full((len(self.envs), 1), -1, np.int64)
-        return self._tensordict(self._tensors(arrays))
+        root = self.empty_root()
+        self._start_episodes(root, rows)
+        return self._tensordict(root)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        tensors = self._tensors(self._step_envs(tensordict.get("action")))
-        self._carry(tensordict, tensors)
-        return self._tensordict(tensors)
+        outcome = self.empty_outcome()
+        self._step_envs(*self._read(tensordict), outcome)
+        return self._tensordict(outcome)
 
     def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
         """Step all environments, write ``next``, reset those that are done; returns (the input, the next root)."""
-        arrays = self._step_envs(tensordict.get("action"))
-        tensors = self._tensors(arrays)
-        self._carry(tensordict, tensors)
+        outcome, root = self.empty_outcome(), self.empty_root()
+        self.step_into(*self._read(tensordict), outcome, root)
         # Unchecked like the constructor below, and for the same reason.
-        tensordict._set_str("next", self._tensordict(tensors), validated=True, inplace=False, non_blocking=False)
-        if arrays["done"].any():
-            ended = np.flatnonzero(arrays["done"]).tolist()
-            root = self._start_episodes(arrays["observation"].copy(), ended)
-            for key in self._carried.values():
-                root.set(key, tensors[key].masked_fill(tensors["done"], -1))
-            return tensordict, root
-        return tensordict, self._tensordict({key: tensors[key] for key in self._root_keys})
+        following = self._tensordict(outcome)
+        tensordict._set_str("next", following, validated=True, inplace=False, non_blocking=False)
+        return tensordict, self._tensordict(root)
 
-    def _carry(self, tensordict: TensorDictBase, tensors: dict[str, torch.Tensor]) -> None:
-        """Add what the policy wrote under the names of ``carry``; random actions come without it."""
-        for name, key in self._carried.items():
-            written = tensordict.get(name, None)
-            tensors[key] = torch.full_like(tensors["episode_length"], -1) if written is None else written
+    def step_into(self, action: np.ndarray, carried: Arrays, outcome: Arrays, root: Arrays) -> None:
+        """``step_and_maybe_reset`` on NumPy arrays that the caller owns, for whoever stores every step anyway.
 
-    def _step_envs(self, action: torch.Tensor) -> dict[str, np.ndarray]:
+        Args:
+            action: [N, A].
+            carried: what the policy wrote under the names of ``carry``; nothing after a random action.
+            outcome: as made by ``empty_outcome``; the entries of ``next`` are written here.
+            root: as made by ``empty_root``; the next root is written here, with new episodes where any have ended.
+        """
+        ended = self._step_envs(action, carried, outcome)
+        for key in ("observation", *self._carried.values()):
+            root[key][...] = outcome[key]
+        if ended:
+            self._start_episodes(root, ended)
+
+    def empty_root(self, *steps: int) -> dict[str, np.ndarray]:
+        """Arrays [*steps, N, ...] for the entries of a root, before anything is observed."""
         n = len(self.envs)
-        actions = np.minimum(np.maximum(action.numpy(force=True), self._action_low), self._action_high)
-        observation = np.empty(self._observation_shape, np.float32)
-        reward, episode_return = np.empty((2, n, 1), np.float32)
-        done, terminated, truncated = np.empty((3, n, 1), np.bool_)
-        episode_length = np.empty((n, 1), np.int64)
+        arrays = {"observation": np.empty((*steps, *self._observation_shape), np.float32)}
+        arrays |= zip(_FLAGS, np.zeros((3, *steps, n, 1), np.bool_), strict=True)
+        return arrays | {key: np.full((*steps, n, 1), -1, np.int64) for key in self._carried.values()}
+
+    def empty_outcome(self, *steps: int) -> dict[str, np.ndarray]:
+        """Arrays [*steps, N, ...] for the entries of ``next``, before anything has happened."""
+        arrays = self.empty_root(*steps)
+        shape = (*steps, len(self.envs), 1)
+        arrays["reward"], arrays["episode_return"] = np.empty((2, *shape), np.float32)
+        arrays["episode_length"] = np.empty(shape, np.int64)
+        return arrays
+
+    def _read(self, tensordict: TensorDictBase) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The action and what the policy wrote under the names of ``carry``; random actions come without it."""
+        written = {name: tensordict.get(name, None) for name in self._carried}
+        carried = {name: value.numpy(force=True) for name, value in written.items() if value is not None}
+        return tensordict.get("action").numpy(force=True), carried
+
+    def _step_envs(self, action: np.ndarray, carried: Arrays, outcome: Arrays) -> list[int]:
+        """Step all environments into ``outcome``; returns those whose episodes ended."""
+        actions = np.minimum(np.maximum(action, self._action_low), self._action_high)
+        observation, reward, done, terminated, truncated, episode_return, episode_length = (
+            outcome[key] for key in _STEPPED
+        )
+        ended = []
         # Scalar by scalar, because one NumPy operation costs as much as a dozen assignments.
         for i, env in enumerate(self.envs):
             observation[i], value, ends, is_cut, _ = env.step(actions[i])
@@ -157,23 +175,24 @@ class GymnasiumEnv(EnvBase):
             self._lengths[i] += 1
             reward[i, 0], episode_return[i, 0], episode_length[i, 0] = value, self._returns[i], self._lengths[i]
             done[i, 0], terminated[i, 0], truncated[i, 0] = ends or is_cut, ends, is_cut
-        return {
-            "observation": observation,
-            "done": done,
-            "terminated": terminated,
-            "truncated": truncated,
-            "reward": reward,
-            "episode_return": episode_return,
-            "episode_length": episode_length,
-        }
+            if ends or is_cut:
+                ended.append(i)
+        for name, value in carried.items():
+            outcome[self._carried[name]][...] = value
+        return ended
 
-    def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    def _start_episodes(self, root: Arrays, rows: Iterable[int]) -> None:
+        for i in rows:
+            root["observation"][i] = self.envs[i].reset(seed=self._seeds[i])[0]
+            self._seeds[i] = None  # later episodes continue the environment's own random stream
+            self._returns[i], self._lengths[i] = 0.0, 0
+            for key in self._carried.values():
+                root[key][i] = -1
+
+    def _tensordict(self, arrays: Arrays) -> TensorDict:
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-        if self.device is None or self.device.type == "cpu":
-            return tensors
-        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
-
-    def _tensordict(self, tensors: dict[str, torch.Tensor]) -> TensorDict:
+        if self.device is not None and self.device.type != "cpu":
+            tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
         # The checked constructor costs as much as a MuJoCo step; here shapes and device are right by construction.
         return TensorDict._new_unsafe(tensors, batch_size=self.batch_size, device=self.device)
 

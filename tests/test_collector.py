@@ -1,0 +1,152 @@
+"""Our collector against TorchRL's: the same rollouts, key by key and draw by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from probe_envs import make_scripted_env
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.transforms import StepCounter
+from torchrl.envs.utils import ExplorationType
+
+from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.envs import make_env, with_memory
+from pmoe_lightning.normalization import ObservationNormalizer
+from pmoe_lightning.options import make_option_actor
+
+OBSERVATION_DIM, LOW, HIGH = 11, [-1.0] * 3, [1.0] * 3
+SIZES: dict[str, Any] = {"hidden_sizes": (16,), "activation": "tanh"}
+
+SETTINGS: dict[str, Any] = {
+    "frames_per_batch": 48,
+    "exploration_type": ExplorationType.RANDOM,
+    "track_traj_ids": False,
+    "use_buffers": False,
+    "auto_register_policy_transforms": False,
+}
+
+
+def normalized(make: Callable, **arguments: Any) -> TensorDictModuleBase:
+    normalizer = ObservationNormalizer(OBSERVATION_DIM)
+    normalizer.update(torch.randn(100, OBSERVATION_DIM) * 3 + 1)
+    actor = make(
+        OBSERVATION_DIM, LOW, HIGH, observation_key="observation_normalized", return_log_prob=True, **SIZES, **arguments
+    )
+    return TensorDictSequential(normalizer, actor)
+
+
+POLICIES: dict[str, Callable[[], TensorDictModuleBase]] = {
+    "sac": lambda: make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, **SIZES),
+    "ppo-gaussian": lambda: normalized(make_gaussian_actor, scale="state_independent"),
+    "ppo-pmoe": lambda: normalized(make_pmoe_actor, scale="state_independent", num_components=4),
+    "dac": lambda: normalized(make_option_actor),
+}
+
+
+def hopper(policy: TensorDictModuleBase, num_envs: int) -> EnvBase:
+    return with_memory(make_env, policy)(id="Hopper-v5", num_envs=num_envs, seed=4)
+
+
+def collect(
+    cls: type[Collector], policy: TensorDictModuleBase, env: EnvBase, rollouts: int = 4, **arguments: Any
+) -> list[TensorDictBase]:
+    collector = cls(env, policy, **(SETTINGS | arguments))
+    torch.manual_seed(1)
+    collected = [rollout for rollout, _ in zip(collector, range(rollouts), strict=False)]
+    collector.shutdown()
+    return collected
+
+
+def assert_same(ours: list[TensorDictBase], theirs: list[TensorDictBase], tolerance: float = 0.0) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.shape == other.shape
+        assert set(mine.keys(True, True)) == set(other.keys(True, True))
+        for key, value in other.items(True, True):
+            assert mine[key].dtype == value.dtype and mine[key].shape == value.shape, key
+            torch.testing.assert_close(mine[key], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("name", POLICIES)
+def test_rollouts_are_those_of_torchrl(name: str, num_envs: int) -> None:
+    """The third of four rollouts is the first that the policy plays; Hopper falls many times in 192 frames."""
+    torch.manual_seed(0)
+    policy, arguments = POLICIES[name](), {"init_random_frames": 96}
+    ours, theirs = (
+        collect(cls, policy, hopper(policy, num_envs), **arguments) for cls in (RolloutCollector, Collector)
+    )
+    assert_same(ours, theirs)
+    assert sum(int(rollout["next", "done"].sum()) for rollout in ours) >= 3
+    assert "action_log_prob" not in ours[1] and ("action_log_prob" in ours[2]) == (name != "sac")
+
+
+@pytest.mark.parametrize("name", ["ppo-pmoe", "dac"])
+def test_a_compiled_policy_draws_the_same_actions(name: str) -> None:
+    """Twelve steps: rounding differs in the last digit, and a simulator multiplies such differences as it goes on."""
+    torch.manual_seed(0)
+    policy = POLICIES[name]()
+    frames = {"frames_per_batch": 6, "rollouts": 2}
+    ours = collect(RolloutCollector, policy, hopper(policy, 1), compile=True, **frames)
+    theirs = collect(Collector, policy, hopper(policy, 1), **frames)
+    assert_same(ours, theirs, tolerance=1e-4)
+
+
+def test_a_compiled_policy_acts_with_its_newest_weights_and_statistics() -> None:
+    torch.manual_seed(0)
+    policy = POLICIES["ppo-gaussian"]()
+    collector = RolloutCollector(hopper(policy, 2), policy, **SETTINGS, compile=True)
+    rollouts = iter(collector)
+    next(rollouts)
+    with torch.no_grad():
+        policy[1][0].module.loc.bias.fill_(3.0)
+    policy[0].update(torch.randn(1000, OBSERVATION_DIM) * 50)
+    rollout = next(rollouts)
+    torch.testing.assert_close(rollout["observation_normalized"], policy[0].normalize(rollout["observation"]))
+    assert rollout["action_unsquashed"].mean() > 2.0
+    collector.shutdown()
+
+
+@pytest.mark.parametrize("arguments", [{"track_traj_ids": True}, {"use_buffers": True}, {"set_truncated": True}])
+def test_what_concerns_single_steps_is_left_to_torchrl(arguments: dict) -> None:
+    torch.manual_seed(0)
+    policy = POLICIES["ppo-pmoe"]()
+    ours, theirs = (collect(cls, policy, hopper(policy, 2), **arguments) for cls in (RolloutCollector, Collector))
+    assert_same(ours, theirs)
+
+
+def test_any_environment_and_any_policy_will_do() -> None:
+    torch.manual_seed(0)
+    policy = POLICIES["sac"]()
+    ours, theirs = (
+        collect(cls, policy, TransformedEnv(hopper(policy, 2), StepCounter())) for cls in (RolloutCollector, Collector)
+    )
+    assert_same(ours, theirs)
+    assert "step_count" in set(ours[0].keys())
+
+    def constant(tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.set("action", torch.full((2, 2), 0.125))
+
+    ours = collect(RolloutCollector, constant, make_scripted_env(num_envs=2))
+    assert ours[0]["action"].eq(0.125).all()
+
+
+def test_state_seed_and_weights_are_those_of_a_torchrl_collector() -> None:
+    policy = POLICIES["sac"]()
+    collector = RolloutCollector(hopper(policy, 2), policy, **SETTINGS)
+    next(iter(collector))
+    state = collector.state_dict()
+    assert state["frames"] == 48 and set(state["policy_state_dict"]) == set(policy.state_dict())
+    assert collector.set_seed(9) == 10
+    torch.nn.init.zeros_(policy[0].module.loc.weight)
+    collector.update_policy_weights_()
+    collector.load_state_dict(state)
+    assert policy[0].module.loc.weight.abs().sum() > 0
+    collector.shutdown()
+    assert collector.closed
