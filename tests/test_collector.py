@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -141,9 +142,9 @@ def test_state_seed_and_weights_are_those_of_a_torchrl_collector() -> None:
     policy = POLICIES["sac"]()
     collector = RolloutCollector(hopper(policy, 2), policy, **SETTINGS)
     next(iter(collector))
-    state = collector.state_dict()
+    state = copy.deepcopy(collector.state_dict())
     assert state["frames"] == 48 and set(state["policy_state_dict"]) == set(policy.state_dict())
-    assert collector.set_seed(9) == 10
+    assert collector.set_seed(9) == hopper(policy, 2).set_seed(9)
     torch.nn.init.zeros_(policy[0].module.loc.weight)
     collector.update_policy_weights_()
     collector.load_state_dict(state)

@@ -224,7 +224,6 @@ def test_help_lists_every_option():
         (["algo=ppo", "actor=options"], "actor=options is learnt by algo=dac alone: use algo=dac or another actor"),
         (["algo=sac", "actor=options"], "actor=options is learnt by algo=dac alone"),
         (["algo=dac", "actor.num_options=1"], "actor.num_options=1"),
-        (["algo=dac", "compile=true"], "algo=dac has no compiled form, use compile=auto or compile=false"),
         (["algo=sac", "total_frames=500"], "data.init_random_frames=1000"),
         (["algo=sac", "data.buffer_size=500"], "data.buffer_size=500"),
     ],

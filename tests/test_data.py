@@ -12,10 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from probe_envs import Transition, expected_transitions, make_scripted_env
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torchrl.collectors import Collector
 
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
+from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 
@@ -269,8 +269,8 @@ def test_epochs_end_at_multiples_of_frames_per_epoch() -> None:
 
 def log_collection(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Events in order: each real collector iteration now also notes that it happened."""
-    events, rollout = [], Collector.rollout
-    monkeypatch.setattr(Collector, "rollout", lambda self: (events.append("collect"), rollout(self))[1])
+    events, rollout = [], RolloutCollector.rollout
+    monkeypatch.setattr(RolloutCollector, "rollout", lambda self: (events.append("collect"), rollout(self))[1])
     return events
 
 

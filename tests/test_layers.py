@@ -38,9 +38,11 @@ ALLOWED = {
     "gradient_statistics": {"distributions", "estimators"},
     "hamiltonian": {"distributions"},
     "losses": {"distributions", "estimators", "critics", "hamiltonian", "options"},
-    "algorithms": MATHS,
+    "compilation": set(),
+    "updates": {"actors", "compilation", "critics", "distributions", "losses"},
+    "algorithms": MATHS | {"updates"},
     "envs": {"errors"},
-    "data": {"envs", "errors", "normalization"},
+    "data": {"compilation", "envs", "errors", "normalization"},
     "evaluation": {"envs", "errors"},
     "checkpoints": {
         "actors",

@@ -49,7 +49,6 @@ def make_dac(
     clip_epsilon: float = 0.2,
     entropy_coeff: float = 0.0,
     critic_coeff: float = 0.5,
-    compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> DAC:
@@ -59,12 +58,13 @@ def make_dac(
         actor: the policy, made with ``return_log_prob=True``.
         estimator: not used; taken because every algorithm is given one.
         observation_dim: O.
-        action_dim, compile: not used; taken because every algorithm is given them.
+        action_dim: not used; taken because every algorithm is given it.
         normalizer: writes the entry the actor reads, from ``observation``.
         hidden_sizes, activation: of the critic, initialised orthogonally.
         clip_epsilon, entropy_coeff, critic_coeff: see ``DACLoss``.
         policy_description: see ``AbstractAlgorithm``.
-        **arguments: of ``OnPolicyAlgorithm``: gamma, lmbda, lr, num_epochs, minibatch_size, max_grad_norm, target_kl.
+        **arguments: of ``OnPolicyAlgorithm``: gamma, lmbda, lr, num_epochs, minibatch_size, max_grad_norm, target_kl,
+            compile.
     """
     critic = make_option_value_network(
         observation_dim,

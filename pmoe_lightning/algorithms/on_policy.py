@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
+from pmoe_lightning.updates import OnPolicyUpdate
 
 
 class OnPolicyAlgorithm(AbstractAlgorithm):
@@ -27,6 +28,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         num_epochs: passes over a rollout.
         minibatch_size: transitions per update.
         max_grad_norm: the gradient of all parameters together is scaled down to this norm.
+        compile: run the update as a compiled program (``OnPolicyUpdate``); the loss module is its definition.
         target_kl: no further pass over a rollout once the mean of log(pi_old / pi) over a pass exceeds it; ``None``:
             all passes.
         policy_description: see ``AbstractAlgorithm``.
@@ -48,12 +50,14 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         minibatch_size: int = 64,
         max_grad_norm: float = 0.5,
         target_kl: float | None = None,
+        compile: bool = False,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(loss, actor, policy, policy_description)
         self.gamma, self.lmbda = gamma, lmbda
         self.lr, self.num_epochs, self.minibatch_size = lr, num_epochs, minibatch_size
-        self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+        self.max_grad_norm, self.target_kl, self.compiles = max_grad_norm, target_kl, compile
+        self.update: OnPolicyUpdate | None = None
 
     @abstractmethod
     def estimate_advantages(self, rollout: TensorDictBase) -> None:
@@ -62,6 +66,11 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self.lr, eps=1e-5, fused=True)
+
+    def on_train_start(self) -> None:
+        if self.compiles:
+            optimizer = self.optimizers().optimizer
+            self.update = OnPolicyUpdate(self.loss, optimizer, max_grad_norm=self.max_grad_norm)
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         with torch.no_grad():
@@ -77,15 +86,26 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         """One shuffled pass; true where the policy has moved too far to go on."""
         permutation = torch.randperm(len(transitions), device=transitions.device)
         divergences = []
-        for indices in permutation.split(self.minibatch_size):
-            out = self.loss(transitions[indices])
+        if self.update is not None and len(transitions) >= self.minibatch_size:
+            whole = len(transitions) - len(transitions) % self.minibatch_size
+            divergences.append(self._steps(transitions[permutation[:whole]].view(-1, self.minibatch_size)))
+            permutation = permutation[whole:]
+        for start in range(0, len(permutation), self.minibatch_size):
+            out = self.loss(transitions[permutation[start : start + self.minibatch_size]])
             self.step(out, max_grad_norm=self.max_grad_norm)
             self.record_loss(out)
-            divergences.append(out["kl_approx"])
+            divergences.append(out["kl_approx"].reshape(1))
         if self.target_kl is None:
             return False
-        exceeded = bool(torch.stack(divergences).mean() > self.target_kl)
+        exceeded = bool(torch.cat(divergences).mean() > self.target_kl)
         return self.trainer.strategy.reduce_boolean_decision(exceeded, all=False)
+
+    def _steps(self, minibatches: TensorDictBase) -> Tensor:
+        """A compiled step for each of the minibatches [U, B]; returns their divergences [U]."""
+        out = self.update(minibatches)
+        self.record_loss(out, count=len(minibatches))
+        self.count_updates(len(minibatches))
+        return out["kl_approx"]
 
 
 def _explained_variance(batch: TensorDictBase) -> Tensor:

@@ -77,8 +77,7 @@ def make_ppo(
         normalizer: writes the entry the actor reads, from ``observation``.
         hidden_sizes, activation: of the critics, initialised orthogonally.
         clip_epsilon, entropy_coeff, critic_coeff, qvalue_coeff: see ``PMOEPPOLoss``.
-        lr, gamma, lmbda, num_epochs, minibatch_size, max_grad_norm, target_kl: see ``OnPolicyAlgorithm``.
-        compile: not used; taken because every algorithm is given it.
+        lr, gamma, lmbda, num_epochs, minibatch_size, max_grad_norm, target_kl, compile: see ``OnPolicyAlgorithm``.
         policy_description: see ``AbstractAlgorithm``.
 
     Raises:
@@ -114,5 +113,6 @@ def make_ppo(
         minibatch_size=minibatch_size,
         max_grad_norm=max_grad_norm,
         target_kl=target_kl,
+        compile=compile,
         policy_description=policy_description,
     )
