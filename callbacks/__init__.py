@@ -11,6 +11,7 @@ from pmoe_lightning.callbacks.final_policy import FinalPolicy
 from pmoe_lightning.callbacks.learning_curve import LearningCurve
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.mixture import MixtureDiagnostics
+from pmoe_lightning.callbacks.nonfinite import NonFiniteGuard
 from pmoe_lightning.callbacks.progress import FramesProgressBar
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "LearningCurve",
     "MetricsLogger",
     "MixtureDiagnostics",
+    "NonFiniteGuard",
 ]

@@ -1,4 +1,4 @@
-"""The two errors a user can cause. Their message is one line: what was wrong, where, and what to do."""
+"""Errors that a user can mend. Their message is one line: what was wrong, where, and what to do."""
 
 
 class ConfigurationError(ValueError):
@@ -7,3 +7,7 @@ class ConfigurationError(ValueError):
 
 class RunError(RuntimeError):
     """The request is right but cannot be carried out here (missing file, dead server); commands exit with 1."""
+
+
+class NonFiniteError(RunError):
+    """A number that must be finite is NaN or infinite, and was kept out of environment, replay and weights."""

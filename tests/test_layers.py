@@ -42,7 +42,7 @@ ALLOWED = {
     "updates": {"actors", "compilation", "critics", "distributions", "losses"},
     "algorithms": MATHS | {"updates"},
     "envs": {"errors"},
-    "data": {"compilation", "envs", "errors", "normalization"},
+    "data": {"checkpoints", "compilation", "envs", "errors", "normalization"},
     "evaluation": {"envs", "errors"},
     "checkpoints": {
         "actors",
@@ -68,7 +68,7 @@ ALLOWED = {
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},
 }
-COMMANDS = {"train", "training"}  # meet everything
+COMMANDS = {"train", "training", "resume", "stopping"}  # meet everything
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
@@ -71,9 +72,10 @@ class AbstractAlgorithm(LightningModule, ABC):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(sum(value for name, value in out.items() if name.startswith("loss_")))
-        if max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm)
-            self.record({"train/gradient_norm": norm})
+        norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm or math.inf)
+        self.record({"train/gradient_norm": norm})
+        # Where this is one, a fused Adam leaves weights and moments as they are; nobody waits for the device.
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         self.updates += 1
 
@@ -100,6 +102,16 @@ class AbstractAlgorithm(LightningModule, ABC):
         folder = {True: "mixture", False: "train"}
         named = {f"{folder[name.startswith('winner')]}/{name}": value for name, value in out.items()}
         self.record(named, count=count)
+
+    def drop_nonfinite(self) -> list[str]:
+        """Forget the metrics whose running means are not finite, and return their names in the order of recording."""
+        if not self._sums:
+            return []
+        finite = torch.stack([total.sum().isfinite() for total in self._sums.values()]).tolist()
+        names = [name for name, good in zip(self._sums, finite, strict=True) if not good]
+        for name in names:
+            del self._sums[name], self._counts[name]
+        return names
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call; vectors are numbered, as in ``mixture/winner_frequency_0``."""

@@ -77,6 +77,9 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
             self.estimate_advantages(batch)
         self.record({"train/explained_variance": _explained_variance(batch)})
         transitions = batch.reshape(-1).select(self.observation_key, *self.minibatch_keys)
+        unusable = batch.get("unusable", None)
+        if unusable is not None:
+            transitions = transitions[~unusable.reshape(-1)]
         for _ in range(self.num_epochs):
             if self._epoch(transitions):
                 break

@@ -22,6 +22,7 @@ def normalise_argv(arguments: Sequence[str]) -> list[str]:
     * ``--key value`` becomes ``key=value``: how ``mlflow run -P key=value`` passes what MLproject does not declare.
     * ``overrides=a=1 b=2`` becomes ``a=1 b=2``: one MLflow parameter that carries any number of overrides.
     * ``env=Hopper-v5`` becomes ``env.id=Hopper-v5`` unless conf/env holds such a file.
+    * ``callbacks.nonfinite=skip`` becomes ``callbacks.nonfinite.mode=skip``.
     * Empty values of algo, env, total_frames, seed and overrides are dropped: a script may pass them always.
 
     Raises:
@@ -41,7 +42,7 @@ def normalise_argv(arguments: Sequence[str]) -> list[str]:
         if not word.strip() or (key in _PARAMETERS and equals and not value.strip()):
             continue
         words += _split(value) if key == "overrides" else [word]
-    return [_spell_out_env(word) for word in words]
+    return [_spell_out(word) for word in words]
 
 
 def _split(overrides: str) -> list[str]:
@@ -51,8 +52,10 @@ def _split(overrides: str) -> list[str]:
         raise ConfigurationError(f"cannot read overrides={overrides!r}: {error}") from None
 
 
-def _spell_out_env(word: str) -> str:
+def _spell_out(word: str) -> str:
     key, _, value = word.partition("=")
+    if key == "callbacks.nonfinite":
+        return f"{key}.mode={value}"
     if key != "env" or not value or set(value.split(",")) & set(group_options()["env"]):
         return word
     return f"env.id={value}"

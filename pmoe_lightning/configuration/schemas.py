@@ -265,6 +265,12 @@ class EstimatorVarianceSchema:
 
 
 @dataclass
+class NonFiniteGuardSchema:
+    _target_: str = MISSING
+    mode: str = _one_of("stop", "skip")
+
+
+@dataclass
 class FinalPolicySchema:
     _target_: str = MISSING
     video: bool = MISSING
@@ -332,6 +338,7 @@ SCHEMAS = {
         "final_policy": FinalPolicySchema,
         "metrics": MetricsLoggerSchema,
         "mixture": MixtureDiagnosticsSchema,
+        "nonfinite": NonFiniteGuardSchema,
     },
     "logger": {"mlflow": MLflowSchema},
 }

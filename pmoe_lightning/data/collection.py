@@ -43,6 +43,7 @@ class CollectedData(LightningDataModule, ABC):
     Attributes:
         env_frames: environment steps taken, over all environments, warm-up included.
         episodes: episodes finished.
+        breakdowns: transitions left out because the simulator broke down in them.
         total_frames: as given.
         collector: a TorchRL collector, None before the first iteration and after teardown.
 
@@ -100,6 +101,7 @@ class CollectedData(LightningDataModule, ABC):
         self.frames_per_batch, self.num_envs, self.seed = frames_per_batch, num_envs, seed
         self.env_frames = 0
         self.episodes = 0
+        self.breakdowns = 0
         self.collector: RolloutCollector | None = None
         self._iterations: Iterator[TensorDictBase] | None = None
         self._finished_episodes: list[tuple[float, int]] = []
@@ -120,6 +122,11 @@ class CollectedData(LightningDataModule, ABC):
         """The number of training processes; each collects its own share of the frames."""
         return 1 if self.trainer is None else self.trainer.world_size
 
+    @property
+    def simulated_by_mujoco(self) -> bool:
+        """Whether the environments are MuJoCo's, whose instabilities are part of life."""
+        return self.collector is not None and getattr(self.collector.env, "is_mujoco", False)
+
     def train_dataloader(self) -> "CollectorLoader":
         return CollectorLoader(self)
 
@@ -133,6 +140,7 @@ class CollectedData(LightningDataModule, ABC):
         rollout.names = None
         self.env_frames += rollout.numel() * self.world_size
         self._count_episodes(rollout)
+        self._set_aside_breakdowns(rollout)
         if self.env_frames >= self.total_frames and self.trainer is not None:
             self.trainer.should_stop = True
         return rollout
@@ -141,6 +149,16 @@ class CollectedData(LightningDataModule, ABC):
         """The (return, length) of every training episode finished since the last call, in the order they finished."""
         finished, self._finished_episodes = self._finished_episodes, []
         return finished
+
+    def _set_aside_breakdowns(self, rollout: TensorDictBase) -> None:
+        """Where a simulator broke down, make the numbers harmless and mark them by ``unusable`` [N, T, 1]."""
+        following = rollout.get("next")
+        broken = following.get("reward").isnan()
+        if broken.any():
+            self.breakdowns += int(broken.sum())
+            following.set("observation", torch.where(broken, rollout.get("observation"), following.get("observation")))
+            following.set("reward", following.get("reward").masked_fill(broken, 0.0))
+            rollout.set("unusable", broken)
 
     def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector:
         devices = {}
@@ -162,7 +180,9 @@ class CollectedData(LightningDataModule, ABC):
         )
 
     def _count_episodes(self, rollout: TensorDictBase) -> None:
-        done = rollout.get(("next", "done")).squeeze(-1).T
+        # An episode that a broken simulator ended has no return.
+        done = rollout.get(("next", "done")) & ~rollout.get(("next", "reward")).isnan()
+        done = done.squeeze(-1).T
         if done.any():
             totals = (rollout.get(("next", key)).squeeze(-1).T for key in ("episode_return", "episode_length"))
             finished = list(zip(*(total[done].tolist() for total in totals), strict=True))

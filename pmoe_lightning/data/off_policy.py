@@ -103,7 +103,12 @@ class OffPolicyData(CollectedData):
             self.buffer = self._make_buffer()
         if len(self.buffer) >= self.warm_up:
             self.updates_owed += rollout.numel() * self.utd_ratio
-        self.buffer.extend(rollout.select(*_KEYS).reshape(-1).to(self.device))
+        transitions = rollout.select(*_KEYS).reshape(-1)
+        unusable = rollout.get("unusable", None)
+        if unusable is not None:
+            transitions = transitions[~unusable.reshape(-1)]
+        if len(transitions):
+            self.buffer.extend(transitions.to(self.device))
         updates = int(self.updates_owed)
         if updates == 0:
             return None

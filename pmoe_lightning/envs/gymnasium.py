@@ -23,8 +23,8 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.envs.simulator_state import capture, restore
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
+from pmoe_lightning.errors import ConfigurationError, NonFiniteError
 
 __all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 
@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 _FLAGS = ("done", "terminated", "truncated")
 _STEPPED = ("observation", "reward", *_FLAGS, "episode_return", "episode_length")
 _PREVIOUS = "_previous"
+_BAD_STATES = slice(3, 7)  # mjWARN_BADQPOS, BADQVEL, BADQACC and BADCTRL
+_mujoco_breakdowns: list[str] = []  # what MuJoCo has said since this was last looked at
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -49,6 +51,10 @@ class GymnasiumEnv(EnvBase):
     squashed policy never reaches an environment that checks its input. Observations of any other kind than a flat
     vector are flattened with :class:`gymnasium.wrappers.FlattenObservation`.
 
+    Where a simulator breaks down (an observation or reward that is not finite, a MuJoCo state that is NaN, infinite or
+    huge), the episode is truncated, non-finite parts of ``next.observation`` become 0, and ``next.reward`` is NaN:
+    such a transition is to be dropped, as this package's data modules do.
+
     A policy with memory names in ``carry`` the integer entries [N, 1] that it writes and wants to read one step later.
     Every root then holds ``<name>_previous`` int64 [N, 1]: what the policy wrote in the step before, or -1 in the first
     step of an episode, and wherever nothing was written.
@@ -61,6 +67,7 @@ class GymnasiumEnv(EnvBase):
     Raises:
         ConfigurationError: if there is no environment, the action space is not a bounded vector, the observations
             cannot be flattened to a vector, or the environments differ in their spaces.
+        NonFiniteError: when stepped with an action that is not finite.
     """
 
     def __init__(self, envs: Sequence[gymnasium.Env], *, seed: int | None = None, carry: Sequence[str] = ()) -> None:
@@ -164,6 +171,9 @@ class GymnasiumEnv(EnvBase):
     def _step_envs(self, action: np.ndarray, carried: Arrays, outcome: Arrays) -> list[int]:
         """Step all environments into ``outcome``; returns those whose episodes ended."""
         actions = np.minimum(np.maximum(action, self._action_low), self._action_high)
+        if not np.isfinite(actions).all():
+            i = int(np.flatnonzero(~np.isfinite(actions).all(-1))[0])
+            raise NonFiniteError(f"the policy's action for environment {i} is not finite: {actions[i].tolist()}")
         observation, reward, done, terminated, truncated, episode_return, episode_length = (
             outcome[key] for key in _STEPPED
         )
@@ -177,9 +187,26 @@ class GymnasiumEnv(EnvBase):
             done[i, 0], terminated[i, 0], truncated[i, 0] = ends or is_cut, ends, is_cut
             if ends or is_cut:
                 ended.append(i)
+        if _mujoco_breakdowns or not (np.isfinite(observation).all() and np.isfinite(reward).all()):
+            ended = self._contain_breakdowns(outcome)
         for name, value in carried.items():
             outcome[self._carried[name]][...] = value
         return ended
+
+    def _contain_breakdowns(self, outcome: Arrays) -> list[int]:
+        """End the episodes of simulators that broke down, and mark their transitions; returns all that ended."""
+        broken = ~(np.isfinite(outcome["observation"]).all(-1) & np.isfinite(outcome["reward"][:, 0]))
+        _mujoco_breakdowns.clear()
+        for i, env in enumerate(self.envs):
+            broken[i] |= _was_reset_by_mujoco(env)
+        for i in np.flatnonzero(broken):
+            name, steps = _name(self.envs[i]), self._lengths[i]
+            _log.warning("the simulator of %s broke down after %d steps: the episode is truncated", name, steps)
+        outcome["observation"][broken] = np.nan_to_num(outcome["observation"][broken], nan=0.0, posinf=0.0, neginf=0.0)
+        outcome["terminated"][broken], outcome["truncated"][broken], outcome["done"][broken] = False, True, True
+        outcome["reward"][broken] = np.nan
+        outcome["episode_return"][broken] = np.nan_to_num(outcome["episode_return"][broken])
+        return np.flatnonzero(outcome["done"][:, 0]).tolist()
 
     def _start_episodes(self, root: Arrays, rows: Iterable[int]) -> None:
         for i in rows:
@@ -195,6 +222,11 @@ class GymnasiumEnv(EnvBase):
             tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
         # The checked constructor costs as much as a MuJoCo step; here shapes and device are right by construction.
         return TensorDict._new_unsafe(tensors, batch_size=self.batch_size, device=self.device)
+
+    @property
+    def is_mujoco(self) -> bool:
+        """Whether MuJoCo simulates all of the environments."""
+        return all(is_mujoco(env) for env in self.envs)
 
     def simulator_state(self) -> dict[str, Any]:
         """Everything the next step depends on, as plain values and tensors; see :mod:`.simulator_state`."""
@@ -289,7 +321,14 @@ def _send_mujoco_warnings_to_logging() -> None:
         mujoco.set_mju_user_warning(_log_mujoco_warning)
 
 
+def _was_reset_by_mujoco(env: gymnasium.Env) -> bool:
+    """Whether MuJoCo found a NaN, infinite or huge state and quietly went back to the initial one."""
+    return is_mujoco(env) and bool(env.unwrapped.data.warning.number[_BAD_STATES].any())
+
+
 def _log_mujoco_warning(message: str) -> None:
+    if "simulation is unstable" in message:
+        _mujoco_breakdowns.append(message)
     # Gymnasium's own models use compiler attributes that MuJoCo is about to drop: nothing a user can mend.
     _log.log(logging.DEBUG if "is deprecated" in message else logging.WARNING, "MuJoCo: %s", message)
 

@@ -35,7 +35,7 @@ def capture(env: gymnasium.Env) -> State | None:
     if any(layer is None for layer in layers):
         return None
     state: State = {"layers": layers, "random": _to_plain(env.unwrapped.np_random.bit_generator.state)}
-    if _is_mujoco(env):
+    if is_mujoco(env):
         state["mujoco"] = _capture_mujoco(env)
     return state
 
@@ -47,12 +47,12 @@ def restore(env: gymnasium.Env, state: State) -> None:
         ValueError: the state is of another kind of environment.
     """
     layers = list(_layers(env))
-    if len(layers) != len(state["layers"]) or _is_mujoco(env) != ("mujoco" in state):
+    if len(layers) != len(state["layers"]) or is_mujoco(env) != ("mujoco" in state):
         raise ValueError("the simulator state is of another environment")
     for layer, attributes in zip(layers, state["layers"], strict=True):
         vars(layer).update({name: _from_plain(value) for name, value in attributes.items()})
     env.unwrapped.np_random.bit_generator.state = _from_plain(state["random"])
-    if _is_mujoco(env):
+    if is_mujoco(env):
         _restore_mujoco(env, state["mujoco"])
 
 
@@ -105,7 +105,8 @@ def _from_plain(value: Any) -> Any:
     return value.numpy().copy() if isinstance(value, torch.Tensor) else value
 
 
-def _is_mujoco(env: gymnasium.Env) -> bool:
+def is_mujoco(env: gymnasium.Env) -> bool:
+    """Whether MuJoCo simulates this environment, the way Gymnasium's own tasks use it."""
     return type(getattr(env.unwrapped, "data", None)).__name__ == "MjData"
 
 

@@ -1,0 +1,61 @@
+"""NaN and infinity end a run, or cost it one step, but never reach its weights."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pmoe_lightning.callbacks.reporting import log_metrics
+from pmoe_lightning.errors import NonFiniteError
+
+_log = logging.getLogger(__name__)
+_NORM = "train/gradient_norm"  # what a loss that is not finite makes not finite too
+
+
+class NonFiniteGuard(Callback):
+    """Looks, after every iteration, for losses, gradients and simulators that were not finite.
+
+    By then nothing has happened: an update whose gradient is not finite leaves weights and optimizer as they are, and a
+    transition in which a simulator broke down never reaches replay or an update. What is left to decide is whether to
+    go on.
+
+    Args:
+        mode: ``stop`` ends the run with the name of the first loss or gradient that was not finite, or of the
+            environment that returned such numbers. ``skip`` goes on and counts: ``train/skipped_iterations`` and
+            ``train/breakdowns``. MuJoCo's own instabilities are always skipped.
+        patience: ``skip`` gives up too after this many iterations in a row with losses or gradients not finite.
+    """
+
+    def __init__(self, mode: Literal["stop", "skip"] = "stop", patience: int = 10) -> None:
+        self.mode, self.patience = mode, patience
+        self._skipped = self._in_a_row = self._breakdowns = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        data = trainer.datamodule
+        if data.breakdowns > self._breakdowns:
+            self._breakdowns = data.breakdowns
+            log_metrics(trainer, {"train/breakdowns": float(data.breakdowns)}, data.env_frames)
+            if self.mode == "stop" and not data.simulated_by_mujoco:
+                raise NonFiniteError(
+                    f"the environment returned numbers that are not finite, before frame {data.env_frames:,}; "
+                    "callbacks.nonfinite=skip leaves such transitions out"
+                )
+        names = pl_module.drop_nonfinite()
+        self._in_a_row = self._in_a_row + 1 if names else 0
+        if names:
+            self._report(trainer, pl_module, names)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, names: list[str]) -> None:
+        frames = trainer.datamodule.env_frames
+        # Where only a diagnostic was not finite, the update itself was taken.
+        kept = "; the weights are as before" if _NORM in names else ""
+        first = min(names, key=lambda name: name == _NORM)
+        what = f"{first} is not finite by update {pl_module.updates:,} (frame {frames:,}){kept}"
+        if self.mode == "stop" or self._in_a_row >= self.patience:
+            hint = "lower algo.lr, or callbacks.nonfinite=skip" if self.mode == "stop" else f"{self.patience} in a row"
+            raise NonFiniteError(f"{what}: {hint}")
+        self._skipped += 1
+        _log.warning("%s; skipped", what)
+        log_metrics(trainer, {"train/skipped_iterations": float(self._skipped)}, frames)

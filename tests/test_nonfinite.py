@@ -1,0 +1,258 @@
+"""NaN and infinity, put in everywhere: they reach neither replay nor weights, and the run says what it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from tensordict import TensorDictBase
+from torchrl.collectors import Collector
+
+from pmoe_lightning.actors import make_pmoe_actor
+from pmoe_lightning.algorithms import make_ppo, make_sac
+from pmoe_lightning.algorithms.base import AbstractAlgorithm
+from pmoe_lightning.callbacks import NonFiniteGuard
+from pmoe_lightning.data import OffPolicyData, OnPolicyData
+from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.envs import GymnasiumEnv, make_env
+from pmoe_lightning.errors import NonFiniteError
+from pmoe_lightning.estimators import Frequency
+
+VALUES = (float("nan"), float("inf"), float("-inf"))
+SIZES = {"observation_dim": 3, "action_dim": 1, "hidden_sizes": (16,)}
+
+
+class Sick(gymnasium.Wrapper):
+    """Returns a value in the observation or as the reward at the 13th step of every episode."""
+
+    def __init__(self, env: gymnasium.Env, where: str, value: float) -> None:
+        super().__init__(env)
+        self.where, self.value, self.elapsed = where, value, 0
+
+    def reset(self, **arguments: Any) -> tuple:
+        self.elapsed = 0
+        return super().reset(**arguments)
+
+    def step(self, action: np.ndarray) -> tuple:
+        observation, reward, *rest = super().step(action)
+        self.elapsed += 1
+        if self.elapsed == 13:
+            observation = np.array([*observation[:-1], self.value]) if self.where == "observation" else observation
+            reward = self.value if self.where == "reward" else reward
+        return observation, reward, *rest
+
+
+def sick_env(where: str, value: float, *, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
+    envs = [gymnasium.make("Pendulum-v1") for _ in range(num_envs)]
+    return GymnasiumEnv([Sick(envs[0], where, value), *envs[1:]], seed=seed)
+
+
+def unstable_env(*, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
+    """HalfCheetah whose first copy is thrown out of MuJoCo's range before the 13th step."""
+
+    class Thrown(gymnasium.Wrapper):
+        elapsed = 0
+
+        def step(self, action: np.ndarray) -> tuple:
+            self.elapsed += 1
+            if self.elapsed == 13:
+                self.unwrapped.data.qvel[:] = 1e12
+            return super().step(action)
+
+    env = make_env("HalfCheetah-v5", num_envs=num_envs, seed=seed)
+    env.envs[0] = Thrown(env.envs[0])
+    return env
+
+
+def sac(**arguments: Any) -> AbstractAlgorithm:
+    torch.manual_seed(0)
+    return make_sac(make_pmoe_actor(3, [-2.0], [2.0], hidden_sizes=(16,)), Frequency(), **(SIZES | arguments))
+
+
+def ppo(**arguments: Any) -> AbstractAlgorithm:
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(3, [-2.0], [2.0], hidden_sizes=(16,), scale="state_independent", return_log_prob=True)
+    return make_ppo(actor, Frequency(), num_epochs=2, minibatch_size=16, **(SIZES | arguments))
+
+
+def data_for(algorithm: AbstractAlgorithm, make: Callable[..., GymnasiumEnv], **changes: Any) -> Any:
+    arguments = {"total_frames": 96, "frames_per_epoch": 96, "frames_per_batch": 32, "num_envs": 2} | changes
+    if hasattr(algorithm, "target_updater"):
+        return OffPolicyData(make, algorithm.policy, init_random_frames=0, batch_size=8, **arguments)
+    return OnPolicyData(make, algorithm.policy, **arguments)
+
+
+def fit(algorithm: AbstractAlgorithm, data: Any, *callbacks: Callback) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=list(callbacks), enable_model_summary=False, **quiet)
+    trainer.fit(algorithm, datamodule=data)
+
+
+def is_finite(tensordict: TensorDictBase) -> bool:
+    return all(value.isfinite().all() for value in tensordict.values(True, True) if value.is_floating_point())
+
+
+def tensors_of(algorithm: AbstractAlgorithm) -> dict[str, torch.Tensor]:
+    state = algorithm.optimizers().optimizer.state_dict()["state"]
+    moments = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+    return {name: value.clone() for name, value in (dict(algorithm.loss.named_parameters()) | moments).items()}
+
+
+# ------------------------------------------------------------------ what comes from the environment
+
+
+MAKERS = [partial(sick_env, "observation", np.nan), partial(sick_env, "reward", np.inf), unstable_env]
+
+
+@pytest.mark.parametrize("collector_class", [Collector, RolloutCollector])
+@pytest.mark.parametrize("make", MAKERS, ids=["observation", "reward", "mujoco"])
+def test_a_broken_simulator_truncates_its_episode_and_no_other(make, collector_class, caplog):
+    env = make(num_envs=2)
+    collector = collector_class(env, frames_per_batch=40, total_frames=40, use_buffers=False)
+    (rollout,) = collector
+    following = rollout["next"]
+    assert following["truncated"][0, :, 0].nonzero().flatten().tolist() == [12]
+    assert not following["terminated"][0, 12] and not following["truncated"][1].any()
+    assert following["reward"].isnan().nonzero()[:, :2].tolist() == [[0, 12]]
+    assert following["observation"].isfinite().all() and rollout["observation"].isfinite().all()
+    assert following["episode_length"][0, 13] == 1, "a new episode"
+    assert caplog.text.count("broke down after 13 steps") == 1
+    collector.shutdown()
+
+
+@pytest.mark.parametrize("make_algorithm", [sac, ppo])
+def test_broken_transitions_reach_neither_replay_nor_an_update(make_algorithm):
+    algorithm = make_algorithm()
+    data = data_for(algorithm, partial(sick_env, "observation", np.nan), total_frames=192)
+
+    class Watch(Callback):
+        seen = 0
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: TensorDictBase, batch_idx: int) -> None:
+            assert is_finite(batch)
+            Watch.seen += batch.get("unusable", torch.zeros(1)).sum()
+
+    fit(algorithm, data, NonFiniteGuard("skip"), Watch())
+    # The first environment plays 96 steps and breaks down at every 13th.
+    assert data.breakdowns == 96 // 13
+    if make_algorithm is sac:
+        assert len(data.buffer) == 192 - data.breakdowns
+        assert is_finite(data.buffer[:])
+    else:
+        assert Watch.seen == data.breakdowns
+        assert algorithm.updates == sum(2 * -(-(32 - k) // 16) for k in _breakdowns_per_rollout())
+
+
+def _breakdowns_per_rollout() -> list[int]:
+    return [sum(1 for t in range(12, 96, 13) if t // 16 == i) for i in range(6)]
+
+
+def test_the_run_stops_for_an_environment_but_not_for_mujoco():
+    with pytest.raises(NonFiniteError, match="the environment returned numbers that are not finite, before frame 32"):
+        fit(algorithm := sac(), data_for(algorithm, partial(sick_env, "reward", np.nan)), NonFiniteGuard())
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(17, [-1.0] * 6, [1.0] * 6, hidden_sizes=(16,))
+    algorithm = make_sac(actor, Frequency(), **(SIZES | {"observation_dim": 17, "action_dim": 6}))
+    data = data_for(algorithm, unstable_env)
+    fit(algorithm, data, NonFiniteGuard())
+    assert data.breakdowns == 1 and data.env_frames == 96
+
+
+def test_an_action_that_is_not_finite_is_never_taken():
+    env = make_env("Pendulum-v1", num_envs=3, seed=0)
+    root = env.reset()
+    with pytest.raises(NonFiniteError, match=r"the policy's action for environment 1 is not finite: \[nan\]"):
+        env.step(root.set("action", torch.tensor([[0.0], [float("nan")], [0.0]])))
+
+
+# ------------------------------------------------------------------ what comes from the update
+
+
+class Poison(Callback):
+    """Spoils an iteration: an entry of its batch, a gradient, or a loss."""
+
+    def __init__(self, target: str, value: float, iteration: int = 2) -> None:
+        self.target, self.value, self.iteration, self.before = target, value, iteration, {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: TensorDictBase, batch_idx: int) -> None:
+        if batch_idx != self.iteration:
+            return
+        self.before = tensors_of(pl_module)
+        kind, _, name = self.target.partition(" ")
+        if kind == "batch":
+            batch.get(tuple(name.split(".")))[:] = self.value
+        elif kind == "gradient":
+            parameter = dict(pl_module.loss.named_parameters())[name]
+            parameter.register_hook(lambda gradient: torch.full_like(gradient, self.value))
+        else:
+            forward = pl_module.loss.forward
+            pl_module.loss.forward = lambda batch: _spoil(forward(batch), name, self.value)
+
+
+def _spoil(out: TensorDictBase, name: str, value: float) -> TensorDictBase:
+    return out.set(name, out.get(name) * value)
+
+
+TARGETS = {
+    sac: [f"batch {name}" for name in ("observation", "action", "next.observation", "next.reward")]
+    + [f"loss loss_{name}" for name in ("actor", "qvalue", "frequency")],
+    ppo: [f"batch {name}" for name in ("observation", "next.reward", "action_unsquashed", "action_log_prob")]
+    + [f"loss loss_{name}" for name in ("objective", "critic", "qvalue", "frequency")],
+}
+# An infinite stored log-density makes a ratio of zero, which is no reason not to take the step.
+STEPPED = ("batch action_log_prob", float("inf"))
+
+
+@pytest.mark.parametrize("make_algorithm", TARGETS)
+def test_weights_and_moments_stay_as_they_were(make_algorithm):
+    """Everything that enters an update, with every value, and the gradient of every parameter."""
+    parameters = [name for name, parameter in make_algorithm().loss.named_parameters() if parameter.requires_grad]
+    cases = list(itertools.product(TARGETS[make_algorithm], VALUES))
+    cases += [(f"gradient {name}", VALUES[i % 3]) for i, name in enumerate(parameters)]
+    for target, value in cases:
+        algorithm, poison = make_algorithm(), Poison(target, value, iteration=1)
+        with pytest.raises(NonFiniteError, match=r"train/\w+ is not finite by update"):
+            fit(algorithm, data_for(algorithm, pendulum, frames_per_batch=16), NonFiniteGuard(), poison)
+        after = tensors_of(algorithm)
+        assert all(value.isfinite().all() for value in after.values()), (target, value)
+        moved = [name for name, before in poison.before.items() if not torch.equal(after[name], before)]
+        assert not [name for name in moved if "target" not in name] or (target, value) == STEPPED, (
+            target,
+            value,
+            moved,
+        )
+
+
+pendulum = partial(make_env, "Pendulum-v1")
+
+
+def test_skipping_goes_on_and_gives_up_in_the_end():
+    algorithm = sac()
+    poison = Poison("batch next.reward", float("nan"))
+    fit(algorithm, data := data_for(algorithm, pendulum, total_frames=160), NonFiniteGuard("skip"), poison)
+    assert data.env_frames == 160 and all(value.isfinite().all() for value in tensors_of(algorithm).values())
+    assert all(np.isfinite(value) for value in algorithm.drain_metrics().values())
+    learned = tensors_of(algorithm)
+    assert any(not torch.equal(learned[name], before) for name, before in poison.before.items()), "and learned on"
+
+    algorithm = sac()
+    with pytest.raises(NonFiniteError, match="4 in a row"):
+        fit(
+            algorithm,
+            data_for(algorithm, pendulum, total_frames=900),
+            NonFiniteGuard("skip", 4),
+            Poison("loss loss_qvalue", np.nan),
+        )
+
+
+def test_the_first_culprit_is_named():
+    algorithm = sac()
+    with pytest.raises(NonFiniteError, match=r"train/loss_qvalue is not finite by update 96 \(frame 96\)"):
+        fit(algorithm, data_for(algorithm, pendulum), NonFiniteGuard(), Poison("batch next.reward", np.nan))
