@@ -44,13 +44,13 @@ def sac(estimator=None, **arguments):
     )
 
 
-def ppo(estimator=None, **arguments):
+def ppo(estimator=None, num_components=3, **arguments):
     normalizer = ObservationNormalizer(OBSERVATION_DIM)
     actor = make_pmoe_actor(
         OBSERVATION_DIM,
         LOW,
         HIGH,
-        num_components=3,
+        num_components=num_components,
         hidden_sizes=(16,),
         scale="state_independent",
         return_log_prob=True,
@@ -197,6 +197,25 @@ def test_ppo_stops_its_epochs_when_the_policy_has_moved_too_far():
     algorithm = ppo(target_kl=1e-9, num_epochs=10, lr=0.01)
     fit(algorithm, on_policy(algorithm, total_frames=256))
     assert 4 <= algorithm.updates < 40
+
+
+def test_a_compiled_run_of_ppo_is_the_readable_one():
+    """128 frames are two minibatches of 48 and one of 32, which is left to the readable form."""
+    parameters, trainers = [], []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        algorithm = ppo(Pathwise(), num_components=1, minibatch_size=48, target_kl=100.0, compile=compile)
+        trainers.append(fit(algorithm, on_policy(algorithm)))
+        assert algorithm.updates == trainers[-1].global_step == 2 * 2 * 3
+        assert (algorithm.update is not None) == compile
+        assert algorithm.drain_metrics()["train/gradient_norm"] > 0
+        parameters.append([value.detach() for value in algorithm.loss.parameters()])
+    for compiled, readable in zip(*parameters, strict=True):
+        torch.testing.assert_close(compiled, readable, rtol=1e-3, atol=1e-5)
+    states = [trainer.optimizers[0].state_dict()["state"].values() for trainer in trainers]
+    for compiled, readable in zip(*states, strict=True):
+        assert compiled["step"] == readable["step"] == 12
+        torch.testing.assert_close(compiled["exp_avg"], readable["exp_avg"], rtol=1e-2, atol=1e-4)
 
 
 def test_gae_bootstraps_truncation_but_not_termination():

@@ -88,7 +88,7 @@ def test_rollouts_are_those_of_torchrl(name: str, num_envs: int) -> None:
     assert "action_log_prob" not in ours[1] and ("action_log_prob" in ours[2]) == (name != "sac")
 
 
-@pytest.mark.parametrize("name", ["ppo-pmoe", "dac"])
+@pytest.mark.parametrize("name", ["ppo-pmoe", pytest.param("dac", marks=pytest.mark.slow)])
 def test_a_compiled_policy_draws_the_same_actions(name: str) -> None:
     """Twelve steps: rounding differs in the last digit, and a simulator multiplies such differences as it goes on."""
     torch.manual_seed(0)

@@ -1,0 +1,229 @@
+"""Speed side by side: environment frames per second of training, end to end, each learner in a process of its own.
+
+Every learner trains on the same task with the same sizes and the same number of updates per frame (those of
+Stable-Baselines3's defaults), on one thread, and notes its process CPU time and wall-clock time every few hundred
+frames. Learners take turns, round by round, so that a busy machine slows all of them. What is compared is the
+median over the windows of all rounds, start-up and compilation left out; the interval is that of the rounds' medians.
+
+    python benchmarks/speed.py run --algo ppo --num-envs 1 8 --rounds 5
+    python benchmarks/speed.py run --algo sac --learners gaussian sb3 --rounds 3
+    python benchmarks/speed.py run --algo ppo --script cleanrl=../cleanrl/cleanrl/ppo_continuous_action.py
+    python benchmarks/speed.py table
+
+Learners: ``gaussian`` and ``pmoe`` (ours, as a user starts them; ``matmul_precision`` is passed on with
+``--precision``), ``sb3`` (Stable-Baselines3), ``sbx`` (its JAX form), ``torchrl`` (``torchrl_recipe.py``), and scripts
+in the manner of CleanRL, given by path, which are timed from outside: the difference between a long and a short run.
+The peers are not dependencies of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "speed"
+ENV = "HalfCheetah-v5"
+LEARNERS = ("gaussian", "pmoe", "sb3", "sbx", "torchrl")
+FRAMES = {"ppo": 24_576, "sac": 4_000}
+WINDOW = {"ppo": 2048, "sac": 500}
+#: Before these frames there are random actions, compilation and first uses.
+WARM_UP = {"ppo": 8_192, "sac": 1_500}
+FIELDS = ("algo", "learner", "num_envs", "round", "frames", "cpu", "wall")
+
+
+class Marks(Callback):
+    """Writes frames, process CPU seconds and wall-clock seconds to a file, every so many frames."""
+
+    def __init__(self, path: str, every_frames: int) -> None:
+        self.path, self.every_frames, self.next = path, every_frames, every_frames
+
+    def mark(self, frames: int) -> None:
+        if frames >= self.next:
+            with open(self.path, "a") as file:
+                file.write(f"{frames} {time.process_time()} {time.perf_counter()}\n")
+            self.next += self.every_frames
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.mark(trainer.datamodule.env_frames)
+
+
+def ours(algo: str, actor: str, num_envs: int, marks: Path, precision: str) -> None:
+    """Train as a user would, with the callbacks and the logger off and the marks on."""
+    from pmoe_lightning.train import main
+
+    sys.argv[1:] = [f"experiment=peers_{algo}", f"actor={actor}", f"env.id={ENV}", "logger=none", "compile=true"]
+    sys.argv[1:] += [f"data.num_envs={num_envs}", f"total_frames={FRAMES[algo]}", f"matmul_precision={precision}"]
+    sys.argv[1:] += [f"hydra.run.dir={marks.with_suffix('')}", "+callbacks.marks._target_=speed.Marks"]
+    sys.argv[1:] += [f"+callbacks.marks.path={marks}", f"+callbacks.marks.every_frames={WINDOW[algo]}"]
+    main()
+
+
+def stable_baselines(package: str, algo: str, num_envs: int, marks: Path) -> None:
+    """Stable-Baselines3 or SBX, which share their interface, with their defaults."""
+    import gymnasium
+    import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    if package == "sb3":
+        import stable_baselines3 as library
+    else:
+        import sbx as library
+    torch.set_num_threads(1)
+    recorder = Marks(str(marks), WINDOW[algo])
+
+    class Recorder(BaseCallback):
+        def _on_step(self) -> bool:
+            recorder.mark(self.num_timesteps if algo == "sac" else 0)
+            return True
+
+        def _on_rollout_start(self) -> None:
+            recorder.mark(self.num_timesteps)
+
+    env: Any = DummyVecEnv([lambda: gymnasium.make(ENV)] * num_envs)
+    if algo == "sac":
+        # One update per frame, as with one environment.
+        model = library.SAC("MlpPolicy", env, learning_starts=1000, gradient_steps=num_envs)
+    else:
+        sizes = {"n_steps": 2048 // num_envs, "batch_size": 64, "n_epochs": 10}
+        model = library.PPO("MlpPolicy", VecNormalize(env), **sizes)
+    model.learn(FRAMES[algo], callback=Recorder())
+
+
+def train_one(algo: str, learner: str, num_envs: int, marks: Path, precision: str) -> None:
+    if learner in ("sb3", "sbx"):
+        stable_baselines(learner, algo, num_envs, marks)
+    elif learner == "torchrl":
+        import torchrl_recipe
+
+        torchrl_recipe.train(algo, ENV, num_envs, FRAMES[algo], Marks(str(marks), WINDOW[algo]).mark)
+    else:
+        ours(algo, learner, num_envs, marks, precision)
+
+
+def windows(marks: Path, algo: str) -> list[dict[str, float]]:
+    """Seconds per frame of every window behind the warm-up."""
+    rows = [[float(word) for word in line.split()] for line in marks.read_text().splitlines()]
+    rows = [row for row in rows if row[0] >= WARM_UP[algo]]
+    return [
+        {"frames": b[0], "cpu": (b[1] - a[1]) / (b[0] - a[0]), "wall": (b[2] - a[2]) / (b[0] - a[0])}
+        for a, b in zip(rows, rows[1:], strict=False)
+    ]
+
+
+def time_script(script: str, algo: str, num_envs: int) -> dict[str, float]:
+    """Seconds per frame of a script in CleanRL's manner: a long run less a short one."""
+    spent = []
+    for frames in (WARM_UP[algo], FRAMES[algo]):
+        command = [sys.executable, script, "--env-id", ENV, "--total-timesteps", str(frames)]
+        command += ["--num-envs", str(num_envs)] if algo == "ppo" else ["--learning-starts", "1000"]
+        command += ["--num-steps", str(2048 // num_envs)] if algo == "ppo" else []
+        wall = time.perf_counter()
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed")
+        spent.append((usage.ru_utime + usage.ru_stime, time.perf_counter() - wall))
+    frames = FRAMES[algo] - WARM_UP[algo]
+    (cpu, wall), (longer_cpu, longer_wall) = spent
+    return {"frames": FRAMES[algo], "cpu": (longer_cpu - cpu) / frames, "wall": (longer_wall - wall) / frames}
+
+
+def environment() -> dict[str, str]:
+    single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    xla = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | single | xla | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fill the table, round by round; what is there already stays."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    scripts = dict(pair.split("=", 1) for pair in options.script)
+    for i in range(options.rounds):
+        for num_envs in options.num_envs:
+            for learner in (*options.learners, *scripts):
+                name = f"{options.algo}-{learner}-{num_envs}-{time.time_ns()}"
+                marks = RESULTS.parent / "runs" / f"{name}.marks"
+                marks.parent.mkdir(parents=True, exist_ok=True)
+                if learner in scripts:
+                    rows = [time_script(scripts[learner], options.algo, num_envs)]
+                else:
+                    command = [sys.executable, __file__, "one", options.algo, learner, str(num_envs), str(marks)]
+                    command += [options.precision]
+                    subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+                    rows = windows(marks, options.algo)
+                shown = learner if options.precision == "float32" else f"{learner} {options.precision}"
+                head = {"algo": options.algo, "learner": shown, "num_envs": num_envs, "round": i}
+                append([head | row for row in rows])
+                cpu = statistics.median(row["cpu"] for row in rows)
+                print(f"{name}: {1 / cpu:,.0f} frames per CPU second", flush=True)
+
+
+def append(rows: list[dict]) -> None:
+    path = RESULTS / "speed.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def table() -> None:
+    """Median frames per second, the interval of the rounds' medians, and the ratio to Stable-Baselines3."""
+    cells: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    with (RESULTS / "speed.csv").open() as file:
+        for row in csv.DictReader(file):
+            key = (row["algo"], int(row["num_envs"]), row["learner"])
+            cells[key][row["round"]].append((float(row["cpu"]), float(row["wall"])))
+    print("| algorithm | environments | learner | frames per CPU second | rounds | frames per second | of sb3 |")
+    print("|---|---|---|---|---|---|---|")
+    medians = {
+        key: statistics.median(cpu for rows in rounds.values() for cpu, _ in rows) for key, rounds in cells.items()
+    }
+    for key, rounds in sorted(cells.items(), key=lambda cell: (cell[0][:2], medians[cell[0]])):
+        per_round = sorted(1 / statistics.median(cpu for cpu, _ in rows) for rows in rounds.values())
+        wall = statistics.median(wall for rows in rounds.values() for _, wall in rows)
+        reference = medians.get((*key[:2], "sb3"))
+        ratio = f"{reference / medians[key]:.2f}" if reference else ""
+        interval = f"{per_round[0]:,.0f} to {per_round[-1]:,.0f} ({len(per_round)})"
+        print(f"| {key[0]} | {key[1]} | {key[2]} | {1 / medians[key]:,.0f} | {interval} | {1 / wall:,.0f} | {ratio} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="measure")
+    runner.add_argument("--algo", choices=sorted(FRAMES), required=True)
+    runner.add_argument("--num-envs", type=int, nargs="+", default=[1])
+    runner.add_argument("--learners", nargs="*", choices=LEARNERS, default=list(LEARNERS))
+    runner.add_argument("--script", nargs="*", default=[], metavar="NAME=PATH")
+    runner.add_argument("--rounds", type=int, default=3)
+    runner.add_argument("--precision", default="float32")
+    commands.add_parser("table", help="print what was measured")
+    one = commands.add_parser("one", help="train once, in this process; used by run")
+    for name in ("algo", "learner", "num_envs", "marks", "precision"):
+        one.add_argument(name)
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options)
+    elif options.command == "table":
+        table()
+    else:
+        train_one(options.algo, options.learner, int(options.num_envs), Path(options.marks), options.precision)
+
+
+if __name__ == "__main__":
+    main()
