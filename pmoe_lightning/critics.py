@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
-from pmoe_lightning.networks import Initialization, initialize, make_mlp
+from pmoe_lightning.networks import Initialization, hidden_linear, initialize, make_mlp
 
 
 class QValueNetwork(nn.Module):
@@ -115,7 +115,8 @@ def stacked_qvalue(
     for critic in range(len(weights[0])):
         x = inputs
         for depth in range(len(linears)):
-            x = F.linear(x, weights[depth][critic], biases[depth][critic])
+            linear = hidden_linear if 0 < depth < len(linears) - 1 else F.linear
+            x = linear(x, weights[depth][critic], biases[depth][critic])
             x = activation(x) if depth + 1 < len(linears) else x
         values.append(x)
     return torch.stack(values).view(-1, *action.shape[:-1])

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons and their initialisation, shared by actors and critics."""
+"""Multi-layer perceptrons, their initialisation and the precision of their products, shared by actors and critics."""
 
 from __future__ import annotations
 
@@ -6,10 +6,46 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Initialization = Literal["default", "orthogonal"]
+MatmulPrecision = Literal["float32", "bf16-hidden", "tf32"]
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+_hidden_products_in_bfloat16 = False
+
+
+def set_matmul_precision(precision: MatmulPrecision) -> None:
+    """The precision of matrix products in this process, as ``torch.set_float32_matmul_precision`` is of the process.
+
+    Args:
+        precision: ``float32``; ``bf16-hidden``: the products between hidden layers, which are nearly all the work of
+            a network, take bfloat16 factors, everything else stays float32, the weights too; ``tf32``: every product
+            on a GPU rounds its factors to 10 bits.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    global _hidden_products_in_bfloat16
+    if precision not in get_args(MatmulPrecision):
+        raise ValueError(f"precision must be one of {get_args(MatmulPrecision)}, not {precision!r}")
+    _hidden_products_in_bfloat16 = precision == "bf16-hidden"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def hidden_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``F.linear`` between two hidden layers, in the precision that ``set_matmul_precision`` chose."""
+    if _hidden_products_in_bfloat16:
+        return F.linear(x.bfloat16(), weight.bfloat16()).float() + bias
+    return F.linear(x, weight, bias)
+
+
+class HiddenLinear(nn.Linear):
+    """A layer between two hidden layers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return hidden_linear(input, self.weight, self.bias)
 
 
 def make_mlp(
@@ -26,7 +62,7 @@ def make_mlp(
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}")
     layers: list[nn.Module] = []
     for out_features in hidden_sizes:
-        layer = nn.Linear(in_features, out_features)
+        layer = (HiddenLinear if layers else nn.Linear)(in_features, out_features)
         initialize(layer, initialization, gain=math.sqrt(2))
         layers += [layer, ACTIVATIONS[activation]()]
         in_features = out_features

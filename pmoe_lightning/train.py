@@ -36,7 +36,8 @@ Choices (group=option, files in conf/)
 {choices}
 
 Values (key=value)
-  total_frames seed num_threads algo.lr algo.gamma actor.num_components env.id data.num_envs trainer.devices ...
+  total_frames seed num_threads compile matmul_precision
+  algo.lr algo.gamma actor.num_components env.id data.num_envs trainer.devices ...
   --cfg job prints all of them, --cfg job --package algo those of one group.
 
 Results go to outputs/<algo>-<env>/<time>/ and to MLflow: see them with `mlflow ui`.

@@ -27,9 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
+from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.networks import set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.tracking import check_server, run_status
 
+_log = logging.getLogger(__name__)
+#: Below this many updates in a process, a run is over before compiling has repaid the time it takes.
+UPDATES_TO_REPAY_COMPILING = 10_000
+_TOP_LEVEL_PARAMETERS = ("seed", "total_frames", "num_threads", "compile", "matmul_precision")
 #: What names a part's class or what only other parts read, as opposed to its arguments.
 _NOT_ARGUMENTS = ("_target_", "_partial_", "suggests", "normalize_observation", "normalize_reward")
 
@@ -47,9 +53,11 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
     """Refuse an environment that cannot be made or a tracking store that does not answer.
 
     Raises:
-        ConfigurationError: unknown environment, or one without continuous actions.
+        ConfigurationError: unknown environment, or one without continuous actions; a precision without its hardware.
         RunError: the tracking server does not answer.
     """
+    for cfg in jobs:
+        check_matmul_precision(cfg.matmul_precision, _accelerator(cfg.trainer.accelerator))
     for uri in {cfg.logger.get("tracking_uri") for cfg in jobs if cfg.logger}:
         check_server(uri)
     for env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.values():
@@ -65,7 +73,7 @@ def run_training(cfg: DictConfig) -> None:
     try:
         with _exit_on_sigterm():
             trainer = make_trainer(cfg, logger, output_dir)
-            algorithm, data = make_run(cfg, trainer.global_rank)
+            algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
             if logger is not None:
                 logger.start()
                 logger.log_hyperparams(_parameters(cfg))
@@ -104,7 +112,7 @@ def make_trainer(cfg: DictConfig, logger: Any, output_dir: Path) -> Trainer:
     )
 
 
-def make_run(cfg: DictConfig, rank: int = 0) -> tuple[LightningModule, LightningDataModule]:
+def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[LightningModule, LightningDataModule]:
     """The algorithm and its data, with networks that are the same in every process and experience that is not."""
     seed_everything(cfg.seed, verbose=False)
     make_env = _partial(cfg.env)
@@ -126,6 +134,7 @@ def make_run(cfg: DictConfig, rank: int = 0) -> tuple[LightningModule, Lightning
         estimator=_call(cfg.estimator),
         observation_dim=spaces.observation_dim,
         action_dim=len(spaces.action_low),
+        compile=resolve_compile(cfg.compile, planned_updates(cfg) / world_size),
         policy_description=_describe_policy(cfg, spaces, arguments, normalizer is not None),
         **shared,
     )
@@ -142,6 +151,31 @@ def make_run(cfg: DictConfig, rank: int = 0) -> tuple[LightningModule, Lightning
     )
     seed_everything(cfg.seed + rank, verbose=False)
     return algorithm, data
+
+
+def planned_updates(cfg: DictConfig) -> float:
+    """Optimizer steps in the whole run, over all processes."""
+    if "utd_ratio" in cfg.data:
+        return (cfg.total_frames - cfg.data.init_random_frames) * cfg.data.utd_ratio
+    return cfg.total_frames * cfg.algo.num_epochs / cfg.algo.minibatch_size
+
+
+def resolve_compile(setting: bool | str, updates: float) -> bool:
+    """Whether to compile the update: as told, or by ``auto`` where a process makes enough updates to repay it."""
+    return updates >= UPDATES_TO_REPAY_COMPILING if setting == "auto" else bool(setting)
+
+
+def check_matmul_precision(precision: str, accelerator: str) -> None:
+    """Refuse a precision that would have no effect, warn of one that would only cost time.
+
+    Raises:
+        ConfigurationError: tf32 without a GPU.
+    """
+    on_cpu = accelerator == "cpu"
+    if precision == "tf32" and on_cpu:
+        raise ConfigurationError("matmul_precision=tf32 is a number format of GPUs: use float32 on a CPU")
+    if precision == "bf16-hidden" and on_cpu and not torch.cpu._is_amx_tile_supported():
+        _log.warning("matmul_precision=bf16-hidden: this CPU has no AMX, so bfloat16 is slower than float32 here")
 
 
 def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
@@ -195,6 +229,7 @@ def _prepare_process(cfg: DictConfig) -> None:
     # Denormal numbers, which relu networks and Adam produce, are many times slower than others on a CPU.
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.num_threads)
+    set_matmul_precision(cfg.matmul_precision)
     for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow", "OpenGL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for meant_for_others in (
@@ -251,7 +286,7 @@ def _parameters(cfg: DictConfig) -> dict[str, Any]:
     for key in ("data.normalize_observation", "data.normalize_reward"):
         if (value := OmegaConf.select(cfg, key)) is not None:
             parameters[key] = value
-    return parameters | {key: cfg[key] for key in ("seed", "total_frames", "num_threads")}
+    return parameters | {key: cfg[key] for key in _TOP_LEVEL_PARAMETERS}
 
 
 def _accelerator(name: str) -> str:

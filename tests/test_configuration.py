@@ -203,6 +203,8 @@ def test_help_lists_every_option():
         (["algo.hidden_sizes=[64,-1]"], "algo.hidden_sizes=[64,-1]"),
         (["estimator.weight=-0.5"], "estimator.weight=-0.5"),
         (["trainer.devices=0"], "trainer.devices=0"),
+        (["compile=yes"], "compile=yes must be true, false or 'auto'"),
+        (["matmul_precision=bf16"], "matmul_precision=bf16 must be one of float32, bf16-hidden, tf32"),
         (["+env.reset_noise_scale=nan"], "env.reset_noise_scale=nan"),
         (["actor.router=detatched"], "must be one of detached, attached"),
         # pairs
@@ -222,6 +224,7 @@ def test_help_lists_every_option():
         (["algo=ppo", "actor=options"], "actor=options is learnt by algo=dac alone: use algo=dac or another actor"),
         (["algo=sac", "actor=options"], "actor=options is learnt by algo=dac alone"),
         (["algo=dac", "actor.num_options=1"], "actor.num_options=1"),
+        (["algo=dac", "compile=true"], "algo=dac has no compiled form, use compile=auto or compile=false"),
         (["algo=sac", "total_frames=500"], "data.init_random_frames=1000"),
         (["algo=sac", "data.buffer_size=500"], "data.buffer_size=500"),
     ],
@@ -254,6 +257,7 @@ def test_a_mistake_in_a_file_of_the_user_is_named(tmp_path):
         (Limit(low=1, high=3), [1, 3, [1, 2]], [0, 4, [], [1, 4]]),
         (Limit(words=("a", "b"), numeric=False), ["a", "b"], ["c", "", 1]),
         (Limit(low=1, words=("auto",)), ["auto", 1], ["all", 0]),
+        (Limit(words=("auto",), numeric=False, boolean=True), ["auto", True, False], ["yes", 1]),
     ],
 )
 def test_limits(limit, good, bad):

@@ -49,6 +49,7 @@ def make_dac(
     clip_epsilon: float = 0.2,
     entropy_coeff: float = 0.0,
     critic_coeff: float = 0.5,
+    compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> DAC:
@@ -58,7 +59,7 @@ def make_dac(
         actor: the policy, made with ``return_log_prob=True``.
         estimator: not used; taken because every algorithm is given one.
         observation_dim: O.
-        action_dim: not used; taken because every algorithm is given it.
+        action_dim, compile: not used; taken because every algorithm is given them.
         normalizer: writes the entry the actor reads, from ``observation``.
         hidden_sizes, activation: of the critic, initialised orthogonally.
         clip_epsilon, entropy_coeff, critic_coeff: see ``DACLoss``.

@@ -61,6 +61,7 @@ def make_ppo(
     minibatch_size: int = 64,
     max_grad_norm: float = 0.5,
     target_kl: float | None = None,
+    compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
 ) -> PPO:
     """PPO for an actor, with a critic of its own.
@@ -77,6 +78,7 @@ def make_ppo(
         hidden_sizes, activation: of the critics, initialised orthogonally.
         clip_epsilon, entropy_coeff, critic_coeff, qvalue_coeff: see ``PMOEPPOLoss``.
         lr, gamma, lmbda, num_epochs, minibatch_size, max_grad_norm, target_kl: see ``OnPolicyAlgorithm``.
+        compile: not used; taken because every algorithm is given it.
         policy_description: see ``AbstractAlgorithm``.
 
     Raises:

@@ -84,6 +84,7 @@ def make_sac(
     tau: float = 0.005,
     alpha_init: float = 1.0,
     target_entropy: float | None = None,
+    compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
 ) -> SAC:
     """SAC for an actor, with two critics of its own.
@@ -98,6 +99,7 @@ def make_sac(
         tau: target smoothing per update.
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
+        compile: not used; taken because every algorithm is given it.
         policy_description: see ``AbstractAlgorithm``.
 
     Raises:

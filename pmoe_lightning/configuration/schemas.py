@@ -17,13 +17,14 @@ from omegaconf import MISSING
 
 @dataclass(frozen=True)
 class Limit:
-    """Values a key accepts: finite numbers in an interval, or one of some words, or either."""
+    """Values a key accepts: finite numbers in an interval, one of some words, true and false, or any of these."""
 
     low: float = -inf
     high: float = inf
     low_included: bool = True
     words: tuple[str, ...] = ()
     numeric: bool = True
+    boolean: bool = False
 
     def accepts(self, value: Any) -> bool:
         """Whether the value, or every element of a list, is allowed. None is left to the type."""
@@ -33,7 +34,9 @@ class Limit:
             return len(value) > 0 and all(self.accepts(element) for element in value)
         if isinstance(value, str):
             return value in self.words
-        if isinstance(value, bool) or not self.numeric:
+        if isinstance(value, bool):
+            return self.boolean
+        if not self.numeric:
             return False
         inside = self.low <= value if self.low_included else self.low < value
         return inside and value <= self.high and isfinite(value)
@@ -45,7 +48,7 @@ class Limit:
             sign = ">=" if self.low_included else ">"
             bounds = [f"{sign} {self.low}"] * (self.low > -inf) + [f"<= {self.high}"] * (self.high < inf)
             parts.insert(0, " ".join(["a finite number", " and ".join(bounds)]).strip())
-        return " or ".join(parts)
+        return " or ".join(["true, false"] * self.boolean + parts)
 
 
 def _limited(limit: Limit) -> Any:
@@ -297,6 +300,8 @@ class Configuration:
     seed: int = _between(0, 2**31 - 1)
     total_frames: int = _at_least(1)
     num_threads: int = _at_least(1)
+    compile: Union[bool, str] = _limited(Limit(words=("auto",), numeric=False, boolean=True))  # noqa: UP007
+    matmul_precision: str = _one_of("float32", "bf16-hidden", "tf32")
 
 
 SCHEMAS = {

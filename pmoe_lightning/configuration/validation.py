@@ -46,6 +46,8 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_data(cfg)
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
+    if cfg.compile is True and OmegaConf.get_type(cfg.algo) is DACSchema:
+        raise ConfigurationError("compile=true: algo=dac has no compiled form, use compile=auto or compile=false")
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limit | None]]:

@@ -1,0 +1,49 @@
+"""The precision of the products between hidden layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pmoe_lightning.critics import make_qvalue_network
+from pmoe_lightning.networks import make_mlp, set_matmul_precision
+
+
+@pytest.fixture(autouse=True)
+def float32_afterwards():
+    yield
+    set_matmul_precision("float32")
+
+
+def test_only_products_between_hidden_layers_are_taken_in_bfloat16():
+    torch.manual_seed(0)
+    x = torch.randn(8, 5)
+    first, relu, hidden, _ = layers = make_mlp(5, (32, 32), "relu", "default")
+    exact = layers(x)
+    set_matmul_precision("bf16-hidden")
+    h = relu(torch.nn.functional.linear(x, first.weight, first.bias))
+    rounded = (h.bfloat16() @ hidden.weight.bfloat16().T).float() + hidden.bias
+    assert torch.equal(layers(x), relu(rounded))
+    assert not torch.equal(layers(x), exact)
+    torch.testing.assert_close(layers(x), exact, rtol=0, atol=0.02)  # 32 factors of 8 bits each
+
+
+def test_networks_of_one_hidden_layer_stay_exact_in_bf16_hidden():
+    torch.manual_seed(0)
+    network = make_qvalue_network(5, 2, hidden_sizes=(32,)).module
+    inputs = torch.randn(8, 5), torch.randn(8, 2)
+    exact = network(*inputs)
+    set_matmul_precision("bf16-hidden")
+    assert torch.equal(network(*inputs), exact)
+
+
+def test_tf32_is_torchs_own_setting_and_float32_takes_it_back():
+    set_matmul_precision("tf32")
+    assert torch.get_float32_matmul_precision() == "high"
+    set_matmul_precision("float32")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="bf16-hidden"):
+        set_matmul_precision("float16")

@@ -1,0 +1,38 @@
+"""What training decides before a run starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.training import (
+    UPDATES_TO_REPAY_COMPILING,
+    check_matmul_precision,
+    planned_updates,
+    resolve_compile,
+)
+from tests.test_configuration import configure
+
+
+def test_updates_are_planned_for_replay_and_for_rollouts():
+    assert planned_updates(configure("algo=sac", "total_frames=6000", "data.utd_ratio=0.5")) == 2500
+    ppo = configure("algo=ppo", "total_frames=6400", "algo.num_epochs=5", "algo.minibatch_size=64")
+    assert planned_updates(ppo) == 500
+
+
+def test_compiling_is_as_told_or_where_it_is_repaid():
+    assert resolve_compile(True, 1) and not resolve_compile(False, 1e9)
+    assert resolve_compile("auto", UPDATES_TO_REPAY_COMPILING)
+    assert not resolve_compile("auto", UPDATES_TO_REPAY_COMPILING - 1)
+
+
+def test_a_precision_without_its_hardware_is_refused_or_warned_of(caplog):
+    with pytest.raises(ConfigurationError, match="matmul_precision=tf32"):
+        check_matmul_precision("tf32", "cpu")
+    check_matmul_precision("tf32", "cuda")
+    check_matmul_precision("bf16-hidden", "cuda")
+    check_matmul_precision("float32", "cpu")
+    assert not caplog.records
+    check_matmul_precision("bf16-hidden", "cpu")
+    assert len(caplog.records) == (not torch.cpu._is_amx_tile_supported())
