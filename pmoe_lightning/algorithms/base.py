@@ -77,20 +77,29 @@ class AbstractAlgorithm(LightningModule, ABC):
         optimizer.step()
         self.updates += 1
 
+    def count_updates(self, count: int) -> None:
+        """Count optimizer steps that a compiled update has taken without the wrapper by which Lightning counts them."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for _ in range(count):
+            progress.increment_ready()
+            progress.increment_completed()
+        self.updates += count
+
     def _trained_parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizers().param_groups for parameter in group["params"]]
 
-    def record(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add to the running means; values stay on their device."""
+    def record(self, metrics: Mapping[str, Tensor], *, count: int | None = None) -> None:
+        """Add to the running means, each entry as one value or as ``count`` of them; they stay on their device."""
         for name, value in metrics.items():
-            value = value.detach()
+            value = value.detach() if count is None else value.sum(0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+            self._counts[name] += count or 1
 
-    def record_loss(self, out: TensorDictBase) -> None:
-        """Record every entry of a loss module's output under its public name."""
+    def record_loss(self, out: Mapping[str, Tensor] | TensorDictBase, *, count: int | None = None) -> None:
+        """Record every entry of a loss module's output, or of ``count`` outputs stacked, under its public name."""
         folder = {True: "mixture", False: "train"}
-        self.record({f"{folder[name.startswith('winner')]}/{name}": value for name, value in out.items()})
+        named = {f"{folder[name.startswith('winner')]}/{name}": value for name, value in out.items()}
+        self.record(named, count=count)
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call; vectors are numbered, as in ``mixture/winner_frequency_0``."""

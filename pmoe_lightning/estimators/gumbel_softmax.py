@@ -34,19 +34,20 @@ class GumbelSoftmax(AbstractEstimator):
         for name, value in (("temperature", temperature), ("final_temperature", final_temperature)):
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"estimator gumbel_softmax: {name} must be finite and positive, not {value}")
-        self.temperature, self.straight_through = temperature, straight_through
+        # A tensor, because a compiled update would be compiled anew for every number.
+        self.temperature, self.straight_through = torch.tensor(temperature), straight_through
         self._initial_temperature, self._final_temperature = temperature, final_temperature
 
     def anneal(self, progress: float) -> None:
         if self._final_temperature is not None:
             ratio = self._final_temperature / self._initial_temperature
-            self.temperature = self._initial_temperature * ratio**progress
+            self.temperature = torch.tensor(self._initial_temperature * ratio**progress)
 
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
         u = self._relaxed_draw(distribution)
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
-        temperature = evaluation.cost.new_tensor(self.temperature)
-        return Surrogate(evaluation.cost, evaluation.log_prob.detach(), {}, {"gumbel_temperature": temperature})
+        diagnostics = {"gumbel_temperature": self.temperature.to(u.device)}
+        return Surrogate(evaluation.cost, evaluation.log_prob.detach(), {}, diagnostics)
 
     def _relaxed_draw(self, distribution: TanhGaussianMixture) -> torch.Tensor:
         components = distribution.rsample_components().movedim(0, -2)
