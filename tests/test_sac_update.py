@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch._dynamo.utils import counters
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
 from pmoe_lightning.critics import make_qvalue_network
@@ -214,7 +214,7 @@ def test_bootstrapping_goes_on_after_truncation_alone():
     [
         (lambda loss, optimizer: setattr(loss, "loss_function", "smooth_l1"), "loss_function=smooth_l1"),
         (lambda loss, optimizer: setattr(loss, "reduction", "sum"), "reduction=sum"),
-        (lambda loss, optimizer: loss.make_value_estimator("td_lambda", gamma=0.9, lmbda=0.5), "TD0"),
+        (lambda loss, optimizer: loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.5), "TD0"),
         (lambda loss, optimizer: setattr(loss, "min_log_alpha", torch.tensor(-1.0)), "alpha is limited"),
         (lambda loss, optimizer: optimizer.param_groups[1].update(weight_decay=0.1), "weight_decay"),
     ],
