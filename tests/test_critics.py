@@ -22,6 +22,11 @@ def stack(num_critics: int, **arguments) -> tuple[QValueNetwork, TensorDict]:
     return networks[0], from_modules(*networks, as_module=True)
 
 
+def stacked(network, parameters, observation, action):
+    layers = critics.stacked_layers(network, parameters)
+    return critics.stacked_qvalue(*layers, network.layers[1], observation, action)
+
+
 def through_vmap(network, parameters, observation, action):
     def one(values, observation, action):
         with values.to_module(network):
@@ -36,7 +41,7 @@ def test_stacked_pass_equals_vmap(num_critics, batch):
     """Values, and gradients of parameters and inputs; the states are repeated over the sample dimensions in front."""
     network, parameters = stack(num_critics, hidden_sizes=(8, 6))
     results = []
-    for compute in (critics.stacked_qvalue, through_vmap):
+    for compute in (stacked, through_vmap):
         torch.manual_seed(1)
         observation = torch.randn(*batch[-1:], OBSERVATION, dtype=torch.float64, requires_grad=True)
         action = torch.randn(*batch, A, dtype=torch.float64, requires_grad=True)
@@ -49,20 +54,36 @@ def test_stacked_pass_equals_vmap(num_critics, batch):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("samples", [(K,), (K, 2), (1,)], ids=str)
+def test_sampled_actions_share_the_state(samples):
+    """Values and gradients are those of states that are repeated for every sample."""
+    network, parameters = stack(2, hidden_sizes=(8, 6))
+    observation = torch.randn(B, OBSERVATION, dtype=torch.float64, requires_grad=True)
+    action = torch.randn(*samples, B, A, dtype=torch.float64, requires_grad=True)
+    results = []
+    for states in (observation, observation.expand(*samples, B, OBSERVATION)):
+        values = stacked(network, parameters, states, action)
+        assert values.shape == (2, *samples, B)
+        leaves = [*parameters.parameters(), observation, action]
+        results.append([values, *torch.autograd.grad((values**2).sum(), leaves)])
+    for shared, repeated in zip(*results, strict=True):
+        torch.testing.assert_close(shared, repeated, rtol=1e-6, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"activation": "tanh"}, {"hidden_sizes": (4,)}, {"hidden_sizes": (4, 4, 4)}], ids=str
 )
 def test_stacked_pass_follows_the_architecture(arguments):
     network, parameters = stack(2, **arguments)
     observation, action = torch.randn(B, OBSERVATION).double(), torch.randn(B, A).double()
-    values = critics.stacked_qvalue(network, parameters, observation, action)
+    values = stacked(network, parameters, observation, action)
     torch.testing.assert_close(values, through_vmap(network, parameters, observation, action))
 
 
 def test_stacked_critics_are_independent():
     network, parameters = stack(2, hidden_sizes=(8,))
     observation, action = torch.randn(B, OBSERVATION).double(), torch.randn(B, A).double()
-    critics.stacked_qvalue(network, parameters, observation, action)[1].sum().backward()
+    stacked(network, parameters, observation, action)[1].sum().backward()
     for parameter in parameters.parameters():
         assert not parameter.grad[0].any() and parameter.grad[1].any()
 

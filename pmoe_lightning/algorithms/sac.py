@@ -15,10 +15,13 @@ from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.losses import PMOESACLoss
+from pmoe_lightning.updates import SACUpdate
 
 
 class SAC(AbstractAlgorithm):
     """Steps a ``PMOESACLoss`` on stacks of minibatches [U, B] and lets the target critics follow.
+
+    ``compile`` runs the same mathematics as one compiled graph (``updates/sac.py``); the loss module is its definition.
 
     One Adam with three parameter groups (actor, critics, temperature): the three losses touch disjoint parameters, so
     one backward pass of their sum equals three. The actor therefore sees the critics as they were before this step.
@@ -28,6 +31,7 @@ class SAC(AbstractAlgorithm):
         actor: the policy inside ``loss``.
         lr_actor, lr_qvalue, lr_alpha: learning rates of the groups.
         tau: the target critics move by tau (Q - Qbar) after every update.
+        compile: see above.
         policy_description: see ``AbstractAlgorithm``.
     """
 
@@ -40,11 +44,14 @@ class SAC(AbstractAlgorithm):
         lr_qvalue: float = 3e-4,
         lr_alpha: float = 3e-4,
         tau: float = 0.005,
+        compile: bool = False,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(loss, actor, actor, policy_description)
         self.lr_actor, self.lr_qvalue, self.lr_alpha = lr_actor, lr_qvalue, lr_alpha
+        self.tau, self.compiles = tau, compile
         self.target_updater = SoftUpdate(loss, tau=tau)
+        self.update: SACUpdate | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [
@@ -59,13 +66,21 @@ class SAC(AbstractAlgorithm):
         stacked = self.loss.qvalue_network_params.data.flatten_keys(".")
         return [dict(stacked[i].clone().items()) for i in range(self.loss.num_qvalue_nets)]
 
+    def on_train_start(self) -> None:
+        if self.compiles:
+            self.update = SACUpdate(self.loss, self.optimizers().optimizer, tau=self.tau)
+
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
-        for minibatch in batch.unbind(0):
-            out = self.loss(minibatch)
-            self.step(out)
-            self.target_updater.step()
-            self.record_loss(out)
-        self.last_observation = minibatch.get(self.observation_key)
+        if self.update is not None:
+            self.record_loss(self.update(batch), count=len(batch))
+            self.count_updates(len(batch))
+        else:
+            for minibatch in batch.unbind(0):
+                out = self.loss(minibatch)
+                self.step(out)
+                self.target_updater.step()
+                self.record_loss(out)
+        self.last_observation = batch.get(self.observation_key)[-1]
 
 
 def make_sac(
@@ -99,7 +114,7 @@ def make_sac(
         tau: target smoothing per update.
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
-        compile: not used; taken because every algorithm is given it.
+        compile: run the update as one compiled graph.
         policy_description: see ``AbstractAlgorithm``.
 
     Raises:
@@ -125,5 +140,6 @@ def make_sac(
         lr_qvalue=lr if lr_qvalue is None else lr_qvalue,
         lr_alpha=lr if lr_alpha is None else lr_alpha,
         tau=tau,
+        compile=compile,
         policy_description=policy_description,
     )

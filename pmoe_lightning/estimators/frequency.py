@@ -68,7 +68,8 @@ class Frequency(AbstractEstimator):
         u = distribution.rsample_components()
         own = self.log_prob == "component"
         log_prob = distribution.stratum_log_prob_unsquashed(u) if own else distribution.log_prob_unsquashed(u)
-        if self.backpropagate == "all":
+        # One component has won before it is ranked.
+        if self.backpropagate == "all" or distribution.num_components == 1:
             evaluation = objective(u, log_prob)
             winner = self._rank(evaluation)
             expected_cost, entropy_term = self._reduce(evaluation.cost), evaluation.log_prob.mean(0)

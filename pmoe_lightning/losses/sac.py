@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 
-from pmoe_lightning.critics import QValueNetwork, stacked_qvalue
+from pmoe_lightning.critics import QValueNetwork, stacked_layers, stacked_qvalue
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate
+from pmoe_lightning.estimators.base import Scoring
+
+#: Every critic's value [Q, *S] of actions [*S, A] at states that are fixed.
+QValues = Callable[[Float[Tensor, "*S A"]], Float[Tensor, "Q *S"]]
 
 
 class PMOESACLoss(SACLoss):
@@ -67,13 +72,17 @@ class PMOESACLoss(SACLoss):
 
     def _make_vmap(self) -> None:
         super()._make_vmap()
-        network = self.qvalue_network
-        if isinstance(network, ValueOperator) and isinstance(network.module, QValueNetwork):
+        if self.stacks_qvalues:
             self._vmap_qnetworkN0 = self._stacked_qvalue
 
+    @property
+    def stacks_qvalues(self) -> bool:
+        """Whether the critics are of the kind that is evaluated side by side rather than through ``vmap``."""
+        network = self.qvalue_network
+        return isinstance(network, ValueOperator) and isinstance(network.module, QValueNetwork)
+
     def _stacked_qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> TensorDictBase:
-        observation, action = (tensordict.get(key) for key in self.qvalue_network.in_keys)
-        values = stacked_qvalue(self.qvalue_network.module, parameters["module"], observation, action)
+        values = self.qvalues(tensordict, tensordict.get(self.tensor_keys.action), parameters)
         key = self.tensor_keys.state_action_value
         return TensorDict._new_unsafe({key: values.unsqueeze(-1)}, batch_size=values.shape)
 
@@ -82,6 +91,10 @@ class PMOESACLoss(SACLoss):
     ) -> Float[Tensor, "Q *S"]:
         """Q_i(s, a) of every critic at actions [*S, *B, A]; the states [*B] repeat over the sample dimensions."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
+        if self.stacks_qvalues:
+            network = self.qvalue_network.module
+            layers = stacked_layers(network, parameters["module"])
+            return stacked_qvalue(*layers, network.layers[1], tensordict.get(*state_keys), action)
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}
         entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}
@@ -96,24 +109,16 @@ class PMOESACLoss(SACLoss):
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
         next_tensordict = tensordict.get("next")
         distribution = self._distribution(next_tensordict)
-        u, log_prob = _draw(distribution, self.estimator.log_prob)
-        log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-        qvalue = self.qvalues(next_tensordict, distribution.squash(u), self.target_qvalue_network_params)
-        next_value = (qvalue.min(0).values - self._alpha * log_prob).unsqueeze(-1)
+        qvalues = partial(self.qvalues, next_tensordict, parameters=self.target_qvalue_network_params)
+        next_value = soft_value(distribution, qvalues, self._alpha, self.estimator.log_prob)
         bootstrapped = tensordict.clone(False)
-        bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value)
+        bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
 
     def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
-        """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
-
-        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-            log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-            qvalue = self.qvalues(tensordict, distribution.squash(u), self._cached_detached_qvalue_params)
-            qvalue = qvalue.min(0).values
-            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
-
-        return objective
+        """What the actor minimises at the states of the tensordict."""
+        qvalues = partial(self.qvalues, tensordict, parameters=self._cached_detached_qvalue_params)
+        return soft_objective(distribution, qvalues, self._alpha)
 
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
         """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
@@ -157,6 +162,26 @@ class PMOESACLoss(SACLoss):
             return TensorDict(losses, batch_size=tensordict.batch_size)
         entropy = -metadata["log_prob"].mean()
         return TensorDict({**losses, "alpha": self._alpha, "entropy": entropy, **metadata["diagnostics"]})
+
+
+def soft_objective(distribution: TanhGaussianMixture, qvalues: QValues, alpha: Tensor) -> Objective:
+    """cost(u) = alpha log pi(a|s) - min_i Q_i(s, a) at a = squash(u)."""
+
+    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+        log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+        qvalue = qvalues(distribution.squash(u)).amin(0)
+        return Evaluation(alpha * log_prob - qvalue, log_prob, qvalue)
+
+    return objective
+
+
+def soft_value(
+    distribution: TanhGaussianMixture, qvalues: QValues, alpha: Tensor, scoring: Scoring
+) -> Float[Tensor, "*B"]:
+    """V(s) = min_i Q_i(s, a) - alpha log pi(a|s) at one a ~ pi, scored by the mixture or by the drawing component."""
+    u, log_prob = _draw(distribution, scoring)
+    log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+    return qvalues(distribution.squash(u)).amin(0) - alpha * log_prob
 
 
 def _draw(distribution: TanhGaussianMixture, scoring: str) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -23,7 +23,7 @@ def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> Moment
     for parameter in parameters:
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     return Moments(*([optimizer.state[parameter][name] for parameter in parameters] for name in Moments._fields))
 
@@ -38,7 +38,7 @@ def step_factors(group: dict[str, Any], step: Tensor, num_steps: int) -> Float[T
     beta1, beta2 = group["betas"]
     # In double precision, because 1 - beta2^t cancels in the first steps.
     t = step.double() + torch.arange(1, num_steps + 1, device=step.device)
-    return torch.stack([group["lr"] / (1 - beta1**t), (1 - beta2**t).rsqrt()], -1).to(step.dtype)
+    return torch.stack([group["lr"] / (1 - beta1**t), (1 - beta2**t).rsqrt()], -1).to(group["params"][0].dtype)
 
 
 def adam_(
@@ -46,6 +46,7 @@ def adam_(
     gradients: Sequence[Tensor],
     moments: Moments,
     factors: Float[Tensor, "2"],
+    finite: Bool[Tensor, ""],
     *,
     betas: tuple[float, float],
     eps: float,
@@ -59,11 +60,14 @@ def adam_(
         parameters, gradients: n tensors each.
         moments: of the parameters.
         factors: of this step, from ``step_factors``.
+        finite: where this is false nothing changes, as with ``found_inf`` of a fused ``torch.optim.Adam``.
         betas, eps: of the optimizer.
     """
     step_size, scale = factors.unbind()
+    taken = finite.to(step_size.dtype)
     for parameter, gradient, mean, square, step in zip(parameters, gradients, *moments, strict=True):
-        mean.lerp_(gradient, 1 - betas[0])
-        square.lerp_(gradient.square(), 1 - betas[1])
-        parameter.sub_(step_size * mean / (square.sqrt() * scale + eps))
-        step.add_(1)
+        gradient = torch.where(finite, gradient, 0.0)
+        mean.lerp_(gradient, (1 - betas[0]) * taken)
+        square.lerp_(gradient.square(), (1 - betas[1]) * taken)
+        parameter.sub_(taken * step_size * mean / (square.sqrt() * scale + eps))
+        step.add_(taken)

@@ -108,7 +108,8 @@ class OnPolicyUpdate:
         norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         clipped = [gradient * scale for gradient in gradients]
-        adam_(parameters, clipped, Moments(*memory), factors, betas=self.group["betas"], eps=self.group["eps"])
+        adam = {name: self.group[name] for name in ("betas", "eps")}
+        adam_(parameters, clipped, Moments(*memory), factors, norm.isfinite(), **adam)
         return (norm.reshape(1),)
 
     def _run(self, function: Function, name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,228 @@
+"""Milliseconds of one SAC update: readable, compiled, and the matrix products alone.
+
+The three are taken in turns in one process and in its CPU time, so that a busy machine slows all of them. The floor
+multiplies matrices of the sizes, layouts and number formats that the update itself multiplies, and does nothing else.
+
+    python benchmarks/update.py table       # every actor, estimator and precision at HalfCheetah's sizes
+    python benchmarks/update.py growth      # with K, the width of the networks and the batch; one figure each
+
+Each row compiles for about half a minute. Results: benchmarks/results/update/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
+from pmoe_lightning.algorithms import make_sac
+from pmoe_lightning.estimators import (
+    Frequency,
+    GumbelSoftmax,
+    HalfReparameterized,
+    Implicit,
+    Marginalized,
+    Pathwise,
+    ScoreFunction,
+)
+from pmoe_lightning.networks import set_matmul_precision
+from pmoe_lightning.updates import SACUpdate
+
+RESULTS = Path(__file__).parent / "results" / "update"
+OBSERVATION_DIM, ACTION_DIM = 17, 6  # HalfCheetah-v5
+ACTORS = {
+    "gaussian": make_gaussian_actor,
+    "pmoe": make_pmoe_actor,
+    "additive_moe": make_additive_moe_actor,
+    "mcp": make_mcp_actor,
+}
+ESTIMATORS = {
+    "pathwise": Pathwise,
+    "frequency": Frequency,
+    "gumbel_softmax": GumbelSoftmax,
+    "half_reparameterized": HalfReparameterized,
+    "implicit": Implicit,
+    "marginalized": Marginalized,
+    "score_function": ScoreFunction,
+}
+GROWTH = {
+    "components": (1, 2, 4, 8, 16, 32),
+    "width": (64, 128, 256, 512, 1024),
+    "batch": (64, 128, 256, 512, 1024, 2048, 4096),
+}
+
+
+class Case(NamedTuple):
+    """One row."""
+
+    actor: str = "pmoe"
+    estimator: str = "frequency"
+    precision: str = "float32"
+    components: int = 4
+    width: int = 256
+    batch: int = 256
+
+
+def table_cases() -> list[Case]:
+    cases = [Case(actor, "pathwise", components=1) for actor in ACTORS if actor != "pmoe"]
+    cases += [Case("pmoe", estimator) for estimator in ESTIMATORS if estimator != "pathwise"]
+    bf16 = {"precision": "bf16-hidden"}
+    return cases + [Case("gaussian", "pathwise", components=1, **bf16), Case("pmoe", **bf16)]
+
+
+def make(case: Case) -> Any:
+    """The algorithm of a row, with the same initial networks at every call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": (case.width, case.width)}
+    components = {"num_components": case.components} if case.actor == "pmoe" else {}
+    bounds = [-1.0] * ACTION_DIM, [1.0] * ACTION_DIM
+    actor = ACTORS[case.actor](OBSERVATION_DIM, *bounds, **sizes, **components)
+    dims = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM}
+    return make_sac(actor, ESTIMATORS[case.estimator](), **dims, **sizes)
+
+
+def minibatches(updates: int, batch: int) -> TensorDict:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(updates, batch, *shape)
+
+    flag = torch.zeros(updates, batch, 1, dtype=torch.bool)
+    after = {"observation": normal(OBSERVATION_DIM), "reward": normal(1)}
+    after |= {"terminated": flag, "truncated": flag, "done": flag}
+    root = {"observation": normal(OBSERVATION_DIM), "action": normal(ACTION_DIM).tanh()}
+    return TensorDict({**root, "next": TensorDict(after, [updates, batch])}, [updates, batch])
+
+
+class Products(TorchDispatchMode):
+    """Collects the factors of every matrix product that is taken inside, as random matrices of the same layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            twins = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_() for x in args[-2:]]
+            self.factors.append(tuple(twins))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self, updates: int) -> None:
+        for _ in range(updates):
+            for first, second in self.factors:
+                torch.matmul(first, second)
+
+
+def readable_form(case: Case) -> Callable[[TensorDict], None]:
+    algorithm = make(case)
+    optimizer = algorithm.configure_optimizers()
+
+    def update(batch: TensorDict) -> None:
+        for minibatch in batch.unbind(0):
+            out = algorithm.loss(minibatch)
+            optimizer.zero_grad()
+            sum(value for name, value in out.items() if name.startswith("loss_")).backward()
+            optimizer.step()
+            algorithm.target_updater.step()
+
+    return update
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Median milliseconds per update of the three, and their ratios."""
+    set_matmul_precision(case.precision)
+    torch.compiler.reset()
+    updates = max(1, 16 * 256 // case.batch)
+    batch = minibatches(updates, case.batch)
+    algorithm = make(case)
+    update = SACUpdate(algorithm.loss, algorithm.configure_optimizers(), tau=0.005)
+    start = time.process_time()
+    update(batch[:1])
+    compile_seconds = time.process_time() - start
+    counted = make(case)
+    with Products() as products:
+        SACUpdate(counted.loss, counted.configure_optimizers(), tau=0.005, compile=False)(batch[:1])
+    readable = readable_form(case)
+    forms = {
+        "readable_ms": lambda: readable(batch),
+        "compiled_ms": lambda: update(batch),
+        "floor_ms": lambda: products.replay(updates),
+    }
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = time.process_time()
+            form()
+            times[name].append((time.process_time() - start) / updates * 1000)
+    set_matmul_precision("float32")
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    ratios = {
+        "readable/compiled": medians["readable_ms"] / medians["compiled_ms"],
+        "compiled/floor": medians["compiled_ms"] / medians["floor_ms"],
+    }
+    return {**case._asdict(), **medians, **ratios, "compile_s": compile_seconds}
+
+
+def growth_cases(name: str) -> Iterator[Case]:
+    for value in GROWTH[name]:
+        yield Case()._replace(**{name: value})
+
+
+def run(name: str, cases: list[Case], rounds: int) -> list[dict[str, Any]]:
+    """Measure the rows, print them and write them after each, so that a stopped run keeps what it has."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for case in cases:
+        rows.append(measure(case, rounds))
+        print(
+            "  ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
+            ),
+            flush=True,
+        )
+        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+def draw(name: str, rows: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for key in ("readable_ms", "compiled_ms", "floor_ms"):
+        axes.plot([row[name] for row in rows], [row[key] for row in rows], marker="o", label=key.removesuffix("_ms"))
+    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds per update")
+    axes.legend()
+    figure.savefig(RESULTS / f"growth_{name}.svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["table", "growth"])
+    parser.add_argument("--over", choices=list(GROWTH), nargs="+", default=list(GROWTH))
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="No target network updater")
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(1)
+    if arguments.what == "table":
+        run("table", table_cases(), arguments.rounds)
+        return
+    for name in arguments.over:
+        draw(name, run(f"growth_{name}", list(growth_cases(name)), arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""The SAC update as a graph of tensors against the loss module, Adam and SoftUpdate that define it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch._dynamo.utils import counters
+from torchrl.objectives import SoftUpdate, ValueEstimators
+
+from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
+from pmoe_lightning.critics import make_qvalue_network
+from pmoe_lightning.estimators import (
+    AbstractEstimator,
+    Frequency,
+    GumbelSoftmax,
+    HalfReparameterized,
+    Implicit,
+    Marginalized,
+    Pathwise,
+    ScoreFunction,
+)
+from pmoe_lightning.losses import PMOESACLoss
+from pmoe_lightning.updates import SACUpdate
+
+OBSERVATION_DIM, A, B, TAU = 5, 2, 16, 0.05
+LOW, HIGH = [-1.0, -2.0], [1.0, 3.0]
+ESTIMATORS: dict[str, Callable[[], AbstractEstimator]] = {
+    "frequency": Frequency,
+    "frequency-all-mixture": lambda: Frequency(backpropagate="all", log_prob="mixture", rank_by="soft_q"),
+    "gumbel_softmax": lambda: GumbelSoftmax(final_temperature=0.1),
+    "half_reparameterized": HalfReparameterized,
+    "implicit": Implicit,
+    "marginalized": Marginalized,
+    "score_function": ScoreFunction,
+}
+ACTORS = {"additive_moe": make_additive_moe_actor, "gaussian": make_gaussian_actor, "mcp": make_mcp_actor}
+
+
+def make(make_actor=make_pmoe_actor, estimator: AbstractEstimator | None = None, *, fixed_alpha: bool = False):
+    """A loss and its optimizer, the same at every call."""
+    sizes = {"hidden_sizes": (12, 8)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        actor = make_actor(OBSERVATION_DIM, LOW, HIGH, **sizes)
+        critics = [make_qvalue_network(OBSERVATION_DIM, A, **sizes) for _ in range(2)]
+    loss = PMOESACLoss(
+        actor,
+        critics,
+        estimator=estimator or Frequency(),
+        target_entropy=-2.0,
+        alpha_init=0.5,
+        fixed_alpha=fixed_alpha,
+    )
+    loss.make_value_estimator(gamma=0.9)
+    groups = [{"params": list(loss.actor_network_params.parameters()), "lr": 1e-3}]
+    groups.append({"params": list(loss.qvalue_network_params.parameters()), "lr": 2e-3})
+    if not fixed_alpha:
+        groups.append({"params": [loss.log_alpha], "lr": 5e-3})
+    return loss, torch.optim.Adam(groups, fused=True)
+
+
+def minibatches(updates: int) -> TensorDict:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(updates, B, *shape, generator=generator)
+
+    after = {"reward": normal(1), "terminated": normal(1) > 1, "truncated": normal(1) > 1}
+    after |= {"observation": normal(OBSERVATION_DIM), "done": after["terminated"] | after["truncated"]}
+    root = {"observation": normal(OBSERVATION_DIM), "action": normal(A).tanh()}
+    return TensorDict({**root, "next": TensorDict(after, [updates, B])}, [updates, B])
+
+
+class Readable:
+    """What ``SACUpdate`` must equal: loss module, one summed backward pass, ``torch.optim.Adam``, ``SoftUpdate``."""
+
+    def __init__(self, loss: PMOESACLoss, optimizer: torch.optim.Adam) -> None:
+        self.loss, self.optimizer, self.target = loss, optimizer, SoftUpdate(loss, tau=TAU)
+
+    def __call__(self, batch: TensorDict) -> dict[str, torch.Tensor]:
+        outs = []
+        for minibatch in batch.unbind(0):
+            outs.append(self.loss(minibatch))
+            self.optimizer.zero_grad()
+            sum(value for name, value in outs[-1].items() if name.startswith("loss_")).backward()
+            self.optimizer.step()
+            self.target.step()
+        return {name: torch.stack([out[name].detach() for out in outs]) for name in outs[0].keys()}  # noqa: SIM118 (a TensorDict iterates over its batch)
+
+
+def assert_same(first, second) -> None:
+    """Losses and optimizers agree: every tensor within 1e-9 of its largest entry."""
+    for one, other in ((first[0].state_dict(), second[0].state_dict()), (flat(first[1]), flat(second[1]))):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                tolerance = 1e-9 * max(float(value.abs().max()), 1e-3)
+                assert (other[name] - value).abs().max() <= tolerance, name
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """Over 200 updates single precision alone would part two equal programs."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def flat(optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
+    return {f"{i}.{k}": value for i, state in optimizer.state_dict()["state"].items() for k, value in state.items()}
+
+
+def run_both(make_pair, updates: int, *, compile: bool) -> None:
+    """The same numbers after every ten updates, draw for draw, without a second compilation."""
+    (loss, optimizer), (other_loss, other_optimizer) = pairs = make_pair(), make_pair()
+    readable = Readable(loss, optimizer)
+    update = SACUpdate(other_loss, other_optimizer, tau=TAU, compile=compile)
+    for start in range(0, updates, 10):
+        loss.estimator.anneal(start / updates)
+        other_loss.estimator.anneal(start / updates)
+        batch = minibatches(updates)[start : start + 10]
+        with torch.random.fork_rng():
+            expected = readable(batch.clone())
+            drawn = torch.get_rng_state()
+        metrics = update(batch)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        assert metrics.keys() == expected.keys() | {"gradient_norm"}
+        for name, value in expected.items():
+            torch.testing.assert_close(metrics[name], value, rtol=0, atol=1e-9 * max(1.0, float(value.abs().max())))
+        assert_same(*pairs)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_200_updates_equal_the_readable_form_for_every_estimator(name):
+    run_both(lambda: make(make_pmoe_actor, ESTIMATORS[name]()), 200, compile=False)
+
+
+@pytest.mark.parametrize("name", ACTORS)
+def test_200_updates_equal_the_readable_form_for_every_actor(name):
+    run_both(lambda: make(ACTORS[name], Pathwise()), 200, compile=False)
+
+
+def test_a_fixed_temperature_stays():
+    run_both(lambda: make(fixed_alpha=True), 20, compile=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ESTIMATORS, *ACTORS])
+def test_200_compiled_updates_equal_the_readable_form_and_compile_once(name):
+    torch.compiler.reset()
+    counters.clear()
+    if name in ESTIMATORS:
+        run_both(lambda: make(make_pmoe_actor, ESTIMATORS[name]()), 200, compile=True)
+    else:
+        run_both(lambda: make(ACTORS[name], Pathwise()), 200, compile=True)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_the_forms_can_take_turns_on_one_optimizer():
+    """Also through a state dict, and wherever the switch falls: what they leave behind is the same."""
+    reference, (loss, optimizer) = make(), make()
+    with torch.random.fork_rng():
+        Readable(*reference)(minibatches(15))
+    Readable(loss, optimizer)(minibatches(15)[:5])
+    SACUpdate(loss, optimizer, tau=TAU, compile=False)(minibatches(15)[5:8])
+    resumed, resumed_optimizer = make()
+    readable = Readable(resumed, resumed_optimizer)  # SoftUpdate sets the targets when it is made
+    resumed.load_state_dict(loss.state_dict())
+    resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    SACUpdate(resumed, resumed_optimizer, tau=TAU, compile=False)(minibatches(15)[8:10])
+    readable(minibatches(15)[10:])
+    assert_same(reference, (resumed, resumed_optimizer))
+    dtypes = [{name: value.dtype for name, value in flat(o).items()} for o in (reference[1], resumed_optimizer)]
+    assert dtypes[0] == dtypes[1]
+
+
+def test_a_new_optimizer_gets_the_state_it_would_give_itself():
+    (loss, optimizer), reference = make(), make()
+    Readable(*reference)(minibatches(1))
+    SACUpdate(loss, optimizer, tau=TAU, compile=False)(minibatches(1))
+    expected, found = flat(reference[1]), flat(optimizer)
+    assert {k: (v.dtype, v.shape) for k, v in expected.items()} == {k: (v.dtype, v.shape) for k, v in found.items()}
+
+
+def test_one_component_is_a_gaussian():
+    """PMOE's estimator at K = 1 takes the very updates of plain reparameterisation."""
+    runs = []
+    for estimator in (Frequency(), Pathwise()):
+        loss, optimizer = make(make_gaussian_actor, estimator)
+        torch.manual_seed(1)
+        SACUpdate(loss, optimizer, tau=TAU, compile=False)(minibatches(20))
+        runs.append((loss, optimizer))
+    assert_same(*runs)
+
+
+def test_bootstrapping_goes_on_after_truncation_alone():
+    """Everything else in the batch being equal, truncation changes nothing and termination does."""
+    values = []
+    for flags in ((0, 0), (0, 1), (1, 0)):
+        batch = minibatches(1)
+        for name, flag in zip(("terminated", "truncated"), flags, strict=True):
+            batch["next", name].fill_(flag)
+        torch.manual_seed(1)
+        values.append(float(SACUpdate(*make(), tau=TAU, compile=False)(batch)["loss_qvalue"]))
+    assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda loss, optimizer: setattr(loss, "loss_function", "smooth_l1"), "loss_function=smooth_l1"),
+        (lambda loss, optimizer: setattr(loss, "reduction", "sum"), "reduction=sum"),
+        (lambda loss, optimizer: loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.5), "TD0"),
+        (lambda loss, optimizer: setattr(loss, "min_log_alpha", torch.tensor(-1.0)), "alpha is limited"),
+        (lambda loss, optimizer: optimizer.param_groups[1].update(weight_decay=0.1), "weight_decay"),
+    ],
+)
+def test_what_has_no_compiled_form_is_refused_with_the_reason(change, reason):
+    loss, optimizer = make()
+    change(loss, optimizer)
+    with pytest.raises(ValueError, match=f"no compiled form: .*{reason}.*compile=false"):
+        SACUpdate(loss, optimizer, tau=TAU)
+
+
+def test_two_processes_take_the_step_of_their_mean_gradient(tmp_path):
+    """Two processes with half of the critics' batch each: one step on the mean, and afterwards the same parameters."""
+    torch.multiprocessing.spawn(step_together, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    gradients = [rank["gradient"] for rank in ranks]
+    assert not torch.equal(*gradients)
+    for name, value in ranks[0]["parameters"].items():
+        assert torch.equal(value, ranks[1]["parameters"][name]), name
+    # After one step of Adam the first moment is (1 - beta1) times the gradient that was stepped.
+    torch.testing.assert_close(ranks[0]["moment"], 0.1 * (gradients[0] + gradients[1]) / 2)
+
+
+def step_together(rank: int, folder: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    loss, optimizer = make()
+    batch = minibatches(2)[rank : rank + 1]
+    update = SACUpdate(loss, optimizer, tau=TAU, compile=False)
+    torch.manual_seed(rank)
+    transitions = next(iter(update.transitions(batch)))
+    with torch.no_grad():
+        gradients, _ = update.gradients(update.state(), transitions)
+    torch.manual_seed(rank)
+    update(batch)
+    parameter = optimizer.param_groups[1]["params"][2]
+    result = {"gradient": gradients[1][2], "moment": optimizer.state[parameter]["exp_avg"]}
+    torch.save(result | {"parameters": loss.state_dict()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
