@@ -70,6 +70,8 @@ class AbstractEstimator(ABC):
     """Whose log-density scores a sampled action, here, in the critic target and in the temperature loss."""
     auxiliary_losses: ClassVar[tuple[str, ...]] = ()
     """Names that ``Surrogate.auxiliary`` holds."""
+    annealed: ClassVar[tuple[str, ...]] = ()
+    """Attributes, tensors, that ``anneal`` sets: what a compiled update reads anew each time."""
 
     @abstractmethod
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from pmoe_lightning.distributions import TanhGaussianMixture
@@ -27,6 +29,8 @@ class GumbelSoftmax(AbstractEstimator):
     Raises:
         ValueError: a temperature that is not finite and positive.
     """
+
+    annealed: ClassVar[tuple[str, ...]] = ("temperature",)
 
     def __init__(
         self, *, temperature: float = 1.0, final_temperature: float | None = None, straight_through: bool = True
