@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import statistics
 import time
 import warnings
@@ -140,7 +141,6 @@ def readable_form(case: Case) -> Callable[[TensorDict], None]:
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Median milliseconds per update of the three, and their ratios."""
     set_matmul_precision(case.precision)
-    torch.compiler.reset()
     updates = max(1, 16 * 256 // case.batch)
     batch = minibatches(updates, case.batch)
     algorithm = make(case)
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="No target network updater")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     if arguments.what == "table":

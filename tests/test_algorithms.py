@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 
 import pytest
@@ -67,7 +68,7 @@ def ppo(estimator=None, num_components=3, **arguments):
     )
 
 
-def fit(algorithm, data) -> Trainer:
+def fit(algorithm, data, ckpt_path=None) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -76,7 +77,7 @@ def fit(algorithm, data) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(algorithm, datamodule=data)
+    trainer.fit(algorithm, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -181,6 +182,32 @@ def test_an_estimator_anneals_over_the_frames_of_the_run(make, data):
     if make is sac:
         temperature = algorithm.drain_metrics()["train/gumbel_temperature"]
         assert 0.01 < temperature < 1.0  # the mean over the run
+
+
+def test_sac_compiled_learns_what_it_learns_uncompiled(tmp_path, caplog):
+    """One program for the whole run, annealing included; Lightning's counters, metrics, and a resume without it."""
+    caplog.set_level(logging.INFO, logger="pmoe_lightning.compilation")
+    runs = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        algorithm = sac(GumbelSoftmax(final_temperature=0.1), compile=compile)
+        trainer = fit(algorithm, off_policy(algorithm))
+        assert trainer.global_step == algorithm.updates == 64
+        runs.append((algorithm, algorithm.drain_metrics()))
+    (plain, expected), (compiled, metrics) = runs
+    assert metrics == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    for name, value in plain.loss.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(compiled.loss.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+    assert len([record for record in caplog.records if record.message.startswith("compiled the update")]) == 1
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = sac(GumbelSoftmax(final_temperature=0.1))
+    data = off_policy(resumed, total_frames=120)
+    trainer = fit(resumed, data, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.updates == trainer.global_step == 88  # 16 of its 40 frames refill the buffer
+    steps = {float(state["step"]) for state in resumed.optimizers().state.values()}
+    assert steps == {88.0}
 
 
 def test_ppo_gradients_are_clipped_to_the_norm():

@@ -39,7 +39,7 @@ ALLOWED = {
     "hamiltonian": {"distributions"},
     "losses": {"distributions", "estimators", "critics", "hamiltonian", "options"},
     "compilation": set(),
-    "updates": {"actors", "compilation", "critics", "distributions", "losses"},
+    "updates": {"compilation"},
     "algorithms": MATHS | {"updates"},
     "envs": {"errors"},
     "data": {"checkpoints", "compilation", "envs", "errors", "normalization"},

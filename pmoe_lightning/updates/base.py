@@ -1,0 +1,168 @@
+"""What compiled updates share: the loss module traced as a function of tensors, Adam, and the calls of the programs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from pmoe_lightning.compilation import Function, ModuleState, compile_tensors
+from pmoe_lightning.updates.adam import Moments, adam_, moments, step_factors
+from pmoe_lightning.updates.processes import average_over_processes
+
+
+class AbstractUpdate(ABC):
+    r"""Steps a loss module as its forward pass, its summed backward pass and ``torch.optim.Adam`` together would.
+
+    The loss module itself is traced, so its mathematics has no second form. Left out is the work of Python, TensorDict
+    and autograd. Parameters and optimizer state change in place, so checkpoints hold what they always hold, and the
+    readable form can take over at any update. With several processes gradients are averaged between the gradient and
+    the step, two programs then.
+
+    Args:
+        loss: takes a minibatch, returns ``loss_*`` and diagnostics; each loss reaches only its own parameters.
+        optimizer: Adam, without weight decay and the like.
+        max_grad_norm: the gradient of all parameters together is scaled down to this norm; None leaves it.
+        compile: compile at the first call; otherwise the same functions run as they are, slower than the loss module.
+
+    Raises:
+        ValueError: another optimizer, or options of Adam that are left out here.
+    """
+
+    def __init__(
+        self,
+        loss: LossModule,
+        optimizer: torch.optim.Adam,
+        *,
+        max_grad_norm: float | None = None,
+        compile: bool = True,
+    ) -> None:
+        options = ("weight_decay", "amsgrad", "maximize")
+        extras = [name for name in options if any(group.get(name) for group in optimizer.param_groups)]
+        if type(optimizer) is not torch.optim.Adam or extras:
+            found = " with ".join([type(optimizer).__name__, *extras])
+            raise ValueError(f"a compiled update takes the steps of plain Adam, not of {found}: use compile=false")
+        self.loss, self.optimizer, self.max_grad_norm, self.compiles = loss, optimizer, max_grad_norm, compile
+        self.estimator = getattr(loss, "estimator", None)
+        self._annealed = () if self.estimator is None else self.estimator.annealed
+        self._module = ModuleState(loss)
+        #: Where the tensors of each group of the optimizer are among those of the module.
+        self._groups = [self.positions(group["params"]) for group in optimizer.param_groups]
+        self._trained = list(chain(*self._groups))
+        self._programs: dict[str, Function] = {}
+        self._columns: list[str | tuple[str, ...]] = []
+        self._entries: dict[str, torch.Size] = {}
+
+    def positions(self, tensors: Iterable[Tensor]) -> list[int]:
+        """Where these tensors are among those of the module."""
+        places = {tensor.data_ptr(): i for i, tensor in enumerate(self._module.tensors)}
+        return [places[tensor.data_ptr()] for tensor in tensors]
+
+    @torch.no_grad()
+    def __call__(self, minibatches: TensorDictBase) -> dict[str, Tensor]:
+        """One update for each of the minibatches [U, B], always of one size B.
+
+        Returns:
+            what the loss returns, and ``gradient_norm`` before clipping, with U values in front of each. An update
+            whose norm is not finite changes nothing.
+        """
+        self._columns = list(minibatches.keys(include_nested=True, leaves_only=True))
+        module = [tensor.detach() for tensor in self._module.tensors]
+        annealed = [getattr(self.estimator, name) for name in self._annealed]
+        adam = [moments(self.optimizer, group["params"]) for group in self.optimizer.param_groups]
+        stacks = [minibatches.get(key) for key in self._columns]
+        stacks.append(self._factors([own.step[0] for own in adam], len(minibatches)))
+        memory = list(chain.from_iterable(column for own in adam for column in own))
+        rows = zip(*(stack.unbind() for stack in stacks), strict=True)
+        out = torch.stack([self._step([*module, *annealed, *columns], memory, row) for *columns, row in rows])
+        entries = out.split([shape.numel() for shape in self._entries.values()], 1)
+        shapes = self._entries.items()
+        return {name: entry.view(-1, *shape) for (name, shape), entry in zip(shapes, entries, strict=True)}
+
+    def _factors(self, steps: list[Tensor], num_steps: int) -> Tensor:
+        groups = zip(self.optimizer.param_groups, steps, strict=True)
+        return torch.stack([step_factors(group, step, num_steps) for group, step in groups], 1)
+
+    def _step(self, inputs: list[Tensor], memory: list[Tensor], factors: Tensor) -> Tensor:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self._run(self.update, "the update", [*inputs, *memory, factors])[0]
+        *gradients, values = self._run(self.gradients, "the gradient", inputs)
+        average_over_processes(gradients)
+        module = inputs[: len(self._module.tensors)]
+        (norm,) = self._run(self.step, "the optimizer step", [*module, *gradients, *memory, factors])
+        return torch.cat([values, norm])
+
+    def update(self, *tensors: Tensor) -> tuple[Tensor]:
+        """Change parameters and optimizer state by one minibatch; returns all diagnostics in one tensor."""
+        rest = len(tensors) - 1 - len(Moments._fields) * len(self._trained)
+        *gradients, values = self.gradients(*tensors[:rest])
+        (norm,) = self.step(*tensors[: len(self._module.tensors)], *gradients, *tensors[rest:])
+        return (torch.cat([values, norm]),)
+
+    def gradients(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of the summed losses for every trained tensor, and what the loss returned in one tensor."""
+        remaining = iter(tensors)
+        module = list(islice(remaining, len(self._module.tensors)))
+        annealed = list(islice(remaining, len(self._annealed)))
+        minibatch = TensorDict({}, batch_size=tensors[-1].shape[:1])
+        for key, column in zip(self._columns, remaining, strict=True):
+            minibatch.set(key, column)
+        for i in self._trained:
+            module[i] = module[i].detach().requires_grad_()
+        with torch.enable_grad(), self._replaced(module, annealed):
+            out = self.loss(minibatch)
+            total = sum(value for name, value in out.items() if name.startswith("loss_"))
+            gradients = torch.autograd.grad(total, [module[i] for i in self._trained])
+        self._entries = {name: value.shape for name, value in out.items()} | {"gradient_norm": torch.Size([])}
+        return *gradients, torch.cat([value.detach().reshape(-1) for value in out.values()])
+
+    def step(self, *tensors: Tensor) -> tuple[Tensor]:
+        """Clip the gradients, take Adam's step for every group, and what follows it; returns the norm, [1]."""
+        *remaining, factors = tensors
+        remaining = iter(remaining)
+        module = list(islice(remaining, len(self._module.tensors)))
+        gradients = [next(remaining) for _ in self._trained]
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        if self.max_grad_norm is not None:
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            gradients = [gradient * scale for gradient in gradients]
+        of_groups = iter(gradients)
+        for group, places, row in zip(self.optimizer.param_groups, self._groups, factors.unbind(), strict=True):
+            own = Moments(*(list(islice(remaining, len(places))) for _ in Moments._fields))
+            parameters, slopes = [module[i] for i in places], list(islice(of_groups, len(places)))
+            adam_(parameters, slopes, own, row, norm.isfinite(), betas=group["betas"], eps=group["eps"])
+        self.follow(module)
+        return (norm.reshape(1),)
+
+    @abstractmethod
+    def follow(self, module: list[Tensor]) -> None:
+        """Change in place what follows the trained tensors of the module, such as target networks."""
+
+    def _run(self, function: Function, name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        if not self.compiles:
+            return function(*tensors)
+        if name not in self._programs:
+            self._programs[name] = compile_tensors(function, tensors, f"{name} of {type(self.loss).__name__}")
+        return self._programs[name](*tensors)
+
+    @contextmanager
+    def _replaced(self, module: Sequence[Tensor], annealed: Sequence[Tensor]) -> Iterator[None]:
+        """Within this context the loss consists of these tensors, and the estimator anneals to these values."""
+        own = {name: getattr(self.estimator, name) for name in self._annealed}
+        cache = self.loss.__dict__.pop("_cache", {})  # of detached parameters, by TorchRL
+        try:
+            for name, tensor in zip(own, annealed, strict=True):
+                setattr(self.estimator, name, tensor)
+            with self._module.replaced(module):
+                yield
+        finally:
+            self.loss.__dict__["_cache"] = cache
+            for name, tensor in own.items():
+                setattr(self.estimator, name, tensor)
