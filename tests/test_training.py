@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_configuration import configure
 
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.training import (
@@ -12,7 +13,6 @@ from pmoe_lightning.training import (
     planned_updates,
     resolve_compile,
 )
-from tests.test_configuration import configure
 
 
 def test_updates_are_planned_for_replay_and_for_rollouts():

@@ -23,29 +23,30 @@ def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> Moment
     for parameter in parameters:
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     return Moments(*([optimizer.state[parameter][name] for parameter in parameters] for name in Moments._fields))
 
 
 def step_factors(group: dict[str, Any], step: Tensor, num_steps: int) -> Float[Tensor, "num_steps 2"]:
-    r"""The two numbers of each coming step that depend on its index t, without waiting for the device.
+    r"""For each of the coming steps of an optimizer's group, the two numbers that depend on its index t.
 
         lr / (1 - beta1^t)    and    1 / sqrt(1 - beta2^t),    t = step + 1, step + 2, ...
 
-    Inside the update they would be taken anew for every element of every parameter.
+    Inside the update they would be taken anew for every element of every parameter; on the host they would wait for the
+    device.
     """
     beta1, beta2 = group["betas"]
     # In double precision, because 1 - beta2^t cancels in the first steps.
     t = step.double() + torch.arange(1, num_steps + 1, device=step.device)
-    return torch.stack([group["lr"] / (1 - beta1**t), (1 - beta2**t).rsqrt()], -1).to(step.dtype)
+    return torch.stack([group["lr"] / (1 - beta1**t), (1 - beta2**t).rsqrt()], -1).to(group["params"][0].dtype)
 
 
 def adam_(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     moments: Moments,
-    factors: Float[Tensor, "2"],
+    factors: Float[Tensor, 2],
     *,
     betas: tuple[float, float],
     eps: float,
