@@ -65,9 +65,8 @@ def instrument(watch: Stopwatch) -> None:
     watch.watch(OnPolicyAlgorithm, "_epoch", "updates")
     policy_step = RolloutCollector._policy_step
     RolloutCollector._policy_step = lambda self, inputs: watch.timed("policy", policy_step(self, inputs))
-    for algorithm in (OnPolicyAlgorithm, *AbstractAlgorithm.__subclasses__()):
-        if "training_step" in vars(algorithm):
-            watch.watch(algorithm, "training_step", "training_step")
+    for algorithm in AbstractAlgorithm.__subclasses__():
+        watch.watch(algorithm, "training_step", "training_step")
     plain_fit = Trainer.fit
 
     def fit(trainer: Trainer, *arguments: Any, **named: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
-from torchrl.envs import DoubleToFloat, EnvBase, RewardSum, SerialEnv, StepCounter, TransformedEnv, VecNorm
+from torchrl.envs import DoubleToFloat, EnvBase, RewardSum, SerialEnv, StepCounter, TransformedEnv, VecNormV2
 from torchrl.envs.libs.gym import GymEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
@@ -24,7 +24,7 @@ def make_env(env_id: str, num_envs: int, normalize: bool) -> EnvBase:
     env = TransformedEnv(base)
     env.append_transform(DoubleToFloat(in_keys=["observation"]))
     if normalize:
-        env.append_transform(VecNorm(in_keys=["observation"]))
+        env.append_transform(VecNormV2(in_keys=["observation"]))
     env.append_transform(RewardSum())
     env.append_transform(StepCounter())
     return env

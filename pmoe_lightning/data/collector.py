@@ -78,8 +78,8 @@ class RolloutCollector(Collector):
             played.append(outputs)
             written = dict(zip(keys, outputs, strict=True))
             self.env.step_into(
-                written["action"].numpy(force=True),
-                {key: written[key].numpy(force=True) for key in carry},
+                written["action"].cpu().numpy(),
+                {key: written[key].cpu().numpy() for key in carry},
                 {key: values[t] for key, values in outcomes.items()},
                 {key: values[t + 1] for key, values in roots.items()},
             )

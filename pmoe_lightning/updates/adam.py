@@ -29,11 +29,12 @@ def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> Moment
 
 
 def step_factors(group: dict[str, Any], step: Tensor, num_steps: int) -> Float[Tensor, "num_steps 2"]:
-    r"""The two numbers of each coming step that depend on its index t, without waiting for the device.
+    r"""For each of the coming steps of an optimizer's group, the two numbers that depend on its index t.
 
         lr / (1 - beta1^t)    and    1 / sqrt(1 - beta2^t),    t = step + 1, step + 2, ...
 
-    Inside the update they would be taken anew for every element of every parameter.
+    Inside the update they would be taken anew for every element of every parameter; on the host they would wait for the
+    device.
     """
     beta1, beta2 = group["betas"]
     # In double precision, because 1 - beta2^t cancels in the first steps.
