@@ -120,6 +120,11 @@ def make_run(cfg: DictConfig, rank: int = 0) -> tuple[LightningModule, Lightning
         arguments["observation_key"] = normalizer.out_keys[0]
     actor = _call(cfg.actor, **vars(spaces), **arguments)
     shared = {"normalizer": normalizer} if on_policy else {}
+    transform = {}
+    if cfg.action_transform:
+        sizes = {"observation_dim": spaces.observation_dim, "action_dim": len(spaces.action_low)}
+        with torch.random.fork_rng():  # so that the critics start the same with every transform
+            transform["action_transform"] = _call(cfg.action_transform, **sizes)
     algorithm = _call(
         cfg.algo,
         actor=actor,
@@ -128,6 +133,7 @@ def make_run(cfg: DictConfig, rank: int = 0) -> tuple[LightningModule, Lightning
         action_dim=len(spaces.action_low),
         policy_description=_describe_policy(cfg, spaces, arguments, normalizer is not None),
         **shared,
+        **transform,
     )
     if on_policy:
         scaled = cfg.data.normalize_reward
@@ -237,6 +243,7 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         "arguments": arguments,
         **vars(spaces),
         "normalize_observation": normalized,
+        "action_transform": _arguments(cfg.action_transform) if cfg.action_transform else None,
         "critic": {"hidden_sizes": list(cfg.algo.hidden_sizes), "activation": cfg.algo.activation},
         "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
     }
@@ -246,8 +253,9 @@ def _parameters(cfg: DictConfig) -> dict[str, Any]:
     """What tells runs apart: the options chosen and the numbers of the learning itself, under dotted names."""
     chosen = HydraConfig.get().runtime.choices
     parameters = {group: chosen[group] for group in ("algo", "actor", "estimator", "action_transform")}
-    for group in ("algo", "actor", "estimator", "env", "data", "trainer"):
-        parameters |= {f"{group}.{key}": value for key, value in _arguments(cfg[group]).items()}
+    for group in ("algo", "actor", "estimator", "action_transform", "env", "data", "trainer"):
+        if cfg[group]:
+            parameters |= {f"{group}.{key}": value for key, value in _arguments(cfg[group]).items()}
     for key in ("data.normalize_observation", "data.normalize_reward"):
         if (value := OmegaConf.select(cfg, key)) is not None:
             parameters[key] = value

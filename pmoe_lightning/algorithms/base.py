@@ -89,8 +89,7 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def record_loss(self, out: TensorDictBase) -> None:
         """Record every entry of a loss module's output under its public name."""
-        folder = {True: "mixture", False: "train"}
-        self.record({f"{folder[name.startswith('winner')]}/{name}": value for name, value in out.items()})
+        self.record({_public_name(name): value for name, value in out.items()})
 
     def drain_metrics(self) -> dict[str, float]:
         """Means since the last call; vectors are numbered, as in ``mixture/winner_frequency_0``."""
@@ -126,3 +125,10 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates = checkpoint["updates"]
+
+
+def _public_name(name: str) -> str:
+    """``loss_actor`` is logged as ``train/loss_actor``, ``hamiltonian_distance`` as ``hamiltonian/distance``."""
+    if name.startswith("hamiltonian_"):
+        return f"hamiltonian/{name.removeprefix('hamiltonian_')}"
+    return f"mixture/{name}" if name.startswith("winner") else f"train/{name}"

@@ -46,7 +46,12 @@ class GumbelSoftmax(AbstractEstimator):
         u = self._relaxed_draw(distribution)
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
         temperature = evaluation.cost.new_tensor(self.temperature)
-        return Surrogate(evaluation.cost, evaluation.log_prob.detach(), {}, {"gumbel_temperature": temperature})
+        return Surrogate(
+            evaluation.cost,
+            evaluation.log_prob.detach(),
+            {},
+            {**evaluation.diagnostics, "gumbel_temperature": temperature},
+        )
 
     def _relaxed_draw(self, distribution: TanhGaussianMixture) -> torch.Tensor:
         components = distribution.rsample_components().movedim(0, -2)
