@@ -148,6 +148,11 @@ def _check_action_transform(cfg: DictConfig) -> None:
             "action_transform=hamiltonian_... evolves actions along an action value, and the probability ratio of "
             "ppo and dac needs the exact density of what was done: use algo=sac or action_transform=none"
         )
+    learns = transform.learn_step_size or transform.get("learn_magnitude", False) or transform.force == "gated"
+    if learns and "actor_loss" not in transform.used_in:
+        raise ConfigurationError(
+            "action_transform: what it learns, it learns from the actor loss: add actor_loss to its used_in"
+        )
     if transform.metropolis and transform.temperature != 1:
         raise ConfigurationError(
             f"action_transform.metropolis=true needs action_transform.temperature=1, not {transform.temperature}: "

@@ -116,6 +116,10 @@ class HamiltonianTransform(nn.Module):
         ):
             if value not in get_args(choices):
                 raise ValueError(f"action transform: {name} must be one of {get_args(choices)}, not {value!r}")
+        if "actor_loss" not in used_in and (learn_step_size or any(p.requires_grad for p in force.parameters())):
+            raise ValueError(
+                "action transform: what it learns, it learns from the actor loss: use it in actor_loss, too"
+            )
         self.force, self.num_leapfrog_steps = force, num_leapfrog_steps
         self.momentum_scale, self.temperature, self.metropolis = momentum_scale, temperature, metropolis
         self.log_prob, self.critic_reduction, self.used_in = log_prob, critic_reduction, frozenset(used_in)
@@ -163,6 +167,32 @@ class HamiltonianTransform(nn.Module):
             metropolis: decide by Metropolis's rule, too.
         """
         momentum = momentum.expand_as(u)
+        end, end_momentum, gain = self.trajectory(
+            u, momentum, observation=observation, qvalue=qvalue, bounds=bounds, alpha=alpha
+        )
+        hot = self.momentum_scale * self.temperature**0.5
+        heat = kinetic_energy(end_momentum, self.momentum_scale) - kinetic_energy(momentum, hot)
+        widening = bounds.log_abs_det_jacobian(end) - bounds.log_abs_det_jacobian(u)
+        energy_error = (heat - widening).detach() - gain / alpha
+        stays = is_divergent(energy_error)
+        if metropolis:
+            stays = stays | ~metropolis_accepts(energy_error)
+        evolved = torch.where(stays.unsqueeze(-1), u, end)
+        if self.log_prob == "joint":
+            log_prob = torch.where(stays, log_prob, log_prob + heat)
+        return Evolution(evolved, log_prob, energy_error, stays, gain.masked_fill(stays, 0.0))
+
+    def trajectory(
+        self,
+        u: Float[Tensor, "*S A"],
+        momentum: Float[Tensor, "*S A"],
+        *,
+        observation: Float[Tensor, "*B O"],
+        qvalue: ActionValue,
+        bounds: TanhBounds,
+        alpha: Tensor | float,
+    ) -> tuple[Float[Tensor, "*S A"], Float[Tensor, "*S A"], Float[Tensor, "*S"]]:
+        """Where leapfrog leads, whatever becomes of it: position, momentum, gain in Q. Arguments as ``forward``'s."""
         observation = observation.expand(*u.shape[:-1], -1)
         values: list[Tensor] = []
 
@@ -173,21 +203,8 @@ class HamiltonianTransform(nn.Module):
             gradient = _finite(gradient / alpha) * bounds.squash_derivative(position) - 2 * position.tanh()
             return self.force(observation, position, gradient)
 
-        end, end_momentum = leapfrog(
-            u, momentum, force, self.step_size, self.num_leapfrog_steps, temperature=self.temperature
-        )
-        hot = self.momentum_scale * self.temperature**0.5
-        heat = kinetic_energy(end_momentum, self.momentum_scale) - kinetic_energy(momentum, hot)
-        gain = values[-1] - values[0]
-        widening = bounds.log_abs_det_jacobian(end) - bounds.log_abs_det_jacobian(u)
-        energy_error = (heat - widening).detach() - gain / alpha
-        stays = is_divergent(energy_error)
-        if metropolis:
-            stays = stays | ~metropolis_accepts(energy_error)
-        evolved = torch.where(stays.unsqueeze(-1), u, end)
-        if self.log_prob == "joint":
-            log_prob = torch.where(stays, log_prob, log_prob + heat)
-        return Evolution(evolved, log_prob, energy_error, stays, gain.masked_fill(stays, 0.0))
+        end = leapfrog(u, momentum, force, self.step_size, self.num_leapfrog_steps, temperature=self.temperature)
+        return *end, values[-1] - values[0]
 
     @torch.no_grad()
     def _value_and_gradient(self, qvalue: ActionValue, action: Tensor) -> tuple[Tensor, Tensor]:
