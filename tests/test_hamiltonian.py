@@ -350,10 +350,10 @@ def test_the_gradient_is_that_of_the_reduced_critics(reduction):
 # -- switches ----------------------------------------------------------------------------------------------------------
 def test_a_normalized_force_has_its_magnitude_whatever_the_gradient():
     force = Normalized(magnitude=3.0)
-    gradient = torch.tensor([[3e-2, 4e-2], [3e20, 4e20], [0.0, 0.0]])
-    expected = torch.tensor([[1.8, 2.4], [1.8, 2.4], [0.0, 0.0]])
+    gradient = torch.tensor([[3e2, 4e2], [3e18, 4e18], [0.0, 0.0], [3e-3, 4e-3]])
+    expected = torch.tensor([[1.8, 2.4], [1.8, 2.4], [0.0, 0.0], [9e-3, 12e-3]])
     torch.testing.assert_close(
-        force(torch.zeros(3, OBSERVATION_DIM), gradient, gradient), expected, rtol=1e-3, atol=1e-6
+        force(torch.zeros(4, OBSERVATION_DIM), gradient, gradient), expected, rtol=1e-3, atol=1e-6
     )
 
 

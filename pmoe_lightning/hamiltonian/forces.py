@@ -31,10 +31,11 @@ class Raw(AbstractForce):
 
 
 class Normalized(AbstractForce):
-    """f = m g / |g|: the direction of the gradient with a magnitude m of its own.
+    """f = m g / sqrt(1 + |g|^2): the direction of the gradient with a magnitude m of its own.
 
-    Neither the scale of the rewards nor the temperature changes its size, so a step size that suits one task suits
-    another; it is no longer the gradient of an energy.
+    Where log_target is steep, by far more than a nat per unit of u, the force has the size m, whatever the scale of the
+    rewards and the temperature, so a step size that suits one task suits another. Towards an optimum it fades: a force
+    that kept its size would turn round there at once, where no gradient through it could be estimated.
 
     Args:
         magnitude: m > 0.
@@ -63,7 +64,7 @@ class Normalized(AbstractForce):
 class Gated(Normalized):
     r"""A learned gate between the direction of the gradient and a learned direction.
 
-        f = m (sigmoid(z) g / |g| + (1 - sigmoid(z)) tanh(t)),    z, t = network(s, tanh(u), g / |g|)
+        f = m (sigmoid(z) g' + (1 - sigmoid(z)) tanh(t)),    z, t = network(s, tanh(u), g'),    g' = g / sqrt(1 + |g|^2)
 
     Gate z and direction t have one entry per action dimension. The network starts with sigmoid(z) = 0.95 everywhere:
     near ``Normalized``. It is trained with the actor.
@@ -97,6 +98,7 @@ class Gated(Normalized):
 
 
 def direction(gradient: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
-    """g / |g|, fading to zero where |g| is below about 1e-3; no gradient is too large for it."""
-    scaled = gradient / gradient.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
-    return scaled / (scaled.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    """g / sqrt(1 + |g|^2); scaled first, so that no gradient is too large for it."""
+    scale = gradient.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
+    scaled = gradient / scale
+    return scaled / (scaled.square().sum(-1, keepdim=True) + scale**-2).sqrt()
