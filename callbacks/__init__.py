@@ -12,8 +12,10 @@ from pmoe_lightning.callbacks.learning_curve import LearningCurve
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.mixture import MixtureDiagnostics
 from pmoe_lightning.callbacks.progress import FramesProgressBar
+from pmoe_lightning.callbacks.trajectories import ActionTrajectories
 
 __all__ = [
+    "ActionTrajectories",
     "EstimatorVariance",
     "Evaluation",
     "FinalPolicy",

@@ -288,6 +288,15 @@ class EstimatorVarianceSchema:
 
 
 @dataclass
+class ActionTrajectoriesSchema:
+    _target_: str = MISSING
+    every_frames: int = _at_least(1)
+    num_states: int = _at_least(1)
+    num_actions: int = _at_least(1)
+    resolution: int = _at_least(2)
+
+
+@dataclass
 class FinalPolicySchema:
     _target_: str = MISSING
     video: bool = MISSING
@@ -356,6 +365,7 @@ SCHEMAS = {
         "final_policy": FinalPolicySchema,
         "metrics": MetricsLoggerSchema,
         "mixture": MixtureDiagnosticsSchema,
+        "trajectories": ActionTrajectoriesSchema,
     },
     "logger": {"mlflow": MLflowSchema},
 }

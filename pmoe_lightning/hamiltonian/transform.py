@@ -63,6 +63,17 @@ class Evolution(NamedTuple):
     """Q(s, a_L) - Q(s, a_0), detached, zero where the draw stays."""
 
 
+class Trajectory(NamedTuple):
+    """Where leapfrog leads."""
+
+    positions: tuple[Float[Tensor, "*S A"], ...]
+    """u_0 .. u_L."""
+    momentum: Float[Tensor, "*S A"]
+    """rho_L."""
+    qvalue_gain: Float[Tensor, "*S"]
+    """Q(s, a_L) - Q(s, a_0), detached."""
+
+
 class HamiltonianTransform(nn.Module):
     r"""Evolves unsquashed actions along trajectories of the action value.
 
@@ -167,9 +178,10 @@ class HamiltonianTransform(nn.Module):
             metropolis: decide by Metropolis's rule, too.
         """
         momentum = momentum.expand_as(u)
-        end, end_momentum, gain = self.trajectory(
+        positions, end_momentum, gain = self.trajectory(
             u, momentum, observation=observation, qvalue=qvalue, bounds=bounds, alpha=alpha
         )
+        end = positions[-1]
         hot = self.momentum_scale * self.temperature**0.5
         heat = kinetic_energy(end_momentum, self.momentum_scale) - kinetic_energy(momentum, hot)
         widening = bounds.log_abs_det_jacobian(end) - bounds.log_abs_det_jacobian(u)
@@ -191,20 +203,23 @@ class HamiltonianTransform(nn.Module):
         qvalue: ActionValue,
         bounds: TanhBounds,
         alpha: Tensor | float,
-    ) -> tuple[Float[Tensor, "*S A"], Float[Tensor, "*S A"], Float[Tensor, "*S"]]:
-        """Where leapfrog leads, whatever becomes of it: position, momentum, gain in Q. Arguments as ``forward``'s."""
+    ) -> Trajectory:
+        """The trajectory from u and momentum, whatever becomes of its end; arguments as ``forward``'s."""
         observation = observation.expand(*u.shape[:-1], -1)
+        positions: list[Tensor] = []
         values: list[Tensor] = []
 
         def force(position: Tensor) -> Tensor:
             value, gradient = self._value_and_gradient(qvalue, bounds.squash(position).detach())
+            positions.append(position)
             values.append(value)
             # The gradient of log_target: the chain rule through a(u), and d/du log(1 - tanh(u)^2) = -2 tanh(u).
             gradient = _finite(gradient / alpha) * bounds.squash_derivative(position) - 2 * position.tanh()
             return self.force(observation, position, gradient)
 
-        end = leapfrog(u, momentum, force, self.step_size, self.num_leapfrog_steps, temperature=self.temperature)
-        return *end, values[-1] - values[0]
+        steps, temperature = self.num_leapfrog_steps, self.temperature
+        _, momentum = leapfrog(u, momentum, force, self.step_size, steps, temperature=temperature)
+        return Trajectory(tuple(positions), momentum, values[-1] - values[0])
 
     @torch.no_grad()
     def _value_and_gradient(self, qvalue: ActionValue, action: Tensor) -> tuple[Tensor, Tensor]:

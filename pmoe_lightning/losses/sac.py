@@ -139,14 +139,18 @@ class PMOESACLoss(SACLoss):
         if transform is None or not transform.is_used_in(use):
             return lambda u, log_prob: (u, log_prob, {})
         momentum = transform.sample_momentum(distribution.loc[..., 0, :])
-        observation, qvalue = tensordict.get(self.actor_network.in_keys[0]), self.action_value(tensordict)
-        state = {"observation": observation, "qvalue": qvalue, "bounds": distribution, "alpha": self._alpha}
+        state = self.state_of(tensordict, distribution)
 
         def evolve(u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             evolution = transform(u, log_prob, momentum, **state)
             return evolution.u, evolution.log_prob, transform.diagnose(u, evolution, distribution)
 
         return evolve
+
+    def state_of(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> dict[str, Any]:
+        """What the action transform must know of the states of the tensordict: keywords of its ``forward``."""
+        observation, qvalue = tensordict.get(self.actor_network.in_keys[0]), self.action_value(tensordict)
+        return {"observation": observation, "qvalue": qvalue, "bounds": distribution, "alpha": self._alpha}
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         """The critics, frozen, as functions of the action at the states of the tensordict."""
