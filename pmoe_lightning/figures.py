@@ -160,7 +160,8 @@ def action_trajectories(
         image = axes.imshow(values[state], origin="lower", extent=extent, aspect="auto", cmap="viridis")
         figure.colorbar(image, ax=axes, shrink=0.8)
         for path in paths[state]:
-            axes.plot(*path.T, color="white", linewidth=1.0, alpha=0.9)
+            axes.plot(*path.T, color="black", linewidth=2.4, alpha=0.7)
+            axes.plot(*path.T, color="white", linewidth=1.0)
         axes.scatter(*paths[state, :, -1].T, s=18, color=PALETTE[3], edgecolors="white", linewidths=0.6, zorder=3)
         axes.set_title(f"state {state + 1}", fontsize=10)
         axes.set_xlabel("action dimension 0")
