@@ -1,6 +1,7 @@
 """What the Hamiltonian transform costs, and what it brings to soft actor-critic.
 
     python benchmarks/hamiltonian.py cost                     # per update and per environment step, beside no transform
+    python benchmarks/hamiltonian.py cost --compiled          # acting as one compiled graph; compiling takes minutes
     python benchmarks/hamiltonian.py gain <checkpoint>        # Q gain against step size on a trained critic
     python benchmarks/hamiltonian.py run                      # every learner, three seeds; resumable cell by cell
     python benchmarks/hamiltonian.py run --learners gaussian gaussian_raw --seeds 1
@@ -44,7 +45,9 @@ OBSERVATIONS, ACTIONS, BATCH = 17, 6, 256
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
-def subject(actor: str, force: str, steps: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def subject(
+    actor: str, force: str, steps: int, compiled: bool = False
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """One update on a batch of 256, and one action, of SAC in the sizes of HalfCheetah-v5; no transform for 0 steps."""
     torch.manual_seed(0)
     make, estimator = (make_gaussian_actor, Pathwise()) if actor == "gaussian" else (make_pmoe_actor, Frequency())
@@ -52,6 +55,8 @@ def subject(actor: str, force: str, steps: int) -> tuple[Callable[[], None], Cal
     policy = make(OBSERVATIONS, [-1.0] * ACTIONS, [1.0] * ACTIONS)
     sizes = {"observation_dim": OBSERVATIONS, "action_dim": ACTIONS}
     algorithm = make_sac(policy, estimator, action_transform=transform if steps else None, **sizes)
+    if compiled:
+        algorithm.policy[-1].compile_evolution()
     optimizer = algorithm.configure_optimizers()
     flags = {name: torch.zeros(BATCH, 1, dtype=torch.bool) for name in ("done", "terminated")}
     after = TensorDict({"observation": torch.randn(BATCH, OBSERVATIONS), "reward": torch.randn(BATCH, 1), **flags})
@@ -100,6 +105,17 @@ def cost() -> None:
         for steps, update, action in zip(counts, updates, actions, strict=True):
             row = f"| {actor}, {force} | {steps} | {update:.1f} | {update / updates[0]:.2f} "
             print(f"{row}| {action:.2f} | {action - actions[0]:.2f} |", flush=True)
+
+
+def cost_compiled() -> None:
+    """Print what three steps add to one action, plain and compiled."""
+    torch.set_num_threads(1)
+    for force in ("raw", "gated"):
+        ways = [subject("gaussian", force, 0), subject("gaussian", force, 3), subject("gaussian", force, 3, True)]
+        nothing, plain, compiled = fastest([act for _, act in ways], 20)
+        print(
+            f"{force}: no transform {nothing:.2f} ms, L = 3 {plain - nothing:+.2f}, compiled {compiled - nothing:+.2f}"
+        )
 
 
 # -- gain --------------------------------------------------------------------------------------------------------------
@@ -217,7 +233,7 @@ def draw(found: dict[str, dict[int, dict]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("cost")
+    commands.add_parser("cost").add_argument("--compiled", action="store_true")
     commands.add_parser("gain").add_argument("checkpoint")
     runner = commands.add_parser("run")
     runner.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
@@ -225,7 +241,7 @@ def main() -> None:
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "cost":
-        cost()
+        cost_compiled() if arguments.compiled else cost()
     elif arguments.command == "gain":
         gain(arguments.checkpoint)
     elif arguments.command == "run":
