@@ -225,6 +225,9 @@ def test_the_cost_changes_by_alpha_times_the_energy_error(force, temperature):
         value = at["qvalue"](at["bounds"].squash(u))[0].min(0).values
         return ALPHA * (log_prob - at["bounds"].log_abs_det_jacobian(u)) - value
 
+    end_momentum = evolve.trajectory(u, momentum, **at).momentum
+    heat = (end_momentum.square() - momentum.square() / temperature).sum(-1) / (2 * 0.7**2)
+    torch.testing.assert_close(evolution.log_prob, log_prob + heat)
     change = cost(evolution.u, evolution.log_prob) - cost(u, log_prob)
     torch.testing.assert_close(change, ALPHA * evolution.energy_error)
     assert change.abs().mean() > 0.01
