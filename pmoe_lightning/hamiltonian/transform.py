@@ -302,44 +302,43 @@ class EvolveAction(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         if not self.transform.is_used_in("acting"):
             return tensordict
-        bounds = TanhBounds(self.low, self.high)
         observation, action = (tensordict.get(key) for key in self.in_keys)
-        u, log_prob = tensordict.get("action_unsquashed", None), tensordict.get("action_log_prob", None)
-        scored, kept = log_prob is not None, u is not None
-        u = u if kept else bounds.unsquash(action)
-        log_prob = log_prob + bounds.log_abs_det_jacobian(u) if scored else u.new_zeros(u.shape[:-1])
         explores = (interaction_type() or self.default_interaction_type) is InteractionType.RANDOM
-        momentum = self.transform.sample_momentum(u) if explores else torch.zeros_like(u)
+        momentum = self.transform.sample_momentum(action) if explores else torch.zeros_like(action)
+        drawn = {key: tensordict.get(key, None) for key in ("action_unsquashed", "action_log_prob")}
         evolve = self._compiled or self.evolve
-        u, log_prob = evolve(observation, u, log_prob, momentum, metropolis=self.transform.metropolis and explores)
-        tensordict.set("action", bounds.squash(u))
-        if scored:
-            tensordict.set("action_log_prob", log_prob - bounds.log_abs_det_jacobian(u))
-        if kept:
-            tensordict.set("action_unsquashed", u)
+        evolved = evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
+        tensordict.set("action", evolved[0])
+        for (key, before), after in zip(drawn.items(), evolved[1:], strict=True):
+            if before is not None:
+                tensordict.set(key, after)
         return tensordict
 
     def evolve(
         self,
         observation: Float[Tensor, "*B O"],
-        u: Float[Tensor, "*B A"],
-        log_prob: Float[Tensor, "*B"],
+        action: Float[Tensor, "*B A"],
         momentum: Float[Tensor, "*B A"],
-        *,
+        u: Float[Tensor, "*B A"] | None,
+        log_prob: Float[Tensor, "*B"] | None,
         metropolis: bool,
-    ) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
-        """The evolved u and its log-density, as a function of tensors alone."""
+    ) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
+        """The evolved action, its u and its log-density, as a function of tensors alone; no log_prob counts as 0."""
+        bounds = TanhBounds(self.low, self.high)
+        u = bounds.unsquash(action) if u is None else u
+        log_prob = action.new_zeros(action.shape[:-1]) if log_prob is None else log_prob
         evolution = self.transform(
             u,
-            log_prob,
+            log_prob + bounds.log_abs_det_jacobian(u),
             momentum,
             observation=observation,
             qvalue=self.qvalue(observation),
-            bounds=TanhBounds(self.low, self.high),
+            bounds=bounds,
             alpha=self.log_alpha.detach().exp(),
             metropolis=metropolis,
         )
-        return evolution.u, evolution.log_prob
+        log_prob = evolution.log_prob - bounds.log_abs_det_jacobian(evolution.u)
+        return bounds.squash(evolution.u), evolution.u, log_prob
 
 
 def differentiable(qvalue: Callable[[Tensor], Tensor]) -> ActionValue:
