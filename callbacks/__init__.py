@@ -13,8 +13,10 @@ from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.mixture import MixtureDiagnostics
 from pmoe_lightning.callbacks.nonfinite import NonFiniteGuard
 from pmoe_lightning.callbacks.progress import FramesProgressBar
+from pmoe_lightning.callbacks.trajectories import ActionTrajectories
 
 __all__ = [
+    "ActionTrajectories",
     "EstimatorVariance",
     "Evaluation",
     "FinalPolicy",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, TensorDictParams
 from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
@@ -128,3 +128,71 @@ def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[
     """Weights and biases of all linear layers, first to last, from the parameters of a network by name."""
     linears = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
     return tuple([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+
+
+# What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
+_BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
+    nn.ReLU: lambda slope, y: torch.ops.aten.threshold_backward(slope, y, 0.0),
+    nn.Tanh: lambda slope, y: slope * (1 - y.square()),
+}
+
+
+def stacked_qvalue_at(
+    network: QValueNetwork, parameters: TensorDictBase, observation: Float[Tensor, "*B O"]
+) -> Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    r"""Q_1..Q_n(s, .) in given states, as functions of the action that come with their derivative.
+
+    What the leapfrog of an action transform asks for several times per state: the states' part of the first layer is
+    computed once, and the chain rule is written out, which takes about a third of the time of automatic differentiation
+    and works where that does not (without gradients, in inference mode, in an exported graph).
+
+    Args:
+        network, parameters, observation: as for ``stacked_qvalue``.
+
+    Returns:
+        the map a [*S, *B, A] -> (Q_i [n, *S, *B], pullback), pullback(c [n, *S, *B]) = sum_i c_i dQ_i/da [*S, *B, A].
+    """
+    names = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
+    weights = [parameters["layers", name, "weight"] for name in names]
+    biases = [parameters["layers", name, "bias"].unsqueeze(1) for name in names]
+    activation = network.layers[1]
+    back = _BACKWARD[type(activation)]
+    size, (n, width, _) = observation.shape[-1], weights[0].shape
+    of_state, of_action = weights[0][..., :size].mT, weights[0][..., size:]
+    from_state = (observation.reshape(1, -1, size) @ of_state + biases[0]).view(n, *observation.shape[:-1], width)
+
+    def evaluate(action: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        batch = action.shape[:-1]
+        first = (action.reshape(1, -1, action.shape[-1]) @ of_action.mT).view(n, *batch, width)
+        missing = first.ndim - from_state.ndim
+        first = first + from_state.view(n, *[1] * missing, *from_state.shape[1:])
+        hidden = [activation(first).view(n, -1, width)]
+        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+            hidden.append(activation(torch.baddbmm(bias, hidden[-1], weight.mT)))
+        values = torch.baddbmm(biases[-1], hidden[-1], weights[-1].mT)
+
+        def pullback(cotangent: Tensor) -> Tensor:
+            slope = back(cotangent.reshape(n, -1, 1) @ weights[-1], hidden[-1])
+            for weight, y in zip(weights[-2:0:-1], hidden[-2::-1], strict=True):
+                slope = back(slope @ weight, y)
+            return (slope @ of_action).sum(0).view(action.shape)
+
+        return values.view(n, *batch), pullback
+
+    return evaluate
+
+
+class QValueEnsemble(nn.Module):
+    """Critics as a module of stacked parameters: an observation [*B, O] -> ``stacked_qvalue_at`` it.
+
+    Holds the parameters it is given, not copies: those of ``SACLoss.qvalue_network_params`` stay the loss's own.
+    """
+
+    def __init__(self, network: QValueNetwork, parameters: TensorDictParams) -> None:
+        super().__init__()
+        self.parameters_by_name = parameters
+        # The architecture alone; as a submodule its own weights would be trained, moved and saved for nothing.
+        self.__dict__["network"] = network
+
+    def forward(self, observation: Tensor) -> Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        return stacked_qvalue_at(self.network, self.parameters_by_name["module"], observation)

@@ -27,7 +27,39 @@ _LOG_2 = math.log(2.0)
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
-class TanhGaussianMixture(Distribution):
+class TanhBounds:
+    """The map between unsquashed actions u and actions a in ``[low, high]``.
+
+        a = low + (high - low) (tanh(u) + 1) / 2
+
+    Args:
+        low, high: action bounds, tensors that broadcast to [A], in the units of the environment.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low, high
+        self._half_range = (high - low) / 2
+        self._center = (high + low) / 2
+
+    def squash(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """Bounded action a(u). The clamp removes the last-bit overshoot of ``center + half_range``."""
+        return (self._center + self._half_range * u.tanh()).clamp(self.low, self.high)
+
+    def squash_derivative(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """da_d/du_d, zero where tanh has saturated."""
+        return self._half_range * (1 - u.tanh().square())
+
+    def unsquash(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """The inverse of ``squash``, inexact where tanh has saturated; finite at the bounds."""
+        limit = 1 - torch.finfo(action.dtype).eps
+        return ((action - self._center) / self._half_range).clamp(-limit, limit).atanh()
+
+    def log_abs_det_jacobian(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
+        """sum_d log |da_d/du_d|, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), finite for every u."""
+        return (self._half_range.log() + 2 * (_LOG_2 - u - F.softplus(-2 * u))).sum(-1)
+
+
+class TanhGaussianMixture(TanhBounds, Distribution):
     """Mixture of K diagonal Gaussians under one joint categorical, squashed by tanh into ``[low, high]``.
 
     With one component it is the squashed Gaussian of SAC (Haarnoja et al. 2018, arXiv 1801.01290). As a policy of
@@ -74,11 +106,9 @@ class TanhGaussianMixture(Distribution):
             raise ValueError(f"unknown deterministic rule {deterministic!r}; use one of {get_args(DeterministicRule)}")
         self.loc, self.scale, self.deterministic = loc, scale, deterministic
         self.log_weights = F.log_softmax(mixture_logits, -1)
-        self.low = torch.as_tensor(low, dtype=loc.dtype, device=loc.device)
-        self.high = torch.as_tensor(high, dtype=loc.dtype, device=loc.device)
-        self._half_range = (self.high - self.low) / 2
-        self._center = (self.high + self.low) / 2
-        super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
+        low, high = (torch.as_tensor(bound, dtype=loc.dtype, device=loc.device) for bound in (low, high))
+        TanhBounds.__init__(self, low, high)
+        Distribution.__init__(self, loc.shape[:-2], loc.shape[-1:], validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -98,21 +128,6 @@ class TanhGaussianMixture(Distribution):
     def component_modes(self) -> Float[Tensor, "*B K A"]:
         """The squashed mean of every component: the candidates of all deterministic rules."""
         return self.squash(self.loc)
-
-    # --- between the unsquashed and the bounded action ---------------------------------------------------------------
-
-    def squash(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
-        """Bounded action a(u). The clamp removes the last-bit overshoot of ``center + half_range``."""
-        return (self._center + self._half_range * u.tanh()).clamp(self.low, self.high)
-
-    def unsquash(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
-        """The inverse of ``squash``, inexact where tanh has saturated; finite at the bounds."""
-        limit = 1 - torch.finfo(action.dtype).eps
-        return ((action - self._center) / self._half_range).clamp(-limit, limit).atanh()
-
-    def log_abs_det_jacobian(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
-        """sum_d log |da_d/du_d|, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), finite for every u."""
-        return (self._half_range.log() + 2 * (_LOG_2 - u - F.softplus(-2 * u))).sum(-1)
 
     # --- densities of the unsquashed action --------------------------------------------------------------------------
 

@@ -131,6 +131,46 @@ def component_modes(
     return figure
 
 
+def action_trajectories(
+    values: np.ndarray,
+    paths: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    title: str = "Action value in a few states, and the trajectories of actions over it (dots: where they end)",
+) -> Figure:
+    """Trajectories of two-dimensional actions over the action value, one panel per state.
+
+    Args:
+        values: Q [S, G, G] at the centres of G x G equal cells of the action box; rows are action dimension 1.
+        paths: actions [S, N, L + 1, 2], from the draw to where it was evolved to.
+        low, high: action bounds [2].
+        title: text above the panels.
+    """
+    columns = min(len(values), 4)
+    rows = -(-len(values) // columns)
+    figure = Figure(figsize=(1.2 + 2.9 * columns, 0.9 + 2.9 * rows), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for state, axes in enumerate(panels.flat):
+        if state >= len(values):
+            axes.set_visible(False)
+            continue
+        extent = (low[0], high[0], low[1], high[1])
+        image = axes.imshow(values[state], origin="lower", extent=extent, aspect="auto", cmap="viridis")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+        for path in paths[state]:
+            axes.plot(*path.T, color="black", linewidth=2.4, alpha=0.7)
+            axes.plot(*path.T, color="white", linewidth=1.0)
+        axes.scatter(*paths[state, :, -1].T, s=18, color=PALETTE[3], edgecolors="white", linewidths=0.6, zorder=3)
+        axes.set_title(f"state {state + 1}", fontsize=10)
+        axes.set_xlabel("action dimension 0")
+        axes.set_ylabel("action dimension 1")
+        _bound_axis(axes.set_xlim, low[0], high[0])
+        _bound_axis(axes.set_ylim, low[1], high[1])
+    return figure
+
+
 def trailing_mean(values: np.ndarray, counts: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last ``window`` values up to each position, each weighted by its count.
 

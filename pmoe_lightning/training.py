@@ -135,6 +135,11 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     actor = _call(cfg.actor, **vars(spaces), **arguments)
     compile = resolve_compile(cfg.compile, planned_updates(cfg) / world_size)
     shared = {"normalizer": normalizer} if on_policy else {}
+    transform = {}
+    if cfg.action_transform:
+        sizes = {"observation_dim": spaces.observation_dim, "action_dim": len(spaces.action_low)}
+        with torch.random.fork_rng():  # so that the critics start the same with every transform
+            transform["action_transform"] = _call(cfg.action_transform, **sizes)
     algorithm = _call(
         cfg.algo,
         actor=actor,
@@ -144,6 +149,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         compile=compile,
         policy_description=_describe_policy(cfg, spaces, arguments, normalizer is not None),
         **shared,
+        **transform,
     )
     if on_policy:
         scaled = cfg.data.normalize_reward
@@ -305,6 +311,7 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         "arguments": arguments,
         **vars(spaces),
         "normalize_observation": normalized,
+        "action_transform": _arguments(cfg.action_transform) if cfg.action_transform else None,
         "critic": {"hidden_sizes": list(cfg.algo.hidden_sizes), "activation": cfg.algo.activation},
         "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
     }
@@ -314,8 +321,9 @@ def _parameters(cfg: DictConfig) -> dict[str, Any]:
     """What tells runs apart: the options chosen and the numbers of the learning itself, under dotted names."""
     chosen = HydraConfig.get().runtime.choices
     parameters = {group: chosen[group] for group in ("algo", "actor", "estimator", "action_transform")}
-    for group in ("algo", "actor", "estimator", "env", "data", "trainer"):
-        parameters |= {f"{group}.{key}": value for key, value in _arguments(cfg[group]).items()}
+    for group in ("algo", "actor", "estimator", "action_transform", "env", "data", "trainer"):
+        if cfg[group]:
+            parameters |= {f"{group}.{key}": value for key, value in _arguments(cfg[group]).items()}
     for key in ("data.normalize_observation", "data.normalize_reward"):
         if (value := OmegaConf.select(cfg, key)) is not None:
             parameters[key] = value

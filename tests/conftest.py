@@ -39,7 +39,11 @@ def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
             from pmoe_lightning import critics, distributions, estimators
 
             patch.setattr(critics, "stacked_qvalue", with_shape_checks(critics.stacked_qvalue))
-            for owner in (distributions.TanhGaussianMixture, *estimators.AbstractEstimator.__subclasses__()):
+            for owner in (
+                distributions.TanhBounds,
+                distributions.TanhGaussianMixture,
+                *estimators.AbstractEstimator.__subclasses__(),
+            ):
                 for name, value in list(vars(owner).items()):
                     if inspect.isfunction(value) or isinstance(value, property):
                         patch.setattr(owner, name, with_shape_checks(value))

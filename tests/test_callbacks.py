@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_ppo, make_sac
 from pmoe_lightning.callbacks import (
+    ActionTrajectories,
     EstimatorVariance,
     Evaluation,
     FinalPolicy,
@@ -35,6 +36,7 @@ from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation import evaluate_policy
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 
 EPISODE, EPOCH, TOTAL = 20, 100, 300
 pendulum = partial(make_env, "Pendulum-v1", max_episode_steps=EPISODE)
@@ -390,6 +392,39 @@ def test_the_estimator_is_measured_at_intervals(tmp_path, num_components):
     if num_components == 1:  # both are plain reparameterisation; only the noise differs
         assert min(logger.values("estimator/cosine_loc")) > 0.5
         assert not logger.steps("estimator/variance_router")
+
+
+def two_dimensional(folder, callbacks, logger, transform) -> Trainer:
+    seed_everything(0, verbose=False)
+    sizes = {"observation_dim": 2, "action_dim": 2, "hidden_sizes": [8]}
+    actor = make_pmoe_actor(2, [-1.0] * 2, [1.0] * 2, num_components=1, hidden_sizes=[8])
+    algorithm = make_sac(actor, Pathwise(), action_transform=transform, **sizes)
+    data = OffPolicyData(
+        partial(make_env, "MultiGoal-v0"), algorithm.policy, total_frames=120, frames_per_epoch=60, frames_per_batch=20,
+        init_random_frames=20, batch_size=8, utd_ratio=0.1, seed=0,
+    )  # fmt: skip
+    trainer = make_trainer(callbacks, folder, logger)
+    trainer.fit(algorithm, datamodule=data)
+    return trainer
+
+
+def test_trajectories_are_drawn_at_intervals_and_change_nothing(tmp_path):
+    logger, ends = Recorder(), []
+    for callbacks in ([], [ActionTrajectories(50, num_actions=3, resolution=8)]):
+        made = make_hamiltonian_transform(2, 2, force="raw", step_size=0.2)
+        trainer = two_dimensional(tmp_path, callbacks, logger, made)
+        ends.append([*(p.detach().clone() for p in trainer.lightning_module.parameters()), torch.rand(3)])
+    assert logger.figures == [("action_trajectories", frames) for frames in (60, 100, 120)]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    figure = callbacks[0].draw(trainer.lightning_module)
+    path = figure.axes[0].lines[0].get_xydata()
+    assert path.shape == (4, 2) and np.abs(path).max() <= 1 and np.abs(np.diff(path, axis=0)).min() > 0
+
+
+def test_no_trajectories_without_a_transform(tmp_path):
+    logger = Recorder()
+    two_dimensional(tmp_path, [ActionTrajectories(50)], logger, None)
+    assert logger.figures == []
 
 
 def test_mixture_metrics_of_a_router_that_never_decides():

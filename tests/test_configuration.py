@@ -13,6 +13,7 @@ from pmoe_lightning.configuration.schemas import SCHEMAS, Limit
 from pmoe_lightning.errors import ConfigurationError
 
 register()
+HAMILTONIAN = ("algo=sac", "action_transform=hamiltonian_raw")
 
 
 def configure(*words: str):
@@ -70,7 +71,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
         assert set(SCHEMAS.get(group, {})) <= set(options)
         for option in options:
             needs = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"], "options": ["algo=dac"]}
-            words = needs.get(option, [])
+            words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
             schema = SCHEMAS.get(group, {}).get(option)
             if schema is not None:
@@ -224,6 +225,25 @@ def test_help_lists_every_option():
         (["algo=ppo", "actor=options"], "actor=options is learnt by algo=dac alone: use algo=dac or another actor"),
         (["algo=sac", "actor=options"], "actor=options is learnt by algo=dac alone"),
         (["algo=dac", "actor.num_options=1"], "actor.num_options=1"),
+        (["algo=ppo", "action_transform=hamiltonian_raw"], "use algo=sac or action_transform=none"),
+        (["algo=dac", "action_transform=hamiltonian_gated"], "use algo=sac or action_transform=none"),
+        (
+            ["algo=sac", "action_transform=hamiltonian_raw", "action_transform.magnitude=2"],
+            "action_transform.magnitude",
+        ),
+        (
+            ["algo=sac", "action_transform=hamiltonian_raw", "action_transform.step_size=0"],
+            "action_transform.step_size=0",
+        ),
+        (["algo=sac", "action_transform=hamiltonian_raw", "action_transform.used_in=[eval]"], "must be a list"),
+        (
+            ["algo=sac", "action_transform=hamiltonian_gated", "action_transform.used_in=[acting]"],
+            "add actor_loss to its used_in",
+        ),
+        (
+            [*HAMILTONIAN, "action_transform.metropolis=true", "action_transform.temperature=2"],
+            "needs action_transform.temperature=1, not 2.0",
+        ),
         (["algo=sac", "total_frames=500"], "data.init_random_frames=1000"),
         (["algo=sac", "data.buffer_size=500"], "data.buffer_size=500"),
     ],

@@ -34,6 +34,15 @@ def test_the_torchrl_program_trains():
     assert steps == {3 * 64}  # iterations 16, 17 and 18 of 64 frames find a thousand transitions
 
 
+def test_the_hamiltonian_program_makes_a_policy_that_evolves():
+    names: dict = {}
+    exec(programs("docs/hamiltonian.md")[0], names)
+    states = TensorDict(observation=torch.randn(5, 17), batch_size=5)
+    with torch.no_grad():
+        drawn, evolved = names["actor"](states.copy())["action"], names["policy"](states.copy())["action"]
+    assert evolved.shape == drawn.shape == (5, 6) and not torch.equal(evolved, drawn)
+
+
 def test_the_estimator_of_the_page_estimates():
     program = next(program for program in programs("docs/torchrl.md") if "AbstractEstimator" in program)
     names: dict = {}

@@ -33,12 +33,16 @@ def test_learning_curve_draws_any_part_of_a_run(episodes, evaluations):
     render(figures.learning_curve(episodes, evaluations))
 
 
-def test_learning_curve_marks_the_best_evaluation():
-    figure = figures.learning_curve(EPISODES, EVALUATIONS, title="Pendulum-v1")
-    assert figure.axes[0].get_title() == "Pendulum-v1"
-    assert "best -250 at 300 frames" in labels(figure)
-    star = next(line for line in figure.axes[0].lines if line.get_marker() == "*")
-    assert (star.get_xdata()[0], star.get_ydata()[0]) == (300.0, -250.0)
+@pytest.mark.parametrize("states", [1, 5])
+def test_action_trajectories_show_every_path_and_its_end(states):
+    rng = np.random.default_rng(0)
+    paths = rng.uniform(-1, 1, (states, 3, 4, 2))
+    figure = figures.action_trajectories(rng.normal(size=(states, 6, 6)), paths, np.full(2, -1.0), np.full(2, 1.0))
+    render(figure)
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert len(panels) == states
+    np.testing.assert_allclose(panels[-1].collections[0].get_offsets(), paths[-1, :, -1])
+    np.testing.assert_allclose(panels[-1].lines[0].get_xydata(), paths[-1, 0])
 
 
 def test_learning_curve_marks_nothing_when_no_evaluation_was_finite():

@@ -99,9 +99,7 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def record_loss(self, out: Mapping[str, Tensor] | TensorDictBase, *, count: int | None = None) -> None:
         """Record every entry of a loss module's output, or of ``count`` outputs stacked, under its public name."""
-        folder = {True: "mixture", False: "train"}
-        named = {f"{folder[name.startswith('winner')]}/{name}": value for name, value in out.items()}
-        self.record(named, count=count)
+        self.record({_public_name(name): value for name, value in out.items()}, count=count)
 
     def drop_nonfinite(self) -> list[str]:
         """Forget the metrics whose running means are not finite, and return their names in the order of recording."""
@@ -153,3 +151,10 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.updates = checkpoint["updates"]
         if "experience" in checkpoint and self.trainer.datamodule is not None:
             self.trainer.datamodule.load_experience(checkpoint["experience"])
+
+
+def _public_name(name: str) -> str:
+    """``loss_actor`` is logged as ``train/loss_actor``, ``hamiltonian_distance`` as ``hamiltonian/distance``."""
+    if name.startswith("hamiltonian_"):
+        return f"hamiltonian/{name.removeprefix('hamiltonian_')}"
+    return f"mixture/{name}" if name.startswith("winner") else f"train/{name}"

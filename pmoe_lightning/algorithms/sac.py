@@ -14,6 +14,7 @@ from torchrl.objectives import SoftUpdate
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.estimators import AbstractEstimator
+from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.losses import PMOESACLoss
 from pmoe_lightning.updates import SACUpdate
 
@@ -47,15 +48,18 @@ class SAC(AbstractAlgorithm):
         compile: bool = False,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(loss, actor, actor, policy_description)
+        super().__init__(loss, actor, loss.acting_policy(actor), policy_description)
         self.lr_actor, self.lr_qvalue, self.lr_alpha = lr_actor, lr_qvalue, lr_alpha
         self.tau, self.compiles = tau, compile
         self.target_updater = SoftUpdate(loss, tau=tau)
         self.update: SACUpdate | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        acting = list(self.loss.actor_network_params.parameters())
+        if self.loss.action_transform is not None:
+            acting += self.loss.action_transform.parameters()
         groups = [
-            {"params": list(self.loss.actor_network_params.parameters()), "lr": self.lr_actor, "name": "actor"},
+            {"params": acting, "lr": self.lr_actor, "name": "actor"},
             {"params": list(self.loss.qvalue_network_params.parameters()), "lr": self.lr_qvalue, "name": "qvalue"},
         ]
         if not self.loss.fixed_alpha:
@@ -99,6 +103,7 @@ def make_sac(
     tau: float = 0.005,
     alpha_init: float = 1.0,
     target_entropy: float | None = None,
+    action_transform: HamiltonianTransform | None = None,
     compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
 ) -> SAC:
@@ -114,6 +119,7 @@ def make_sac(
         tau: target smoothing per update.
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
+        action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
         compile: run the update as one compiled graph.
         policy_description: see ``AbstractAlgorithm``.
 
@@ -129,6 +135,7 @@ def make_sac(
         actor,
         critics,
         estimator=estimator,
+        action_transform=action_transform,
         alpha_init=alpha_init,
         target_entropy=float(-action_dim if target_entropy is None else target_entropy),
     )

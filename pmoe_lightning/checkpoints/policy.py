@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+from torch import nn
 
 from pmoe_lightning.actors import (
     BestValueActor,
@@ -24,8 +26,9 @@ from pmoe_lightning.actors import (
 )
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
-from pmoe_lightning.critics import make_qvalue_network
+from pmoe_lightning.critics import QValueEnsemble, make_qvalue_network
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.hamiltonian import EvolveAction, make_hamiltonian_transform
 from pmoe_lightning.normalization import ObservationNormalizer
 from pmoe_lightning.options import OptionActor, make_option_actor
 
@@ -38,6 +41,23 @@ ACTORS: dict[str, Callable[..., TensorDictModule]] = {
 }
 FORMAT = 1
 _MAX_WIDTH = 65_536
+_MAX_LEAPFROG_STEPS = 1000
+_NUM_CRITICS = 2
+_TRANSFORM_ARGUMENTS = {
+    "force": str,
+    "num_leapfrog_steps": int,
+    "step_size": float,
+    "learn_step_size": bool,
+    "momentum_scale": float,
+    "temperature": float,
+    "metropolis": bool,
+    "log_prob": str,
+    "critic_reduction": str,
+    "used_in": list,
+    "magnitude": float,
+    "learn_magnitude": bool,
+    "hidden_size": int,
+}
 _MAX_PARAMETERS = 500_000_000
 
 
@@ -99,6 +119,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     if reserved:
         raise RunError(f"{place}.env: kwargs must not hold {', '.join(sorted(reserved))}")
     _check_arguments(_get(description, "arguments", dict, place), size, len(low), f"{place}.arguments")
+    if description.get("action_transform") is not None:
+        _check_transform(_get(description, "action_transform", dict, place), f"{place}.action_transform")
     return entry
 
 
@@ -115,13 +137,14 @@ def build_policy(
     if rule not in (None, "best_value"):
         arguments["deterministic"] = rule
     try:
-        policy = actor = ACTORS[description["actor"]](
+        actor = ACTORS[description["actor"]](
             description["observation_dim"], description["action_low"], description["action_high"], **arguments
         )
+        parts = [ObservationNormalizer(description["observation_dim"])] if description["normalize_observation"] else []
+        parts += [actor, *_make_transform(description, actor, where)]
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
-    if description["normalize_observation"]:
-        policy = TensorDictSequential(ObservationNormalizer(description["observation_dim"]), policy)
+    policy = actor if len(parts) == 1 else TensorDictSequential(*parts)
     try:
         policy.load_state_dict(entry["state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -129,32 +152,50 @@ def build_policy(
         raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
     if rule == "best_value":
         best = BestValueActor(actor, _build_critics(entry, where))
-        policy = best if policy is actor else TensorDictSequential(policy[0], best)
+        parts = [best if part is actor else part for part in parts]
+        policy = best if len(parts) == 1 else TensorDictSequential(*parts)
     for module in policy.modules():
-        if isinstance(module, ProbabilisticTensorDictModule | OptionActor):
+        if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction):
             module.default_interaction_type = InteractionType.DETERMINISTIC
     return policy.to(device).eval()
 
 
 def _build_critics(entry: Mapping[str, Any], where: str) -> list[TensorDictModule]:
     """The action-value networks of a checked entry, for the rule ``best_value``."""
-    description, state_dicts = entry["description"], entry.get("action_values")
+    state_dicts = entry.get("action_values")
     if not state_dicts:
         raise RunError(f"{where} holds no action values to rank components by: use rule=max_weight")
-    sizes = {key: description.get("critic", {}).get(key) for key in ("hidden_sizes", "activation")}
-    observations, actions = description["observation_dim"], len(description["action_low"])
-    _check_arguments(sizes, observations + actions, 1, f"{where}, policy.description.critic")
     critics = []
     for state_dict in state_dicts:
-        key = description["arguments"].get("observation_key", "observation")
         try:
-            critic = make_qvalue_network(observations, actions, **sizes, observation_key=key)
+            critic = _make_critic(entry["description"], where)
             critic.load_state_dict(state_dict)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 300)
             raise RunError(f"{where}, policy.action_values do not fit their description: {reason}") from error
         critics.append(critic)
     return critics
+
+
+def _make_critic(description: Mapping[str, Any], where: str) -> TensorDictModule:
+    """A critic of the described sizes, its weights not loaded."""
+    sizes = {key: description.get("critic", {}).get(key) for key in ("hidden_sizes", "activation")}
+    observations, actions = description["observation_dim"], len(description["action_low"])
+    _check_arguments(sizes, observations + actions, 1, f"{where}, policy.description.critic")
+    key = description["arguments"].get("observation_key", "observation")
+    return make_qvalue_network(observations, actions, **sizes, observation_key=key)
+
+
+def _make_transform(description: Mapping[str, Any], actor: TensorDictModule, where: str) -> list[EvolveAction]:
+    """The action transform behind the actor, its weights not loaded; none where the policy acts without."""
+    arguments = description.get("action_transform")
+    if arguments is None or "acting" not in arguments["used_in"]:
+        return []
+    critics = [_make_critic(description, where) for _ in range(_NUM_CRITICS)]
+    ensemble = QValueEnsemble(critics[0].module, TensorDict.from_modules(*critics, as_module=True))
+    transform = make_hamiltonian_transform(description["observation_dim"], len(description["action_low"]), **arguments)
+    bounds = (torch.tensor(description[key]) for key in ("action_low", "action_high"))
+    return [EvolveAction(transform, ensemble, nn.Parameter(torch.zeros(())), *bounds, observation_key=actor.in_keys[0])]
 
 
 def _get(mapping: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
@@ -194,3 +235,14 @@ def _check_arguments(arguments: Mapping[str, Any], observation_dim: int, action_
     for key in ("activation", "router", "scale", "initialization", "deterministic", "observation_key"):
         if not isinstance(arguments.get(key, ""), str):
             raise RunError(f"{where}: {key} {arguments[key]!r} is not text")
+
+
+def _check_transform(arguments: Mapping[str, Any], where: str) -> None:
+    for key, kind in _TRANSFORM_ARGUMENTS.items():
+        value = arguments.get(key, kind())
+        if not isinstance(value, kind | int if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise RunError(f"{where}: {key} {value!r} is not a {kind.__name__}")
+    if not all(isinstance(use, str) for use in _get(arguments, "used_in", list, where)):
+        raise RunError(f"{where}: used_in {arguments['used_in']!r} is not a list of words")
+    if arguments.get("num_leapfrog_steps", 0) > _MAX_LEAPFROG_STEPS or arguments.get("hidden_size", 0) > _MAX_WIDTH:
+        raise RunError(f"{where}: num_leapfrog_steps or hidden_size is out of range")

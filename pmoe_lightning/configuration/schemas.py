@@ -196,6 +196,32 @@ class GumbelSoftmaxSchema:
     straight_through: bool = MISSING
 
 
+@dataclass
+class HamiltonianSchema:
+    _target_: str = MISSING
+    force: str = _one_of("raw", "normalized", "gated")
+    num_leapfrog_steps: int = _at_least(0)
+    step_size: float = _positive()
+    learn_step_size: bool = MISSING
+    momentum_scale: float = _positive()
+    temperature: float = _at_least(1)
+    metropolis: bool = MISSING
+    log_prob: str = _one_of("joint", "base")
+    critic_reduction: str = _one_of("min", "mean")
+    used_in: list[str] = _one_of("acting", "actor_loss", "critic_target")
+
+
+@dataclass
+class NormalizedSchema(HamiltonianSchema):
+    magnitude: float = _positive()
+    learn_magnitude: bool = MISSING
+
+
+@dataclass
+class GatedSchema(NormalizedSchema):
+    hidden_size: int = _at_least(1)
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 @dataclass
 class DataSchema:
@@ -271,6 +297,15 @@ class NonFiniteGuardSchema:
 
 
 @dataclass
+class ActionTrajectoriesSchema:
+    _target_: str = MISSING
+    every_frames: int = _at_least(1)
+    num_states: int = _at_least(1)
+    num_actions: int = _at_least(1)
+    resolution: int = _at_least(2)
+
+
+@dataclass
 class FinalPolicySchema:
     _target_: str = MISSING
     video: bool = MISSING
@@ -330,6 +365,11 @@ SCHEMAS = {
         "pathwise": PathwiseSchema,
         "score_function": ScoreSchema,
     },
+    "action_transform": {
+        "hamiltonian_gated": GatedSchema,
+        "hamiltonian_normalized": NormalizedSchema,
+        "hamiltonian_raw": HamiltonianSchema,
+    },
     "data": {"off_policy": OffPolicySchema, "on_policy": OnPolicySchema},
     "trainer": {"default": TrainerSchema},
     "callbacks": {
@@ -339,6 +379,7 @@ SCHEMAS = {
         "metrics": MetricsLoggerSchema,
         "mixture": MixtureDiagnosticsSchema,
         "nonfinite": NonFiniteGuardSchema,
+        "trajectories": ActionTrajectoriesSchema,
     },
     "logger": {"mlflow": MLflowSchema},
 }

@@ -46,6 +46,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_data(cfg)
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
+    _check_action_transform(cfg)
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limit | None]]:
@@ -135,6 +136,27 @@ def _check_estimator_and_actor(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"estimator.baseline={cfg.estimator.baseline} needs estimator.num_samples of at least 2: "
             "use more samples or estimator.baseline=none"
+        )
+
+
+def _check_action_transform(cfg: DictConfig) -> None:
+    transform = cfg.action_transform
+    if not transform:
+        return
+    if OmegaConf.get_type(cfg.algo) is not SACSchema:
+        raise ConfigurationError(
+            "action_transform=hamiltonian_... evolves actions along an action value, and the probability ratio of "
+            "ppo and dac needs the exact density of what was done: use algo=sac or action_transform=none"
+        )
+    learns = transform.learn_step_size or transform.get("learn_magnitude", False) or transform.force == "gated"
+    if learns and "actor_loss" not in transform.used_in:
+        raise ConfigurationError(
+            "action_transform: what it learns, it learns from the actor loss: add actor_loss to its used_in"
+        )
+    if transform.metropolis and transform.temperature != 1:
+        raise ConfigurationError(
+            f"action_transform.metropolis=true needs action_transform.temperature=1, not {transform.temperature}: "
+            "a tempered trajectory has no reverse"
         )
 
 

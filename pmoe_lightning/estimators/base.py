@@ -33,6 +33,8 @@ class Evaluation(NamedTuple):
     """Log-density of the action that is finally taken (squashed, and transformed where a transform is used)."""
     score: Float[Tensor, "*S"]
     """Higher is better: min_i Q_i(s, a). Used only to rank components, never differentiated."""
+    diagnostics: Mapping[str, Tensor] = {}
+    """Detached quantities worth logging, any shape; an estimator hands them on."""
 
 
 @runtime_checkable
@@ -40,6 +42,8 @@ class Objective(Protocol):
     """Maps unsquashed actions and their log-densities to costs; squashing is its first step.
 
     The cost is affine in the log-density, with a factor that does not depend on u: SAC's temperature, 1 for an entropy.
+    An objective that has random numbers of its own (an action transform's momentum) draws them before it is asked, one
+    set per state and never depending on u: all samples of a state share them, and asking again gives the same answer.
     """
 
     def __call__(self, u: Float[Tensor, "*S A"], log_prob: Float[Tensor, "*S"]) -> Evaluation: ...

@@ -85,7 +85,7 @@ class Frequency(AbstractEstimator):
             expected_cost,
             entropy_term.detach(),
             {"loss_frequency": routing},
-            {"winner_frequency": _frequencies(winner, distribution.num_components)},
+            {**evaluation.diagnostics, "winner_frequency": _frequencies(winner, distribution.num_components)},
         )
 
     def routing_loss(

@@ -50,7 +50,7 @@ class GumbelSoftmax(AbstractEstimator):
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
         u = self._relaxed_draw(distribution)
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
-        diagnostics = {"gumbel_temperature": self.temperature.to(u.device)}
+        diagnostics = {**evaluation.diagnostics, "gumbel_temperature": self.temperature.to(u.device)}
         return Surrogate(evaluation.cost, evaluation.log_prob.detach(), {}, diagnostics)
 
     def _relaxed_draw(self, distribution: TanhGaussianMixture) -> torch.Tensor:

@@ -37,4 +37,5 @@ class HalfReparameterized(AbstractEstimator):
         log_weight = log_weight.squeeze(-1)
         advantage = subtract_baseline(evaluation.cost, self.baseline)
         choice_term = (log_weight - log_weight.detach()) * advantage
-        return Surrogate((evaluation.cost + choice_term).mean(0), evaluation.log_prob.mean(0).detach())
+        expected_cost, log_prob = (evaluation.cost + choice_term).mean(0), evaluation.log_prob.mean(0).detach()
+        return Surrogate(expected_cost, log_prob, diagnostics=evaluation.diagnostics)

@@ -31,7 +31,7 @@ class Implicit(AbstractEstimator):
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
         u = implicit_rsample(distribution)
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
-        return Surrogate(evaluation.cost, evaluation.log_prob.detach())
+        return Surrogate(evaluation.cost, evaluation.log_prob.detach(), diagnostics=evaluation.diagnostics)
 
 
 def implicit_rsample(distribution: TanhGaussianMixture) -> Float[Tensor, "*B A"]:

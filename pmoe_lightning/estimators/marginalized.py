@@ -21,4 +21,4 @@ class Marginalized(AbstractEstimator):
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
         weights = distribution.weights.movedim(-1, 0)
         log_prob = (weights * evaluation.log_prob).sum(0).detach()
-        return Surrogate((weights * evaluation.cost).sum(0), log_prob)
+        return Surrogate((weights * evaluation.cost).sum(0), log_prob, diagnostics=evaluation.diagnostics)

@@ -29,4 +29,4 @@ class Pathwise(AbstractEstimator):
         self.check(distribution.num_components)
         u = distribution.rsample_unsquashed()
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
-        return Surrogate(evaluation.cost, evaluation.log_prob.detach())
+        return Surrogate(evaluation.cost, evaluation.log_prob.detach(), diagnostics=evaluation.diagnostics)

@@ -34,8 +34,9 @@ class ScoreFunction(AbstractEstimator):
         with torch.no_grad():
             u = distribution.rsample_unsquashed((self.num_samples,))
         density = distribution.log_prob_unsquashed(u)
-        with torch.no_grad():
-            evaluation = objective(u, density)
+        # Not without gradients: an action transform inside the objective has parameters of its own.
+        evaluation = objective(u, density.detach())
         advantage = subtract_baseline(evaluation.cost, self.baseline)
         score_term = ((density - density.detach()) * advantage).mean(0)
-        return Surrogate(evaluation.cost.mean(0) + score_term, evaluation.log_prob.mean(0))
+        expected_cost, log_prob = evaluation.cost.mean(0) + score_term, evaluation.log_prob.mean(0).detach()
+        return Surrogate(expected_cost, log_prob, diagnostics=evaluation.diagnostics)

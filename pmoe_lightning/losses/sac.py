@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 
-from pmoe_lightning.critics import QValueNetwork, stacked_layers, stacked_qvalue
+from pmoe_lightning.critics import QValueEnsemble, QValueNetwork, stacked_layers, stacked_qvalue, stacked_qvalue_at
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate
-from pmoe_lightning.estimators.base import Scoring
-
-#: Every critic's value [Q, *S] of actions [*S, A] at states that are fixed.
-QValues = Callable[[Float[Tensor, "*S A"]], Float[Tensor, "Q *S"]]
+from pmoe_lightning.hamiltonian import ActionValue, EvolveAction, HamiltonianTransform, differentiable
+from pmoe_lightning.hamiltonian.transform import Use
 
 
 class PMOESACLoss(SACLoss):
@@ -40,6 +37,8 @@ class PMOESACLoss(SACLoss):
         qvalue_network: a list of critics, stacked with their own initial weights.
         estimator: the gradient estimator of the actor; ``estimator.log_prob`` decides whether the mixture's or the
             drawing component's log-density enters the critic target and the temperature loss too.
+        action_transform: evolves the drawn actions, in actor loss and critic target as its ``used_in`` says, along the
+            loss's own critics; its parameters learn from the actor loss. ``acting_policy`` acts with it.
         loss_function: distance of the critics to their target; ``l2`` here (TorchRL's own default is ``smooth_l1``).
         **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...).
 
@@ -59,6 +58,7 @@ class PMOESACLoss(SACLoss):
         qvalue_network: TensorDictModule | Sequence[TensorDictModule],
         *,
         estimator: AbstractEstimator | None = None,
+        action_transform: HamiltonianTransform | None = None,
         loss_function: str = "l2",
         **arguments: Any,
     ) -> None:
@@ -67,6 +67,7 @@ class PMOESACLoss(SACLoss):
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))
         super().__init__(actor_network, qvalue_network, loss_function=loss_function, **arguments)
         self.estimator = Marginalized() if estimator is None else estimator
+        self.action_transform = action_transform
         # TorchRL creates this buffer at its first use; a state dict written before would not fit one written after.
         _ = self.target_entropy
 
@@ -109,16 +110,77 @@ class PMOESACLoss(SACLoss):
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
         next_tensordict = tensordict.get("next")
         distribution = self._distribution(next_tensordict)
-        qvalues = partial(self.qvalues, next_tensordict, parameters=self.target_qvalue_network_params)
-        next_value = soft_value(distribution, qvalues, self._alpha, self.estimator.log_prob)
+        u, log_prob = _draw(distribution, self.estimator.log_prob)
+        u, log_prob, _ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
+        log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+        qvalue = self.qvalues(next_tensordict, distribution.squash(u), self.target_qvalue_network_params)
+        next_value = qvalue.min(0).values - self._alpha * log_prob
         bootstrapped = tensordict.clone(False)
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
 
     def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
-        """What the actor minimises at the states of the tensordict."""
-        qvalues = partial(self.qvalues, tensordict, parameters=self._cached_detached_qvalue_params)
-        return soft_objective(distribution, qvalues, self._alpha)
+        """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
+        evolve = self._evolution("actor_loss", tensordict, distribution)
+
+        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+            u, log_prob, diagnostics = evolve(u, log_prob)
+            log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+            qvalue = self.qvalues(tensordict, distribution.squash(u), self._cached_detached_qvalue_params)
+            qvalue = qvalue.min(0).values
+            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue, diagnostics)
+
+        return objective
+
+    def _evolution(
+        self, use: Use, tensordict: TensorDictBase, distribution: TanhGaussianMixture
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Maps unsquashed draws and their log-densities to evolved ones, and says how that went.
+
+        The momentum is drawn here, once: every sample of a state, and every call, evolves with the same.
+        """
+        transform = self.action_transform
+        if transform is None or not transform.is_used_in(use):
+            return lambda u, log_prob: (u, log_prob, {})
+        momentum = transform.sample_momentum(distribution.loc[..., 0, :])
+        state = self.state_of(tensordict, distribution)
+
+        def evolve(u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            evolution = transform(u, log_prob, momentum, **state)
+            return evolution.u, evolution.log_prob, transform.diagnose(u, evolution, distribution)
+
+        return evolve
+
+    def state_of(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> dict[str, Any]:
+        """What the action transform must know of the states of the tensordict: keywords of its ``forward``."""
+        observation, qvalue = tensordict.get(self.actor_network.in_keys[0]), self.action_value(tensordict)
+        return {"observation": observation, "qvalue": qvalue, "bounds": distribution, "alpha": self._alpha}
+
+    def action_value(self, tensordict: TensorDictBase) -> ActionValue:
+        """The critics, frozen, as functions of the action at the states of the tensordict."""
+        parameters, network = self._cached_detached_qvalue_params, self.qvalue_network
+        if self.stacks_qvalues:
+            observation = tensordict.get(network.in_keys[0])
+            return stacked_qvalue_at(network.module, parameters["module"], observation)
+        return differentiable(lambda action: self.qvalues(tensordict, action, parameters))
+
+    def acting_policy(self, actor: TensorDictModuleBase) -> TensorDictModuleBase:
+        """The actor, followed by the action transform where that is used in acting, with the live critics.
+
+        Raises:
+            ValueError: the critics were not made by ``make_qvalue_network``.
+        """
+        if self.action_transform is None or "acting" not in self.action_transform.used_in:
+            return actor
+        if not self.stacks_qvalues:
+            raise ValueError(
+                "acting with a transform needs critics of make_qvalue_network: compose EvolveAction yourself"
+            )
+        critics = QValueEnsemble(self.qvalue_network.module, self.qvalue_network_params)
+        low, high = (actor[-1].get_buffer(name) for name in ("low", "high"))
+        key = self.qvalue_network.in_keys[0]
+        evolve = EvolveAction(self.action_transform, critics, self.log_alpha, low, high, observation_key=key)
+        return TensorDictSequential(actor, evolve)
 
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
         """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
@@ -162,26 +224,6 @@ class PMOESACLoss(SACLoss):
             return TensorDict(losses, batch_size=tensordict.batch_size)
         entropy = -metadata["log_prob"].mean()
         return TensorDict({**losses, "alpha": self._alpha, "entropy": entropy, **metadata["diagnostics"]})
-
-
-def soft_objective(distribution: TanhGaussianMixture, qvalues: QValues, alpha: Tensor) -> Objective:
-    """cost(u) = alpha log pi(a|s) - min_i Q_i(s, a) at a = squash(u)."""
-
-    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-        log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-        qvalue = qvalues(distribution.squash(u)).amin(0)
-        return Evaluation(alpha * log_prob - qvalue, log_prob, qvalue)
-
-    return objective
-
-
-def soft_value(
-    distribution: TanhGaussianMixture, qvalues: QValues, alpha: Tensor, scoring: Scoring
-) -> Float[Tensor, "*B"]:
-    """V(s) = min_i Q_i(s, a) - alpha log pi(a|s) at one a ~ pi, scored by the mixture or by the drawing component."""
-    u, log_prob = _draw(distribution, scoring)
-    log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-    return qvalues(distribution.squash(u)).amin(0) - alpha * log_prob
 
 
 def _draw(distribution: TanhGaussianMixture, scoring: str) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:

@@ -1,0 +1,255 @@
+"""What the Hamiltonian transform costs, and what it brings to soft actor-critic.
+
+    python benchmarks/hamiltonian.py cost                     # per update and per environment step, beside no transform
+    python benchmarks/hamiltonian.py cost --compiled          # acting as one compiled graph; compiling takes minutes
+    python benchmarks/hamiltonian.py gain <checkpoint>        # Q gain against step size on a trained critic
+    python benchmarks/hamiltonian.py run                      # every learner, three seeds; resumable cell by cell
+    python benchmarks/hamiltonian.py run --learners gaussian gaussian_raw --seeds 1
+    python benchmarks/hamiltonian.py table                    # the table, and hamiltonian.png
+
+Each cell of ``run`` trains SAC once through the command a user types and judges the last policy by ten deterministic
+episodes with seeds of their own; a finished cell is one JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from pmoe_lightning import load_policy, make_env, make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.algorithms import make_sac
+from pmoe_lightning.checkpoints import read_checkpoint
+from pmoe_lightning.estimators import Frequency, Pathwise
+from pmoe_lightning.evaluation import student_t_interval
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
+
+RESULTS = Path(__file__).parent / "results" / "hamiltonian"
+ENV, FRAMES, EPISODES, EVALUATION_SEED = "Hopper-v5", 30_000, 10, 10_000
+ACTORS = {"gaussian": ["actor=gaussian", "estimator=pathwise"], "pmoe": ["actor=pmoe", "estimator=frequency"]}
+TRANSFORMS = {"": "none", "_raw": "hamiltonian_raw", "_gated": "hamiltonian_gated"}
+LEARNERS = {
+    f"{actor}{suffix}": [*words, f"action_transform={transform}"]
+    for actor, words in ACTORS.items()
+    for suffix, transform in TRANSFORMS.items()
+}
+OBSERVATIONS, ACTIONS, BATCH = 17, 6, 256
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+def subject(
+    actor: str, force: str, steps: int, compiled: bool = False
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """One update on a batch of 256, and one action, of SAC in the sizes of HalfCheetah-v5; no transform for 0 steps."""
+    torch.manual_seed(0)
+    make, estimator = (make_gaussian_actor, Pathwise()) if actor == "gaussian" else (make_pmoe_actor, Frequency())
+    transform = make_hamiltonian_transform(OBSERVATIONS, ACTIONS, force=force, num_leapfrog_steps=steps)
+    policy = make(OBSERVATIONS, [-1.0] * ACTIONS, [1.0] * ACTIONS)
+    sizes = {"observation_dim": OBSERVATIONS, "action_dim": ACTIONS}
+    algorithm = make_sac(policy, estimator, action_transform=transform if steps else None, **sizes)
+    if compiled:
+        algorithm.policy[-1].compile_evolution()
+    optimizer = algorithm.configure_optimizers()
+    flags = {name: torch.zeros(BATCH, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    after = TensorDict({"observation": torch.randn(BATCH, OBSERVATIONS), "reward": torch.randn(BATCH, 1), **flags})
+    batch = {"observation": torch.randn(BATCH, OBSERVATIONS), "action": torch.rand(BATCH, ACTIONS) * 2 - 1}
+    batch = TensorDict({**batch, "next": after.auto_batch_size_(1)}, batch_size=[BATCH])
+    observation = torch.randn(1, OBSERVATIONS)
+
+    def update() -> None:
+        out = algorithm.loss(batch)
+        optimizer.zero_grad()
+        sum(value for name, value in out.items() if name.startswith("loss_")).backward()
+        optimizer.step()
+        algorithm.target_updater.step()
+
+    @torch.no_grad()
+    def act() -> None:
+        with set_exploration_type(ExplorationType.RANDOM):
+            algorithm.policy(TensorDict({"observation": observation}, batch_size=[1]))
+
+    return update, act
+
+
+def fastest(functions: list[Callable[[], None]], repeats: int, rounds: int = 15) -> list[float]:
+    """Least CPU milliseconds per call, over rounds in which all take turns."""
+    best = [float("inf")] * len(functions)
+    for round_ in range(rounds + 1):  # the first is a warm-up
+        for i, function in enumerate(functions):
+            start = time.process_time()
+            for _ in range(repeats):
+                function()
+            if round_:
+                best[i] = min(best[i], 1e3 * (time.process_time() - start) / repeats)
+    return best
+
+
+def cost() -> None:
+    """Print one row per number of steps."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    counts = [0, 1, 3, 5]
+    print("| actor, force | L | update (ms) | ratio | action (ms) | more by (ms) |")
+    print("|---|---|---|---|---|---|")
+    for actor, force in (("gaussian", "raw"), ("gaussian", "gated"), ("pmoe", "gated")):
+        subjects = [subject(actor, force, steps) for steps in counts]
+        updates, actions = fastest([s[0] for s in subjects], 3), fastest([s[1] for s in subjects], 20)
+        for steps, update, action in zip(counts, updates, actions, strict=True):
+            row = f"| {actor}, {force} | {steps} | {update:.1f} | {update / updates[0]:.2f} "
+            print(f"{row}| {action:.2f} | {action - actions[0]:.2f} |", flush=True)
+
+
+def cost_compiled() -> None:
+    """Print what three steps add to one action, plain and compiled."""
+    torch.set_num_threads(1)
+    for force in ("raw", "gated"):
+        ways = [subject("gaussian", force, 0), subject("gaussian", force, 3), subject("gaussian", force, 3, True)]
+        nothing, plain, compiled = fastest([act for _, act in ways], 20)
+        print(
+            f"{force}: no transform {nothing:.2f} ms, L = 3 {plain - nothing:+.2f}, compiled {compiled - nothing:+.2f}"
+        )
+
+
+# -- gain --------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def gain(checkpoint: str, states: int = 1200) -> None:
+    """Print what one trajectory of three steps does to actions drawn by a trained SAC policy without a transform."""
+    from pmoe_lightning.critics import make_qvalue_network, stacked_qvalue_at
+
+    content = read_checkpoint(checkpoint)
+    entry, alpha = content["policy"], content["state_dict"]["loss.log_alpha"].exp()
+    description, policy = entry["description"], load_policy(content)
+    sizes = description["observation_dim"], len(description["action_low"])
+    critics = [make_qvalue_network(*sizes, **description["critic"]) for _ in entry["action_values"]]
+    for critic, weights in zip(critics, entry["action_values"], strict=True):
+        critic.load_state_dict(weights)
+    torch.manual_seed(0)
+    env = make_env(description["env"]["id"], num_envs=8, seed=5)
+    with set_exploration_type(ExplorationType.RANDOM):
+        rollout = env.rollout(states // 8, policy, break_when_any_done=False)
+    observation = rollout["observation"].reshape(-1, sizes[0])
+    distribution = policy.get_dist(TensorDict({"observation": observation}, [len(observation)]))
+    parameters = TensorDict.from_modules(*critics, as_module=True)["module"]
+    state = {"observation": observation, "qvalue": stacked_qvalue_at(critics[0].module, parameters, observation)}
+    state |= {"bounds": distribution, "alpha": alpha}
+    u = distribution.rsample_unsquashed()
+    log_prob = distribution.log_prob_unsquashed(u)
+    print("| force | magnitude | step size | Q gain | moved | change of energy | acceptance | rejected |")
+    print("|---|---|---|---|---|---|---|---|")
+    for force, magnitude in (("raw", None), ("normalized", 1.0), ("normalized", 5.0), ("normalized", 20.0)):
+        for step_size in (0.01, 0.02, 0.05, 0.1, 0.2):
+            strength = {} if magnitude is None else {"magnitude": magnitude}
+            transform = make_hamiltonian_transform(*sizes, force=force, step_size=step_size, **strength)
+            evolution = transform(u, log_prob, transform.sample_momentum(u), **state)
+            found = {
+                k.removeprefix("hamiltonian_"): v for k, v in transform.diagnose(u, evolution, distribution).items()
+            }
+            change = evolution.energy_error[~evolution.stays].mean()
+            row = (
+                f"| {force} | {magnitude or '-'} | {step_size} | {found['qvalue_gain']:+.3f} | {found['distance']:.2f} "
+            )
+            print(f"{row}| {change:+.2f} | {found['acceptance']:.2f} | {found['rejected']:.3f} |", flush=True)
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+def train(learner: str, seed: int) -> dict:
+    """Train, and judge the policy at the end, through the commands a user types."""
+    folder = RESULTS.parent / "runs" / f"hamiltonian-{learner}-{seed}"
+    words = ["algo=sac", f"env.id={ENV}", f"total_frames={FRAMES}", f"seed={seed}", *LEARNERS[learner]]
+    words += ["callbacks=minimal", "logger=none", f"hydra.run.dir={folder}"]
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True)
+    seconds = time.monotonic() - start
+    judge = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
+    judge += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
+    answer = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True).stdout)
+    return {"mean": answer["mean"], "returns": answer["returns"], "seconds": seconds}
+
+
+def run(learners: list[str], seeds: list[int]) -> None:
+    """Fill the missing cells, seed by seed, so that an interrupted study compares what it has."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        for learner in learners:
+            cell = RESULTS / f"{learner}-{seed}.json"
+            if not cell.exists():
+                result = {"learner": learner, "seed": seed, "env": ENV, "frames": FRAMES} | train(learner, seed)
+                cell.with_suffix(".partial").write_text(json.dumps(result, indent=1))
+                cell.with_suffix(".partial").rename(cell)
+                print(f"{cell.stem}: {result['mean']:.0f} in {result['seconds']:.0f} s", flush=True)
+
+
+def read() -> dict[str, dict[int, dict]]:
+    """Finished cells by learner and seed."""
+    found: dict[str, dict[int, dict]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        cell = json.loads(path.read_text())
+        found.setdefault(cell["learner"], {})[cell["seed"]] = cell
+    return {learner: found[learner] for learner in LEARNERS if learner in found}
+
+
+def table(found: dict[str, dict[int, dict]]) -> None:
+    """Every seed, the mean with its 95 % interval over seeds (Student's t), and the difference to no transform."""
+    print(f"| learner | {ENV}, {FRAMES:,} frames: return, seed by seed | mean | 95 % interval | against no transform |")
+    print("|---|---|---|---|---|")
+    for learner, cells in found.items():
+        values = {seed: cells[seed]["mean"] for seed in sorted(cells)}
+        plain = found.get(learner.split("_")[0], {})
+        pairs = [value - plain[seed]["mean"] for seed, value in values.items() if seed in plain]
+        versus = "" if "_" not in learner or not pairs else f"{sum(pairs) / len(pairs):+.0f}"
+        mean, (low, high) = sum(values.values()) / len(values), student_t_interval(list(values.values()))
+        seeds = ", ".join(f"{value:.0f}" for value in values.values())
+        print(f"| {learner} | {seeds} | {mean:.0f} | {low:.0f} to {high:.0f} | {versus} |")
+
+
+def draw(found: dict[str, dict[int, dict]], path: Path) -> None:
+    """A dot per seed, a bar for their mean."""
+    from matplotlib.figure import Figure
+
+    from pmoe_lightning.figures import PALETTE
+
+    figure = Figure(figsize=(8.0, 4.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for position, (learner, cells) in enumerate(found.items()):
+        values = [cells[seed]["mean"] for seed in sorted(cells)]
+        color = PALETTE[0] if learner.startswith("gaussian") else PALETTE[1]
+        axes.bar(position, sum(values) / len(values), color=color, alpha=0.35, width=0.6)
+        axes.scatter([position] * len(values), values, color=color, zorder=3)
+    axes.set_xticks(range(len(found)), [learner.replace("_", "\n") for learner in found])
+    axes.set_ylabel("mean return of ten deterministic episodes")
+    axes.set_title(f"{ENV} after {FRAMES:,} frames of SAC: one dot per seed, bars at the mean")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("cost").add_argument("--compiled", action="store_true")
+    commands.add_parser("gain").add_argument("checkpoint")
+    runner = commands.add_parser("run")
+    runner.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
+    runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    commands.add_parser("table")
+    arguments = parser.parse_args()
+    if arguments.command == "cost":
+        cost_compiled() if arguments.compiled else cost()
+    elif arguments.command == "gain":
+        gain(arguments.checkpoint)
+    elif arguments.command == "run":
+        run(arguments.learners, arguments.seeds)
+    else:
+        table(read())
+        draw(read(), RESULTS / "hamiltonian.png")
+
+
+if __name__ == "__main__":
+    main()

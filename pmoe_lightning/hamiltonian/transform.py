@@ -1,0 +1,405 @@
+r"""Actions evolved by leapfrog on the action value: the transform itself, and a TensorDict module that acts with it.
+
+The dynamics run on the unsquashed action u, towards the density that soft actor-critic's policy is fitted to:
+
+    log_target(s, u) = Q(s, a(u)) / alpha + sum_d log |da_d/du_d|        (-log_target is the potential energy)
+    rho_0 ~ N(0, T_0 tau^2 I);   (u_L, rho_L) = leapfrog(u_0, rho_0)     (``leapfrog``)
+
+The density of u_L has no closed form. What scores it is a lower bound on its entropy, from the joint density of
+position and momentum and the unit Jacobian:
+
+    log pi_hat(u_L|s) = log pi(u_0|s) + log N(rho_0; 0, T_0 tau^2) - log N(rho_L; 0, tau^2) - log|det|
+                      = log pi(u_0|s) + |rho_L|^2 / (2 tau^2) - |rho_0|^2 / (2 T_0 tau^2)
+
+    E[-log pi_hat] = entropy of u_L - E KL(p(rho_L | u_L, s) || N(0, tau^2)) <= entropy of u_L.
+
+Tempering cancels: log|det| = -(A/2) log T_0 is the difference of the two normalising constants. What soft actor-critic
+pays for the evolved action is then what it paid for the drawn one plus alpha times the change of energy,
+
+    alpha log pi_hat(a_L|s) - Q(s, a_L) = alpha log pi(a_0|s) - Q(s, a_0) + alpha (H_L - H_0),
+
+so an exact integration of Hamilton's equations changes neither actor loss nor critic target, only where the policy
+acts; what a force or a temperature gains beyond that is gained in energy.
+
+Source: this project's definition throughout (see the package). Salimans et al. (2015, arXiv 1410.6460) and Caterini et
+al. (2018, arXiv 1805.11328) bound a marginal likelihood in this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from tensordict import TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModuleBase
+from tensordict.nn.probabilistic import interaction_type
+from torch import Tensor, nn
+
+from pmoe_lightning.distributions import TanhBounds
+from pmoe_lightning.hamiltonian.forces import AbstractForce, Gated, Normalized, Raw
+from pmoe_lightning.hamiltonian.leapfrog import is_divergent, kinetic_energy, leapfrog, metropolis_accepts
+
+Pullback = Callable[[Float[Tensor, "Q *S"]], Float[Tensor, "*S A"]]
+ActionValue = Callable[[Float[Tensor, "*S A"]], tuple[Float[Tensor, "Q *S"], Pullback]]
+"""a -> Q_i(s, a), and the map from weights c_i to sum_i c_i dQ_i/da. ``differentiable`` makes one of any function."""
+Use = Literal["acting", "actor_loss", "critic_target"]
+Scoring = Literal["joint", "base"]
+Reduction = Literal["min", "mean"]
+
+
+class Evolution(NamedTuple):
+    """What became of unsquashed actions."""
+
+    u: Float[Tensor, "*S A"]
+    log_prob: Float[Tensor, "*S"]
+    """Of the unsquashed action: what the draw had, or log pi_hat."""
+    energy_error: Float[Tensor, "*S"]
+    """H_L - H_0 of the proposed trajectory, detached."""
+    stays: Bool[Tensor, "*S"]
+    """Where the proposal was rejected: u and log_prob are those of the draw."""
+    qvalue_gain: Float[Tensor, "*S"]
+    """Q(s, a_L) - Q(s, a_0), detached, zero where the draw stays."""
+
+
+class Trajectory(NamedTuple):
+    """Where leapfrog leads."""
+
+    positions: tuple[Float[Tensor, "*S A"], ...]
+    """u_0 .. u_L."""
+    momentum: Float[Tensor, "*S A"]
+    """rho_L."""
+    qvalue_gain: Float[Tensor, "*S"]
+    """Q(s, a_L) - Q(s, a_0), detached."""
+
+
+class HamiltonianTransform(nn.Module):
+    r"""Evolves unsquashed actions along trajectories of the action value.
+
+    An element whose trajectory diverges (``leapfrog.is_divergent``), which includes every one that is not finite, stays
+    where it was, with the log-density it had. With ``num_leapfrog_steps=0`` the transform does nothing and draws no
+    random number.
+
+    What is differentiated: u_0, through positions, tanh and its Jacobian; the parameters of the force and the step
+    size. The action's gradient dQ/da enters as a constant: for a relu critic, which is linear in a almost everywhere,
+    that is all that automatic differentiation would find, but the curvature at its kinks is lost, so pathwise gradients
+    of the evolved action are exact for a critic that is linear in a and approximate for others.
+
+    Args:
+        force: see ``forces``.
+        num_leapfrog_steps: L.
+        step_size: eps.
+        learn_step_size: make eps a parameter, trained with the actor and kept within (0, 4 step_size).
+        momentum_scale: tau. The drift is eps rho whatever tau is: below 1 there is less noise than the target's
+            temperature asks for, and ``joint`` charges every gain of momentum 1 / tau^2 times as much.
+        temperature: T_0 >= 1 of ``leapfrog``; 1 does not temper.
+        metropolis: when acting, keep a sampled trajectory's end only by Metropolis's rule.
+        log_prob: ``joint`` scores with log pi_hat; ``base`` leaves its momentum terms out and so overstates the
+            entropy: gains in Q reappear as kinetic energy, which nobody pays for.
+        critic_reduction: Q is the ``min`` or the ``mean`` over critics.
+        used_in: where evolved actions replace drawn ones: ``acting``, ``actor_loss``, ``critic_target``.
+
+    Raises:
+        ValueError: an unknown switch or a number out of range.
+    """
+
+    def __init__(
+        self,
+        force: AbstractForce,
+        *,
+        num_leapfrog_steps: int = 3,
+        step_size: float = 0.1,
+        learn_step_size: bool = False,
+        momentum_scale: float = 1.0,
+        temperature: float = 1.0,
+        metropolis: bool = False,
+        log_prob: Scoring = "joint",
+        critic_reduction: Reduction = "min",
+        used_in: Collection[Use] = get_args(Use),
+    ) -> None:
+        super().__init__()
+        _check(num_leapfrog_steps, step_size, momentum_scale, temperature, metropolis)
+        for name, value, choices in (
+            *(("used_in", use, Use) for use in used_in),
+            ("log_prob", log_prob, Scoring),
+            ("critic_reduction", critic_reduction, Reduction),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"action transform: {name} must be one of {get_args(choices)}, not {value!r}")
+        if "actor_loss" not in used_in and (learn_step_size or any(p.requires_grad for p in force.parameters())):
+            raise ValueError(
+                "action transform: what it learns, it learns from the actor loss: use it in actor_loss, too"
+            )
+        self.force, self.num_leapfrog_steps = force, num_leapfrog_steps
+        self.momentum_scale, self.temperature, self.metropolis = momentum_scale, temperature, metropolis
+        self.log_prob, self.critic_reduction, self.used_in = log_prob, critic_reduction, frozenset(used_in)
+        self._max_step_size = 4 * step_size
+        logit = torch.tensor(0.25).logit()
+        if learn_step_size:
+            self.step_size_logit = nn.Parameter(logit)
+        else:
+            self.register_buffer("step_size_logit", logit)
+
+    @property
+    def step_size(self) -> Tensor:
+        """eps."""
+        return self._max_step_size * self.step_size_logit.sigmoid()
+
+    def is_used_in(self, use: Use) -> bool:
+        """Whether it changes anything there."""
+        return self.num_leapfrog_steps > 0 and use in self.used_in
+
+    def sample_momentum(self, like: Float[Tensor, "*B A"]) -> Float[Tensor, "*B A"]:
+        """rho_0 ~ N(0, T_0 tau^2 I) of the shape, type and device of a tensor."""
+        return self.momentum_scale * self.temperature**0.5 * torch.randn_like(like)
+
+    def forward(
+        self,
+        u: Float[Tensor, "*S A"],
+        log_prob: Float[Tensor, "*S"],
+        momentum: Float[Tensor, "*B A"],
+        *,
+        observation: Float[Tensor, "*B O"],
+        qvalue: ActionValue,
+        bounds: TanhBounds,
+        alpha: Tensor | float,
+        metropolis: bool = False,
+    ) -> Evolution:
+        """Evolve actions that were drawn with this log-density.
+
+        Args:
+            u, log_prob: unsquashed actions [*S, *B, A] at states [*B], and their log-density [*S, *B].
+            momentum: rho_0, one per state: all samples of a state share it.
+            observation: the states.
+            qvalue: the action values in these states.
+            bounds: squashes u.
+            alpha: the temperature.
+            metropolis: decide by Metropolis's rule, too.
+        """
+        momentum = momentum.expand_as(u)
+        positions, end_momentum, gain = self.trajectory(
+            u, momentum, observation=observation, qvalue=qvalue, bounds=bounds, alpha=alpha
+        )
+        end = positions[-1]
+        hot = self.momentum_scale * self.temperature**0.5
+        heat = kinetic_energy(end_momentum, self.momentum_scale) - kinetic_energy(momentum, hot)
+        widening = bounds.log_abs_det_jacobian(end) - bounds.log_abs_det_jacobian(u)
+        energy_error = (heat - widening).detach() - gain / alpha
+        stays = is_divergent(energy_error)
+        if metropolis:
+            stays = stays | ~metropolis_accepts(energy_error)
+        evolved = torch.where(stays.unsqueeze(-1), u, end)
+        if self.log_prob == "joint":
+            log_prob = torch.where(stays, log_prob, log_prob + heat)
+        return Evolution(evolved, log_prob, energy_error, stays, gain.masked_fill(stays, 0.0))
+
+    def trajectory(
+        self,
+        u: Float[Tensor, "*S A"],
+        momentum: Float[Tensor, "*S A"],
+        *,
+        observation: Float[Tensor, "*B O"],
+        qvalue: ActionValue,
+        bounds: TanhBounds,
+        alpha: Tensor | float,
+    ) -> Trajectory:
+        """The trajectory from u and momentum, whatever becomes of its end; arguments as ``forward``'s."""
+        observation = observation.expand(*u.shape[:-1], -1)
+        positions: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def force(position: Tensor) -> Tensor:
+            value, gradient = self._value_and_gradient(qvalue, bounds.squash(position).detach())
+            positions.append(position)
+            values.append(value)
+            # The gradient of log_target: the chain rule through a(u), and d/du log(1 - tanh(u)^2) = -2 tanh(u).
+            gradient = _finite(gradient / alpha) * bounds.squash_derivative(position) - 2 * position.tanh()
+            return self.force(observation, position, gradient)
+
+        steps, temperature = self.num_leapfrog_steps, self.temperature
+        _, momentum = leapfrog(u, momentum, force, self.step_size, steps, temperature=temperature)
+        return Trajectory(tuple(positions), momentum, values[-1] - values[0])
+
+    @torch.no_grad()
+    def _value_and_gradient(self, qvalue: ActionValue, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Q [*S] reduced over the critics, and dQ/da [*S, A]."""
+        values, pullback = qvalue(action)
+        if self.critic_reduction == "mean":
+            return values.mean(0), pullback(torch.full_like(values, 1 / len(values)))
+        value, least = values.min(0)
+        critics = torch.arange(len(values), device=values.device).view(-1, *[1] * least.ndim)
+        return value, pullback((critics == least).to(values.dtype))
+
+    @torch.no_grad()
+    def diagnose(self, u: Float[Tensor, "*S A"], evolution: Evolution, bounds: TanhBounds) -> dict[str, Tensor]:
+        """Means over all elements of what became of u: what a loss reports."""
+        _, _, energy_error, stays, gain = evolution
+        finite = energy_error.isfinite()
+        moved = bounds.squash(evolution.u) - bounds.squash(u)
+        return {
+            "hamiltonian_energy_error": energy_error.abs().masked_fill(stays, 0.0).mean(),
+            "hamiltonian_acceptance": energy_error.neg().exp().clamp_max(1.0).masked_fill(~finite, 0.0).mean(),
+            "hamiltonian_rejected": stays.to(gain.dtype).mean(),
+            "hamiltonian_nonfinite": (~finite).to(gain.dtype).mean(),
+            "hamiltonian_qvalue_gain": gain.mean(),
+            "hamiltonian_distance": moved.square().sum(-1).sqrt().mean(),
+            "hamiltonian_step_size": self.step_size.clone(),
+        }
+
+
+class EvolveAction(TensorDictModuleBase):
+    """Acts with a transform: placed behind any TorchRL actor, it replaces the actor's action by the evolved one.
+
+        policy = TensorDictSequential(actor, EvolveAction(...))
+
+    Reads the observation and ``action`` [*B, A] and writes ``action``. Where the actor also writes its
+    ``action_log_prob`` and ``action_unsquashed``, both become those of the evolved action; else u is found from the
+    action. Without exploration the momentum starts at zero and Metropolis's rule is not asked: the action is a
+    function of the observation. Works without gradients and in inference mode.
+
+    Args:
+        transform: the transform; ``metropolis`` is its own.
+        qvalue: maps an observation [*B, O] to the ``ActionValue`` there. A module among its attributes belongs to the
+            policy: critics of the loss act with their live weights, and travel to other processes with the policy.
+        log_alpha: logarithm of the temperature; of the loss, it stays live, too.
+        low, high: the action bounds [A].
+        observation_key: entry the transform reads.
+    """
+
+    def __init__(
+        self,
+        transform: HamiltonianTransform,
+        qvalue: Callable[[Tensor], ActionValue],
+        log_alpha: Tensor,
+        low: Tensor,
+        high: Tensor,
+        *,
+        observation_key: str = "observation",
+    ) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = [observation_key, "action"], ["action"]
+        self.transform, self.qvalue = transform, qvalue
+        if isinstance(log_alpha, nn.Parameter):
+            self.log_alpha = log_alpha
+        else:
+            self.register_buffer("log_alpha", log_alpha)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.default_interaction_type = InteractionType.RANDOM
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def compile_evolution(self) -> None:
+        """Run the tensor part as one compiled graph: many times faster for a few rows, after a minute of compiling.
+
+        Copies and worker processes start uncompiled.
+        """
+        self._compiled = torch.compile(self.evolve, fullgraph=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compiled": None}
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if not self.transform.is_used_in("acting"):
+            return tensordict
+        observation, action = (tensordict.get(key) for key in self.in_keys)
+        explores = (interaction_type() or self.default_interaction_type) is InteractionType.RANDOM
+        momentum = self.transform.sample_momentum(action) if explores else torch.zeros_like(action)
+        drawn = {key: tensordict.get(key, None) for key in ("action_unsquashed", "action_log_prob")}
+        evolve = self._compiled or self.evolve
+        evolved = evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
+        tensordict.set("action", evolved[0])
+        for (key, before), after in zip(drawn.items(), evolved[1:], strict=True):
+            if before is not None:
+                tensordict.set(key, after)
+        return tensordict
+
+    def evolve(
+        self,
+        observation: Float[Tensor, "*B O"],
+        action: Float[Tensor, "*B A"],
+        momentum: Float[Tensor, "*B A"],
+        u: Float[Tensor, "*B A"] | None,
+        log_prob: Float[Tensor, "*B"] | None,
+        metropolis: bool,
+    ) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
+        """The evolved action, its u and its log-density, as a function of tensors alone; no log_prob counts as 0."""
+        bounds = TanhBounds(self.low, self.high)
+        u = bounds.unsquash(action) if u is None else u
+        log_prob = action.new_zeros(action.shape[:-1]) if log_prob is None else log_prob
+        evolution = self.transform(
+            u,
+            log_prob + bounds.log_abs_det_jacobian(u),
+            momentum,
+            observation=observation,
+            qvalue=self.qvalue(observation),
+            bounds=bounds,
+            alpha=self.log_alpha.detach().exp(),
+            metropolis=metropolis,
+        )
+        log_prob = evolution.log_prob - bounds.log_abs_det_jacobian(evolution.u)
+        return bounds.squash(evolution.u), evolution.u, log_prob
+
+
+def differentiable(qvalue: Callable[[Tensor], Tensor]) -> ActionValue:
+    """The ``ActionValue`` of any function a [*S, A] -> Q_i(s, a) [Q, *S] of tensors, by ``torch.func``."""
+
+    def value_and_pullback(action: Tensor) -> tuple[Tensor, Pullback]:
+        values, pullback = torch.func.vjp(qvalue, action)
+        return values, lambda cotangent: pullback(cotangent)[0]
+
+    return value_and_pullback
+
+
+def make_hamiltonian_transform(
+    observation_dim: int,
+    action_dim: int,
+    *,
+    force: Literal["raw", "normalized", "gated"] = "gated",
+    magnitude: float = 1.0,
+    learn_magnitude: bool = False,
+    hidden_size: int = 64,
+    **arguments: Any,
+) -> HamiltonianTransform:
+    """A ``HamiltonianTransform`` from names and numbers.
+
+    Args:
+        observation_dim, action_dim: O and A.
+        force: ``raw``, ``normalized`` or ``gated``.
+        magnitude, learn_magnitude: of the latter two.
+        hidden_size: of the last.
+        **arguments: of ``HamiltonianTransform``.
+
+    Raises:
+        ValueError: an unknown name or a number out of range.
+    """
+    strength = {"magnitude": magnitude, "learn_magnitude": learn_magnitude}
+    if force == "raw":
+        return HamiltonianTransform(Raw(), **arguments)
+    if force == "normalized":
+        return HamiltonianTransform(Normalized(**strength), **arguments)
+    if force == "gated":
+        return HamiltonianTransform(
+            Gated(observation_dim, action_dim, hidden_size=hidden_size, **strength), **arguments
+        )
+    raise ValueError(f"action transform: force must be raw, normalized or gated, not {force!r}")
+
+
+def _check(num_steps: int, step_size: float, momentum_scale: float, temperature: float, metropolis: bool) -> None:
+    if num_steps < 0:
+        raise ValueError(f"action transform: num_leapfrog_steps must not be negative, not {num_steps}")
+    for name, value in (("step_size", step_size), ("momentum_scale", momentum_scale)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"action transform: {name} must be finite and positive, not {value}")
+    if not 1 <= temperature < float("inf"):
+        raise ValueError(f"action transform: temperature must be finite and at least 1, not {temperature}")
+    if metropolis and temperature != 1:
+        raise ValueError(
+            "action transform: metropolis needs temperature=1, because a tempered trajectory has no reverse"
+        )
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """Entries that are not numbers become zero and huge ones merely large, so that no later step overflows."""
+    limit = torch.finfo(gradient.dtype).max ** 0.5
+    return gradient.nan_to_num(0.0).clamp(-limit, limit)
