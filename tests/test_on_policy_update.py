@@ -81,6 +81,7 @@ def run_both(name: str, passes: int, *, compile: bool) -> tuple[float, float]:
     """Step both forms from the same start; returns their largest difference, and how far they have gone."""
     torch.manual_seed(0)
     readable = ALGORITHMS[name]()
+    readable.max_grad_norm, norms = 2.4, []
     fast = copy.deepcopy(readable)
     start = {key: value.clone() for key, value in readable.loss.named_parameters()}
     data = transitions(readable)
@@ -96,11 +97,13 @@ def run_both(name: str, passes: int, *, compile: bool) -> tuple[float, float]:
         torch.manual_seed(i)
         out = update(data[order].view(-1, B))
         assert out.keys() == expected[0].keys()
+        norms += out["gradient_norm"].tolist()
         for key, values in out.items():
             theirs = torch.stack([each[key] for each in expected])
             torch.testing.assert_close(values, theirs, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
     for mine, other in zip(*(adam.state_dict()["state"].values() for adam in adams), strict=True):
         assert mine.keys() == other.keys() and mine["step"] == other["step"] == passes * 10
+    assert min(norms) < readable.max_grad_norm < max(norms)  # so that clipping is tested both ways
     pairs = zip(readable.loss.named_parameters(), fast.loss.parameters(), strict=True)
     differences = [((a - b).abs().max().item(), (a - start[key]).abs().max().item()) for (key, a), b in pairs]
     return tuple(max(column) for column in zip(*differences, strict=True))
