@@ -13,7 +13,7 @@ from quadrature import TEST_FAILURE_RATE
 from scipy.stats import kstest
 from torch import Tensor
 
-from pmoe_lightning.critics import QValueNetwork, stacked_qvalue, stacked_qvalue_at
+from pmoe_lightning.critics import QValueNetwork, stacked_layers, stacked_qvalue, stacked_qvalue_at
 from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.hamiltonian import HamiltonianTransform, Normalized, Raw, differentiable, make_hamiltonian_transform
 from pmoe_lightning.hamiltonian.leapfrog import leapfrog
@@ -71,7 +71,7 @@ def test_the_critics_derivative_is_that_of_automatic_differentiation(activation,
     values, pullback = stacked_qvalue_at(network, parameters, observation)(action)
 
     def reference(at: Tensor) -> Tensor:
-        return stacked_qvalue(network, parameters, observation.expand(*samples, 5, OBSERVATION_DIM), at)
+        return stacked_qvalue(*stacked_layers(network, parameters), network.layers[1], observation, at)
 
     expected, expected_pullback = differentiable(reference)(action)
     torch.testing.assert_close(values, expected)
