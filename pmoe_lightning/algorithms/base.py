@@ -149,7 +149,8 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates = checkpoint["updates"]
-        if "experience" in checkpoint and self.trainer.datamodule is not None:
+        attached = self._trainer is not None  # not in load_from_checkpoint
+        if attached and "experience" in checkpoint and self.trainer.datamodule is not None:
             self.trainer.datamodule.load_experience(checkpoint["experience"])
 
 
