@@ -24,6 +24,8 @@ from pathlib import Path
 FRAMES = {"sac": 50_000, "ppo": 200_000}
 EPISODES = 10
 EVALUATION_SEED = 10_000
+# How a mixture can act besides by max_weight, the mean of its likeliest component.
+OTHER_RULES = ("sample_component", "best_value", "sample")
 RESULTS = Path(__file__).parent / "results" / "peers"
 # 97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number of seeds n.
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -68,10 +70,19 @@ def train_ours(algo: str, actor: str, env_id: str, seed: int) -> dict:
     command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo]}", f"hydra.run.dir={folder}"]
     command += ["logger=none"]
     subprocess.run(command, check=True)
-    judge = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
-    judge += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
-    answer = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True).stdout)
-    return {"mean": answer["mean"], "returns": answer["returns"]}
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    answer = judge(checkpoint, "max_weight")
+    result = {"mean": answer["mean"], "returns": answer["returns"]}
+    if actor == "pmoe":
+        result["other_rules"] = {rule: judge(checkpoint, rule)["mean"] for rule in OTHER_RULES}
+    return result
+
+
+def judge(checkpoint: Path, rule: str) -> dict:
+    """What the command ``evaluate`` says of a checkpoint that acts by a rule."""
+    command = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={checkpoint}", f"rule={rule}"]
+    command += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def run(algo: str, learner: str, env_id: str, seeds: list[int]) -> None:
@@ -98,7 +109,9 @@ def table() -> None:
     for cell in sorted(RESULTS.glob("*.json")):
         data = json.loads(cell.read_text())
         rows.setdefault((data["algo"], data["learner"]), {})[data["seed"]] = data["mean"]
-    print("| algorithm | frames | learner | seeds (mean of 10 deterministic episodes each) | mean | 95 % interval |")
+        for rule, mean in data.get("other_rules", {}).items():
+            rows.setdefault((data["algo"], f"{data['learner']}, {rule}"), {})[data["seed"]] = mean
+    print("| algorithm | frames | learner | seeds (mean of 10 episodes each) | mean | 95 % interval |")
     print("|---|---|---|---|---|---|")
     for (algo, learner), cells in sorted(rows.items()):
         values = [cells[seed] for seed in sorted(cells)]

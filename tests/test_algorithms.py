@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import make_ppo, make_sac
-from pmoe_lightning.checkpoints import load_policy
+from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.estimators import (
@@ -76,6 +76,7 @@ def fit(algorithm, data, ckpt_path=None) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
     )
     trainer.fit(algorithm, datamodule=data, ckpt_path=ckpt_path)
     return trainer

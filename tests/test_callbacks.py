@@ -30,7 +30,7 @@ from pmoe_lightning.callbacks import (
     MixtureDiagnostics,
 )
 from pmoe_lightning.callbacks.mixture import mixture_metrics
-from pmoe_lightning.checkpoints import load_policy
+from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.envs import make_env
@@ -107,7 +107,8 @@ def make_trainer(callbacks, folder, logger, **arguments):
     bar = any(isinstance(callback, FramesProgressBar) for callback in callbacks)
     return Trainer(
         accelerator="cpu", max_epochs=-1, logger=logger or False, callbacks=callbacks, default_root_dir=folder,
-        enable_checkpointing=savers, enable_progress_bar=bar, enable_model_summary=False, **arguments,
+        enable_checkpointing=savers, enable_progress_bar=bar, enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()], **arguments,
     )  # fmt: skip
 
 
@@ -284,7 +285,8 @@ def test_best_and_last_checkpoints_go_with_the_evaluation(tmp_path):
     evaluation = Evaluation(pendulum, episodes=2, seed=1000)
     # Training makes this policy worse after a good first epoch often enough that best and last differ.
     trainer, algorithm, _ = fit([evaluation, *savers(tmp_path)], tmp_path, total_frames=600)
-    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+    names = {"best.ckpt", "best.previous.ckpt", "last.ckpt", "last.previous.ckpt"}
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == names
     best = max(evaluation.history[1:], key=lambda row: row[1])
     assert trainer.checkpoint_callback.best_model_score.item() == pytest.approx(best[1])
     checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)
@@ -309,7 +311,7 @@ def test_the_policy_before_training_is_never_the_best_checkpoint(tmp_path):
 def test_last_checkpoint_is_saved_when_a_run_is_cut_off(tmp_path, error):
     with pytest.raises((ZeroDivisionError, SystemExit)):
         fit([*savers(tmp_path), Evaluation(pendulum, episodes=1), StopAt(180, error)], tmp_path)
-    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "last.previous.ckpt"}
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["policy"]["env_frames"] == 180
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["policy"]["env_frames"] == 100
 

@@ -154,6 +154,7 @@ def _unsealed(path: Path, mark: Path) -> None:
     torch.save(make_policy()[1], path)
 
 
+UNSEALED = r"carries no SHA-256: write it with Trainer\(plugins=\[AtomicCheckpointIO\(\)\]\)"
 DAMAGED = "is damaged, or is not a checkpoint: its SHA-256 does not match"
 BAD_FILES: list[tuple[Callable[[Path, Path], Any], str]] = [
     (lambda path, mark: None, "does not exist"),
@@ -163,7 +164,7 @@ BAD_FILES: list[tuple[Callable[[Path, Path], Any], str]] = [
     (lambda path, mark: path.write_bytes(os.urandom(5000)), DAMAGED),
     (_truncated, DAMAGED),
     (_raw_pickle, DAMAGED),
-    (_unsealed, DAMAGED),
+    (_unsealed, UNSEALED),
     (_flipped_bit_in_a_weight, DAMAGED),
     (_zipped_pickle, "holds objects other than tensors and plain values"),
     (_module, "holds objects other than tensors and plain values"),

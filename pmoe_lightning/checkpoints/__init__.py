@@ -7,6 +7,7 @@ needs MLflow.
 from pmoe_lightning.lazy import load_on_first_use
 
 _HOMES = {
+    "AtomicCheckpointIO": "io",
     "load_policy": "policy",
     "read_checkpoint": "files",
     "resolve_checkpoint": "resolve",

@@ -123,17 +123,19 @@ def verify_checkpoint(path: str | Path) -> None:
     try:
         with open(path, "rb") as file:
             intact = _matches_its_digest(file)
-        if not intact:
-            raise RunError(f"checkpoint {path} is damaged, or is not a checkpoint: its SHA-256 does not match")
         with zipfile.ZipFile(path) as archive:
-            # A compressed entry is not torch.save's, and could unpack to more than the memory.
-            foreign = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-            foreign |= not any(name.endswith("data.pkl") for name in archive.namelist())
+            entries, signed = archive.infolist(), bool(archive.comment)
     except OSError as error:
         raise RunError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise RunError(f"checkpoint {path} is not a checkpoint: {error}") from error
-    if foreign:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
+        intact, entries, signed = False, [], True
+    if not signed:
+        raise RunError(f"checkpoint {path} carries no SHA-256: write it with Trainer(plugins=[AtomicCheckpointIO()])")
+    if not intact:
+        raise RunError(f"checkpoint {path} is damaged, or is not a checkpoint: its SHA-256 does not match")
+    # A compressed entry is not torch.save's, and could unpack to more than the memory.
+    foreign = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if foreign or not any(entry.filename.endswith("data.pkl") for entry in entries):
         raise RunError(f"checkpoint {path} is not a PyTorch checkpoint")
 
 
