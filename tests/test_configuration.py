@@ -120,7 +120,12 @@ def test_arguments_of_the_environment_can_be_added():
 
 def test_callbacks_can_be_dropped():
     assert "mixture" not in configure("~callbacks.mixture").callbacks
-    assert set(configure("debug=default", "callbacks=minimal").callbacks) == {"metrics", "progress", "checkpoint_last"}
+    assert set(configure("debug=default", "callbacks=minimal").callbacks) == {
+        "nonfinite",
+        "metrics",
+        "progress",
+        "checkpoint_last",
+    }
 
 
 def test_the_paper_preset():
@@ -138,7 +143,7 @@ def test_the_paper_preset():
 def test_the_peer_settings_only_train(algo):
     cfg = configure(f"experiment=peers_{algo}", "actor=gaussian", "total_frames=50000")
     assert cfg.algo._target_.endswith(algo)
-    assert set(cfg.callbacks) == {"metrics", "progress", "checkpoint_last"}
+    assert set(cfg.callbacks) == {"nonfinite", "metrics", "progress", "checkpoint_last"}
 
 
 def test_a_sweep_is_one_configuration_per_combination():

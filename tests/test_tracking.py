@@ -690,7 +690,7 @@ def test_references_to_the_store_are_resolved(trained: tuple, store: str, tmp_pa
 def test_references_that_lead_nowhere_are_one_line(trained: tuple, logger: MLflowLogger) -> None:
     for reference, message in (
         ("0" * 32, "not found"),
-        (logger.run_id, "holds neither checkpoints/best.ckpt nor checkpoints/last.ckpt"),
+        (logger.run_id, "does not hold checkpoints/best.ckpt or checkpoints/last.ckpt"),
         ("models:/runner/2", "not in the model registry"),
         ("models:/runner@nobody", "not in the model registry"),
         ("models:/nobody/1", "not in the model registry"),

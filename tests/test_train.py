@@ -270,5 +270,5 @@ def test_the_configuration_can_be_printed(run_module, tmp_path):
 def test_a_refusal_in_a_process_of_its_own(run_module, tmp_path):
     done = run_module("pmoe_lightning.train", "algo=sca")
     assert done.returncode == 2
-    assert done.stderr == "configuration error: algo=sca is not one of ppo, sac; did you mean sac?\n"
+    assert done.stderr == "configuration error: algo=sca is not one of dac, ppo, sac; did you mean sac?\n"
     assert not list(tmp_path.iterdir())
