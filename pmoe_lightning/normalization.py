@@ -4,6 +4,8 @@ Statistics are kept as (count, mean, variance) and merged batch by batch with th
 LeVeque (1983), which gives the statistics of the concatenated data whatever the batch sizes.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from tensordict import TensorDictBase
@@ -103,14 +105,17 @@ class RewardScaler(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def forward(self, reward: Tensor, done: Tensor) -> Tensor:
+    def forward(self, reward: Tensor, done: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Merge one rollout into the statistics and return its scaled rewards.
 
         Args:
             reward: [N, T, 1], in time order along T, following on from the previous rollout.
             done: [N, T, 1] bool, terminated or truncated at that step.
+            gather: from the values R of this process to those of all, where the statistics are shared.
         """
         returns = self._discounted_returns(reward, done)
+        if gather is not None:
+            returns = gather(returns)
         _merge_moments(self.count, self.mean, self.var, returns.reshape(-1, 1))
         return (reward * (self.var + _EPSILON).rsqrt()).clamp(-self.clip, self.clip)
 

@@ -133,7 +133,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     if normalizer is not None:
         arguments["observation_key"] = normalizer.out_keys[0]
     actor = _call(cfg.actor, **vars(spaces), **arguments)
-    compile = resolve_compile(cfg.compile, planned_updates(cfg) / world_size)
+    compile = resolve_compile(cfg.compile, planned_updates(cfg))
     shared = {"normalizer": normalizer} if on_policy else {}
     transform = {}
     if cfg.action_transform:
@@ -163,12 +163,14 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         compile=compile,
         **shared,
     )
+    algorithm.check_processes(world_size)
+    data.check_processes(world_size)
     seed_everything(cfg.seed + rank, verbose=False)
     return algorithm, data
 
 
 def planned_updates(cfg: DictConfig) -> float:
-    """Optimizer steps in the whole run, over all processes."""
+    """Optimizer steps in the whole run; every process takes part in each."""
     if "utd_ratio" in cfg.data:
         return (cfg.total_frames - cfg.data.init_random_frames) * cfg.data.utd_ratio
     return cfg.total_frames * cfg.algo.num_epochs / cfg.algo.minibatch_size

@@ -118,7 +118,7 @@ def test_the_objectives_are_the_clipped_ones():
     }
     for name, old in (("high", "option_log_prob"), ("low", "action_log_prob")):
         advantage = data[f"advantage_{name}"].squeeze(-1)
-        advantage = ((advantage - advantage.mean()) / advantage.std(correction=0)).tolist()
+        advantage = ((advantage - advantage.mean()) / advantage.std()).tolist()
         ratios = (new[name] - data[old]).exp().tolist()
         assert max(ratios) > 1.1 and min(ratios) < 0.9
         terms = [min(r * a, min(max(r, 0.9), 1.1) * a) for r, a in zip(ratios, advantage, strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from pmoe_lightning.estimators import AbstractEstimator
+from pmoe_lightning.updates.processes import gather_objects
 
 
 class AbstractAlgorithm(LightningModule, ABC):
@@ -57,6 +58,13 @@ class AbstractAlgorithm(LightningModule, ABC):
     def estimator(self) -> AbstractEstimator | None:
         """What estimates the gradient of the mixture; None for an algorithm that estimates none."""
         return self.loss.estimator
+
+    def check_processes(self, number: int) -> None:
+        """Refuse a number of training processes that cannot share the work evenly, with a ``ConfigurationError``."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse a trainer with too many processes."""
+        self.check_processes(self.trainer.world_size)
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
         data = self.trainer.datamodule
@@ -137,7 +145,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         data = self.trainer.datamodule
         # A checkpoint of the weights alone is for acting; only a whole one can be resumed from.
         if data is not None and "optimizer_states" in checkpoint:
-            checkpoint["experience"] = data.experience()
+            checkpoint["experience"] = gather_objects(data.experience())
         checkpoint["updates"] = self.updates
         checkpoint["policy"] = {
             "description": self.policy_description,
@@ -151,7 +159,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.updates = checkpoint["updates"]
         attached = self._trainer is not None  # not in load_from_checkpoint
         if attached and "experience" in checkpoint and self.trainer.datamodule is not None:
-            self.trainer.datamodule.load_experience(checkpoint["experience"])
+            self.trainer.datamodule.load_experience(checkpoint["experience"][self.trainer.global_rank])
 
 
 def _public_name(name: str) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
+from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.updates import OnPolicyUpdate
+from pmoe_lightning.updates.processes import smallest_over_processes, standardize_over_processes
 
 
 class OnPolicyAlgorithm(AbstractAlgorithm):
@@ -26,7 +28,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         gamma, lmbda: discount and parameter of the generalised advantage (Schulman et al. 2015, arXiv 1506.02438).
         lr: learning rate of Adam.
         num_epochs: passes over a rollout.
-        minibatch_size: transitions per update.
+        minibatch_size: transitions per update, over all training processes.
         max_grad_norm: the gradient of all parameters together is scaled down to this norm.
         compile: run the update as a compiled program (``OnPolicyUpdate``); the loss module is its definition.
         target_kl: no further pass over a rollout once the mean of log(pi_old / pi) over a pass exceeds it; ``None``:
@@ -57,6 +59,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         self.gamma, self.lmbda = gamma, lmbda
         self.lr, self.num_epochs, self.minibatch_size = lr, num_epochs, minibatch_size
         self.max_grad_norm, self.target_kl, self.compiles = max_grad_norm, target_kl, compile
+        self.normalizes_advantage: bool = loss.normalize_advantage
         self.update: OnPolicyUpdate | None = None
 
     @abstractmethod
@@ -67,7 +70,15 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self.lr, eps=1e-5, fused=True)
 
+    def check_processes(self, number: int) -> None:
+        if self.minibatch_size % number:
+            raise ConfigurationError(
+                f"algo.minibatch_size={self.minibatch_size} must be a multiple of the {number} processes"
+            )
+
     def on_train_start(self) -> None:
+        # With several processes a minibatch is spread over them, and only together they know its mean and deviation.
+        self.loss.normalize_advantage = self.normalizes_advantage and self.trainer.world_size == 1
         if self.compiles:
             optimizer = self.optimizers().optimizer
             self.update = OnPolicyUpdate(self.loss, optimizer, max_grad_norm=self.max_grad_norm)
@@ -80,6 +91,9 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         unusable = batch.get("unusable", None)
         if unusable is not None:
             transitions = transitions[~unusable.reshape(-1)]
+        if self.trainer.world_size > 1:
+            # Every process must take as many steps as the others.
+            transitions = transitions[: smallest_over_processes(len(transitions), transitions.device)]
         for _ in range(self.num_epochs):
             if self._epoch(transitions):
                 break
@@ -87,28 +101,37 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
 
     def _epoch(self, transitions: TensorDictBase) -> bool:
         """One shuffled pass; true where the policy has moved too far to go on."""
-        permutation = torch.randperm(len(transitions), device=transitions.device)
+        shuffled = transitions[torch.randperm(len(transitions), device=transitions.device)]
+        size = self.minibatch_size // self.trainer.world_size
+        whole = len(shuffled) - len(shuffled) % size
         divergences = []
-        if self.update is not None and len(transitions) >= self.minibatch_size:
-            whole = len(transitions) - len(transitions) % self.minibatch_size
-            divergences.append(self._steps(transitions[permutation[:whole]].view(-1, self.minibatch_size)))
-            permutation = permutation[whole:]
-        for start in range(0, len(permutation), self.minibatch_size):
-            out = self.loss(transitions[permutation[start : start + self.minibatch_size]])
-            self.step(out, max_grad_norm=self.max_grad_norm)
-            self.record_loss(out)
-            divergences.append(out["kl_approx"].reshape(1))
+        if whole > 0:
+            divergences += self._steps(shuffled[:whole].view(-1, size), self.update)
+        if whole < len(shuffled):
+            divergences += self._steps(shuffled[None, whole:], None)  # a compiled update takes one size only
         if self.target_kl is None:
             return False
-        exceeded = bool(torch.cat(divergences).mean() > self.target_kl)
+        exceeded = bool(torch.stack(divergences).mean() > self.target_kl)
         return self.trainer.strategy.reduce_boolean_decision(exceeded, all=False)
 
-    def _steps(self, minibatches: TensorDictBase) -> Tensor:
-        """A compiled step for each of the minibatches [U, B]; returns their divergences [U]."""
-        out = self.update(minibatches)
-        self.record_loss(out, count=len(minibatches))
-        self.count_updates(len(minibatches))
-        return out["kl_approx"]
+    def _steps(self, minibatches: TensorDictBase, update: OnPolicyUpdate | None) -> list[Tensor]:
+        """A step for each of the minibatches [U, B]; returns their divergences."""
+        if self.normalizes_advantage and self.trainer.world_size > 1:
+            for key in self.minibatch_keys:
+                if key.startswith("advantage"):
+                    minibatches.set(key, standardize_over_processes(minibatches.get(key)))
+        if update is not None:
+            out = update(minibatches)
+            self.record_loss(out, count=len(minibatches))
+            self.count_updates(len(minibatches))
+            return list(out["kl_approx"])
+        divergences = []
+        for minibatch in minibatches.unbind(0):
+            out = self.loss(minibatch)
+            self.step(out, max_grad_norm=self.max_grad_norm)
+            self.record_loss(out)
+            divergences.append(out["kl_approx"])
+        return divergences
 
 
 def _explained_variance(batch: TensorDictBase) -> Tensor:

@@ -37,8 +37,8 @@ class CollectedData(LightningDataModule, ABC):
     starts once they are reached, and the trainer is told to stop. Iterations are never cut short: if ``total_frames``
     is not a multiple of ``frames_per_batch``, up to ``frames_per_batch - 1`` frames more are collected, and counted.
 
-    With several training processes each has its own environments and collects its share: ``frames_per_batch`` and
-    ``num_envs`` are those of one process, ``env_frames`` and ``total_frames`` those of all together.
+    With P training processes each has ``num_envs`` environments and collects its share of the frames. Every other
+    number is that of all processes together, so that P processes with n environments do what one does with P n.
 
     Attributes:
         env_frames: environment steps taken, over all environments, warm-up included.
@@ -54,8 +54,8 @@ class CollectedData(LightningDataModule, ABC):
         policy: the module that acts and is trained.
         total_frames: environment steps of the whole run.
         frames_per_epoch: environment steps of a Lightning epoch.
-        frames_per_batch: environment steps of a collector iteration, over all environments.
-        num_envs: number of environments stepped together.
+        frames_per_batch: environment steps of a collector iteration, over all environments and processes.
+        num_envs: number of environments stepped together, in each process.
         seed: environment i receives ``seed + i``.
         compile: act with a compiled policy.
 
@@ -89,7 +89,7 @@ class CollectedData(LightningDataModule, ABC):
         if frames_per_batch % num_envs:
             raise ConfigurationError(
                 f"data.frames_per_batch={frames_per_batch} must be a multiple of data.num_envs={num_envs}: "
-                f"use {-(-frames_per_batch // num_envs) * num_envs}"
+                f"use {round_up(frames_per_batch, num_envs)}"
             )
         if frames_per_epoch < frames_per_batch:
             raise ConfigurationError(
@@ -121,6 +121,22 @@ class CollectedData(LightningDataModule, ABC):
     def world_size(self) -> int:
         """The number of training processes; each collects its own share of the frames."""
         return 1 if self.trainer is None else self.trainer.world_size
+
+    def check_processes(self, number: int) -> None:
+        """Refuse a number of training processes that cannot share the work evenly.
+
+        Raises:
+            ConfigurationError: with the number that is not a multiple.
+        """
+        if self.frames_per_batch % (self.num_envs * number):
+            raise ConfigurationError(
+                f"data.frames_per_batch={self.frames_per_batch} must be a multiple of data.num_envs={self.num_envs} "
+                f"on each of {number} processes: use {round_up(self.frames_per_batch, self.num_envs * number)}"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Refuse a trainer with too many processes."""
+        self.check_processes(self.world_size)
 
     @property
     def simulated_by_mujoco(self) -> bool:
@@ -167,7 +183,7 @@ class CollectedData(LightningDataModule, ABC):
         return RolloutCollector(
             with_memory(self.make_env, self.policy)(num_envs=self.num_envs, seed=self.seed),
             self.policy,
-            frames_per_batch=self.frames_per_batch,
+            frames_per_batch=self.frames_per_batch // self.world_size,
             total_frames=-1,
             init_random_frames=init_random_frames,
             exploration_type=ExplorationType.RANDOM,
@@ -207,12 +223,15 @@ class CollectedData(LightningDataModule, ABC):
             "collected_frames": self.collector._frames,
             "simulators": self.collector.env.simulator_state(),
             "finished_episodes": list(self._finished_episodes),
+            "counters": self.state_dict(),
             "random_states": capture_random_states(),
         }
 
     def load_experience(self, experience: dict[str, Any]) -> None:
-        """Go on from an :meth:`experience`, when the collector is made."""
+        """Go on from an :meth:`experience` of this same process, when the collector is made."""
         self._experience = experience or None
+        if experience:
+            self.load_state_dict(experience["counters"])
 
     def _restore(self) -> None:
         if self._experience is None:
@@ -244,7 +263,7 @@ class CollectorLoader:
 
     def __len__(self) -> int:
         """The most batches an epoch can have. Its being defined also keeps Lightning from fetching a batch ahead."""
-        return -(-self.data.frames_per_epoch // (self.data.frames_per_batch * self.data.world_size))
+        return -(-self.data.frames_per_epoch // self.data.frames_per_batch)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         data = self.data
@@ -254,3 +273,7 @@ class CollectorLoader:
             batch = data.make_batch(data.collect())
             if batch is not None:
                 yield batch
+
+
+def round_up(frames: int, multiple: int) -> int:
+    return -(-frames // multiple) * multiple

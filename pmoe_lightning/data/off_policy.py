@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.data.collection import CollectedData
+from pmoe_lightning.data.collection import CollectedData, round_up
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.errors import ConfigurationError
 
@@ -25,9 +25,11 @@ class OffPolicyData(CollectedData):
     """Yields stacks of U minibatches [U, B] drawn uniformly from a replay buffer, U being the updates owed.
 
     Every frame owes ``utd_ratio`` updates; fractions are carried over exactly, and while none is owed the loader
-    collects on. Warm-up: until the buffer holds ``init_random_frames`` transitions no updates are owed, and in a fresh
-    run these frames take uniformly random actions. Warm-up frames are counted in ``env_frames``; they never owe updates
-    later. The warm-up is made of whole iterations, that is, rounded up to a multiple of ``frames_per_batch``.
+    collects on. Warm-up: until the buffer was given ``init_random_frames`` transitions no updates are owed, and in a
+    fresh run these frames take uniformly random actions. Warm-up frames are counted in ``env_frames``; they never owe
+    updates later. The warm-up is made of whole iterations, that is, rounded up to a multiple of ``frames_per_batch``.
+
+    With P processes each has a buffer of its own, a P-th of ``buffer_size``, and draws a P-th of every minibatch.
 
     A minibatch holds observation [O], action [A] and next: observation [O], reward [1], done [1], terminated [1],
     truncated [1]. ``next.observation`` is the true last observation where an episode ended. The buffer lies on the
@@ -36,7 +38,7 @@ class OffPolicyData(CollectedData):
     Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
         init_random_frames: frames of the warm-up.
         buffer_size: capacity of the replay buffer, in transitions.
-        batch_size: B.
+        batch_size: B, with one process.
         utd_ratio: updates per environment frame after the warm-up.
 
     Raises:
@@ -74,15 +76,14 @@ class OffPolicyData(CollectedData):
                 f"data.batch_size={batch_size} must be at least 1, data.utd_ratio={utd_ratio} positive and "
                 f"data.init_random_frames={init_random_frames} not negative"
             )
-        self.init_random_frames = init_random_frames
-        capacity = min(buffer_size, _round_up(total_frames, frames_per_batch))
-        warm_up = _round_up(init_random_frames, frames_per_batch)
-        if warm_up >= total_frames:
+        capacity = min(buffer_size, round_up(total_frames, frames_per_batch))
+        self.warm_up = round_up(init_random_frames, frames_per_batch)
+        if self.warm_up >= total_frames:
             raise ConfigurationError(
                 f"data.init_random_frames={init_random_frames} leaves nothing of total_frames={total_frames} "
                 "to train on: lower it"
             )
-        if max(warm_up, frames_per_batch) > capacity:
+        if max(self.warm_up, frames_per_batch) > capacity:
             raise ConfigurationError(
                 f"data.buffer_size={buffer_size} must hold at least data.init_random_frames={init_random_frames} "
                 f"and data.frames_per_batch={frames_per_batch}"
@@ -91,18 +92,21 @@ class OffPolicyData(CollectedData):
         self.utd_ratio = Fraction(utd_ratio).limit_denominator(1_000_000)
         self.updates_owed = Fraction(0)
         self.buffer: ReplayBuffer | None = None
+        self._given = 0  # frames of all processes that were for their buffers, whether or not they could be used
 
-    @property
-    def warm_up(self) -> int:
-        """Frames of the warm-up that this process collects."""
-        return _round_up(-(-self.init_random_frames // self.world_size), self.frames_per_batch)
+    def check_processes(self, number: int) -> None:
+        super().check_processes(number)
+        if self.batch_size % number:
+            raise ConfigurationError(f"data.batch_size={self.batch_size} must be a multiple of the {number} processes")
 
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
         """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
         if self.buffer is None:
             self.buffer = self._make_buffer()
-        if len(self.buffer) >= self.warm_up:
-            self.updates_owed += rollout.numel() * self.utd_ratio
+        frames = rollout.numel() * self.world_size
+        if self._given >= self.warm_up:
+            self.updates_owed += frames * self.utd_ratio
+        self._given += frames
         transitions = rollout.select(*_KEYS).reshape(-1)
         unusable = rollout.get("unusable", None)
         if unusable is not None:
@@ -113,14 +117,16 @@ class OffPolicyData(CollectedData):
         if updates == 0:
             return None
         self.updates_owed -= updates
-        return self.buffer.sample(updates * self.batch_size).view(updates, self.batch_size)
+        share = self.batch_size // self.world_size
+        return self.buffer.sample(updates * share).view(updates, share)
 
     def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector:
-        # A resumed run refills its buffer with the policy it has already learned.
-        return super()._make_collector(init_random_frames=self.warm_up if self.env_frames == 0 else 0)
+        # A run that goes on without its experience refills its buffer with the policy it has already learned.
+        refills = self.env_frames > 0 and self._experience is None
+        return super()._make_collector(init_random_frames=0 if refills else self.warm_up // self.world_size)
 
     def _make_buffer(self) -> ReplayBuffer:
-        return ReplayBuffer(storage=LazyTensorStorage(self.capacity, device=self.device))
+        return ReplayBuffer(storage=LazyTensorStorage(-(-self.capacity // self.world_size), device=self.device))
 
     def experience(self) -> dict[str, Any]:
         experience = super().experience()
@@ -128,14 +134,16 @@ class OffPolicyData(CollectedData):
             filled = self.buffer.storage.get(slice(0, len(self.buffer))).flatten_keys(".")
             # As tensors of their own over the same memory: saving a slice would save all that it is a slice of.
             transitions = {key: torch.from_numpy(value.numpy(force=True)) for key, value in filled.items()}
-            experience["replay"] = {"transitions": transitions, "cursor": self.buffer.writer.state_dict()["_cursor"]}
+            cursor = self.buffer.writer.state_dict()["_cursor"]
+            experience["replay"] = {"transitions": transitions, "cursor": cursor, "given": self._given}
         return experience
 
     def _restore(self) -> None:
         replay = (self._experience or {}).get("replay")
         if replay is not None:
             self.buffer = self._make_buffer()
-            _refill(self.buffer, replay["transitions"], replay["cursor"], self.capacity)
+            _refill(self.buffer, replay["transitions"], replay["cursor"])
+            self._given = replay["given"]
         super()._restore()
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,8 +154,9 @@ class OffPolicyData(CollectedData):
         self.updates_owed = Fraction(state_dict["updates_owed"]).limit_denominator(1_000_000)
 
 
-def _refill(buffer: ReplayBuffer, transitions: dict[str, Tensor], cursor: int, capacity: int) -> None:
+def _refill(buffer: ReplayBuffer, transitions: dict[str, Tensor], cursor: int) -> None:
     """Put saved transitions where they were; into a buffer of another size the newest that fit, the oldest first."""
+    capacity = buffer.storage.max_size
     saved = TensorDict(transitions).auto_batch_size_(1).unflatten_keys(".")
     if len(saved) == capacity:
         buffer.extend(saved)
@@ -155,7 +164,3 @@ def _refill(buffer: ReplayBuffer, transitions: dict[str, Tensor], cursor: int, c
     else:
         oldest_first = (torch.arange(len(saved)) + cursor).remainder(len(saved))
         buffer.extend(saved[oldest_first[-capacity:]])
-
-
-def _round_up(frames: int, multiple: int) -> int:
-    return -(-frames // multiple) * multiple

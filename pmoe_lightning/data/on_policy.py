@@ -5,6 +5,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData
@@ -73,17 +74,19 @@ class OnPolicyData(CollectedData):
         batch = rollout.exclude(*_LEFT_OUT).to(self.device)
         if self.reward_scaler is not None:
             reward, done = rollout.get(("next", "reward")), rollout.get(("next", "done"))
-            batch.set(("next", "reward"), self.reward_scaler(reward, done).to(self.device))
+            batch.set(("next", "reward"), self.reward_scaler(reward, done, gather=self._gather).to(self.device))
         if self.normalizer is None:
             return batch
         batch.set(("next", "observation_normalized"), self.normalizer.normalize(batch.get(("next", "observation"))))
         uninitialised = int(self.normalizer.count) == 0
-        observation = batch.get("observation")
-        if self.world_size > 1:
-            # Every process acts with the statistics of all.
-            observation = self.trainer.strategy.all_gather(observation)
-        self.normalizer.update(observation)
+        self.normalizer.update(self._gather(batch.get("observation")))
         return None if uninitialised else batch
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """The values of all processes, because every process normalises by the statistics of all."""
+        if self.world_size == 1:
+            return values
+        return self.trainer.strategy.all_gather(values.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
         modules = {"normalizer": self.normalizer, "reward_scaler": self.reward_scaler}

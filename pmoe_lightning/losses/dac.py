@@ -35,7 +35,7 @@ class DACLoss(LossModule):
     Args:
         actor_network: an ``OptionActor`` made with ``return_log_prob=True``.
         critic_network: writes ``option_value`` [*B, K].
-        clip_epsilon, entropy_coeff, critic_coeff: see above.
+        clip_epsilon, entropy_coeff, critic_coeff, normalize_advantage: see above.
     """
 
     actor_network: OptionActor
@@ -53,11 +53,13 @@ class DACLoss(LossModule):
         clip_epsilon: float = 0.2,
         entropy_coeff: float = 0.0,
         critic_coeff: float = 0.5,
+        normalize_advantage: bool = True,
     ) -> None:
         super().__init__()
         self.convert_to_functional(actor_network, "actor_network")
         self.convert_to_functional(critic_network, "critic_network")
         self.clip_epsilon, self.entropy_coeff, self.critic_coeff = clip_epsilon, entropy_coeff, critic_coeff
+        self.normalize_advantage = normalize_advantage
         stored = ["option_previous", "option", "action_unsquashed", "option_log_prob", "action_log_prob"]
         estimated = ["advantage_high", "advantage_low", "value_target"]
         self.in_keys = [actor_network.in_keys[0], *stored, *estimated]
@@ -130,8 +132,9 @@ class DACLoss(LossModule):
         return TensorDict(out, batch_size=[])
 
     def _clipped(self, log_ratio: Float[Tensor, "*B"], advantage: Float[Tensor, "*B"]) -> Float[Tensor, ""]:
-        """-mean min(ratio A, clip(ratio) A) with A at mean zero and deviation one."""
-        advantage = (advantage - advantage.mean()) / advantage.std(correction=0).clamp_min(1e-6)
+        """-mean min(ratio A, clip(ratio) A)."""
+        if self.normalize_advantage:
+            advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(1e-6)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
         return -torch.minimum(ratio * advantage, clipped * advantage).mean()
