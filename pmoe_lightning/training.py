@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.networks import set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe
 from pmoe_lightning.stopping import StopAfterIteration
 from pmoe_lightning.tracking import check_server, run_status
@@ -73,11 +74,17 @@ def run_training(cfg: DictConfig) -> None:
     _prepare_process(cfg)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     remove_leftovers(output_dir / "checkpoints")
-    logger = _make_logger(cfg)
+    resumed = read_checkpoint(cfg.resume)["run"] if cfg.resume else {}
+    logger = _make_logger(cfg, resumed.get("mlflow", {}))
     error: BaseException | None = None
     try:
         with _exit_on_sigterm():
             trainer = make_trainer(cfg, logger, output_dir)
+            if resumed and resumed["processes"] != trainer.world_size:
+                raise ConfigurationError(
+                    f"resume={cfg.resume} holds the experience of {resumed['processes']} training processes, and this "
+                    f"run has {trainer.world_size}: set trainer.devices, times trainer.num_nodes, to as many"
+                )
             algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
             if logger is not None:
                 logger.start()
@@ -211,7 +218,8 @@ def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
 def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule, resume: str | None = None) -> None:
     """``trainer.fit``, with the shell's exit codes for a run that was stopped."""
     try:
-        trainer.fit(algorithm, datamodule=data, ckpt_path=resume)
+        with PeerWatch(trainer):
+            trainer.fit(algorithm, datamodule=data, ckpt_path=resume)
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit as stop:
@@ -228,7 +236,7 @@ class RunRecord(Callback):
         self.configuration = configuration
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = {"configuration": self.configuration}
+        checkpoint["run"] = {"configuration": self.configuration, "processes": trainer.world_size}
         for logger in trainer.loggers:
             checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": logger.tracking_uri}
 
@@ -274,19 +282,13 @@ def _prepare_process(cfg: DictConfig) -> None:
         warnings.filterwarnings("ignore", message=meant_for_others)
 
 
-def _make_logger(cfg: DictConfig) -> Any:
+def _make_logger(cfg: DictConfig, resumed: Mapping[str, str]) -> Any:
+    """The logger; it continues a resumed MLflow run, unless ``mlflow run`` has opened one or it is in another store."""
     if not cfg.logger:
         return None
-    return _call(cfg.logger, run_id=_continued_run(cfg), nested=HydraConfig.get().mode is RunMode.MULTIRUN)
-
-
-def _continued_run(cfg: DictConfig) -> str | None:
-    """The MLflow run of the checkpoint, unless ``mlflow run`` has opened one or another store is in use."""
-    if cfg.resume is None or "MLFLOW_RUN_ID" in os.environ:
-        return None
-    run = read_checkpoint(cfg.resume)["run"].get("mlflow", {})
-    same_store = run.get("tracking_uri") == (cfg.logger.tracking_uri or mlflow.get_tracking_uri())
-    return run["run_id"] if same_store else None
+    here = resumed.get("tracking_uri") == (cfg.logger.tracking_uri or mlflow.get_tracking_uri())
+    run_id = resumed["run_id"] if here and "MLFLOW_RUN_ID" not in os.environ else None
+    return _call(cfg.logger, run_id=run_id, nested=HydraConfig.get().mode is RunMode.MULTIRUN)
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:

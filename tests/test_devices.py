@@ -1,21 +1,124 @@
-"""Two training processes (gloo, on the CPU): one result, and the frames are shared."""
+"""Two training processes (gloo, on the CPU), started by the command a user types: one result, one end."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from test_resume import LAST, differing, state_of
+
+SAC = [
+    "algo=sac",
+    "data.init_random_frames=320",
+    "data.batch_size=16",
+    "data.frames_per_batch=64",
+    "data.utd_ratio=0.25",
+]
+PPO = ["algo=ppo", "data.frames_per_batch=128", "data.num_envs=2", "algo.num_epochs=2", "algo.minibatch_size=32"]
+SMALL = ["algo.hidden_sizes=[16]", "actor.hidden_sizes=[16]", "env=Pendulum-v1", "callbacks=minimal", "logger=none"]
 
 
-# 640 frames each. SAC: one update per frame after a warm-up of 500, rounded up to eight iterations of 64. PPO: ten
-# epochs of one minibatch for each of ten rollouts but the first, which only initialises the statistics.
-@pytest.mark.parametrize("algo, updates", [("sac", 640 - 8 * 64), ("ppo", 9 * 10)])
-def test_two_processes_share_the_frames(algo, updates, run_module, tmp_path):
-    words = ["debug=default", f"algo={algo}", "trainer.devices=2", "callbacks=minimal", "logger=none"]
-    words += ["data.init_random_frames=1000"] if algo == "sac" else []
-    done = run_module("pmoe_lightning.train", *words, "hydra.run.dir=run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("results ") == 1  # the first process alone reports
-    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["policy"]["env_frames"] == 1280
-    assert checkpoint["policy"]["updates"] == updates
-    assert all(value.isfinite().all() for value in checkpoint["policy"]["state_dict"].values())
+@pytest.fixture
+def start(tmp_path: Path, clean_environ: dict[str, str]) -> Callable[..., subprocess.Popen]:
+    """Starts the train command with two processes, and returns the first."""
+
+    def start(*words: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pmoe_lightning.train", *words, *SMALL, "trainer.devices=2"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=clean_environ, **pipes)
+
+    return start
+
+
+def other_process(first: subprocess.Popen) -> int:
+    """The training process that the first has started."""
+    found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
+    return next(pid for pid, name in names.items() if "pmoe_lightning.train" in name)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# SAC: an update for four frames after the warm-up, whatever the number of processes. PPO: two epochs of four
+# minibatches for each rollout but the first, which only initialises the statistics.
+@pytest.mark.parametrize("words, updates", [(SAC, (1280 - 320) // 4), (PPO, 9 * 2 * 4)], ids=["sac", "ppo"])
+def test_two_processes_share_the_frames_and_take_the_updates_of_one(words, updates, start, tmp_path):
+    process = start(*words, "total_frames=1280", "data.frames_per_epoch=640", "hydra.run.dir=run")
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert out.count("results ") == 1  # the first process alone reports
+    checkpoint = torch.load(tmp_path / "run" / LAST, weights_only=True)
+    assert checkpoint["policy"]["env_frames"] == 1280 and checkpoint["policy"]["updates"] == updates
+    assert checkpoint["run"]["processes"] == 2
+    first, second = checkpoint["experience"]
+    assert not torch.equal(first["root"]["observation"], second["root"]["observation"])
+    if "replay" in first:
+        assert len(first["replay"]["transitions"]["action"]) == len(second["replay"]["transitions"]["action"]) == 640
+        assert not torch.equal(*(each["replay"]["transitions"]["action"] for each in (first, second)))
+
+
+@pytest.mark.parametrize("words", [SAC, PPO], ids=["sac", "ppo"])
+def test_a_stopped_run_of_two_processes_goes_on_exactly(words, start, tmp_path):
+    """SIGTERM to the first process alone; both stop after the same iteration, and both go on as they would have."""
+    words = [*words, "total_frames=1920", "data.frames_per_epoch=640"]
+    process = start(*words, "hydra.run.dir=stopped")
+    wait_for(tmp_path / "stopped" / LAST, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "stopping after this iteration" in errors, errors
+    assert state_of(tmp_path / "stopped")["policy"]["env_frames"] < 1920, "it was over before it was stopped"
+    for more in (["resume=stopped"], ["hydra.run.dir=whole"]):
+        process = start(*words, *more)
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
+    found = set(differing(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")))
+    # Those that were logged early, when the run was stopped, are not logged again.
+    assert found <= {f".experience[{rank}].finished_episodes" for rank in range(2)}
+
+
+def test_another_number_of_processes_cannot_go_on(run_module, tmp_path):
+    words = [*PPO, *SMALL, "total_frames=256", "data.frames_per_epoch=128"]
+    assert run_module("pmoe_lightning.train", *words, "hydra.run.dir=run").returncode == 0
+    words[words.index("total_frames=256")] = "total_frames=512"
+    done = run_module("pmoe_lightning.train", *words, "trainer.devices=2", "resume=run")
+    assert done.returncode == 2 and "the experience of 1 training processes, and this run has 2" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_takes_the_other_with_it(rank, start, tmp_path):
+    process = start(*PPO, "total_frames=1_000_000", "data.frames_per_epoch=256", "hydra.run.dir=run")
+    wait_for(tmp_path / "run" / LAST, process)
+    second = other_process(process)
+    os.kill(second if rank else process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    errors = process.communicate(timeout=60)[1]
+    while is_alive(second):
+        assert time.monotonic() - began < 30
+        time.sleep(0.1)
+    assert time.monotonic() - began < 30
+    if rank == 1:
+        assert process.returncode == 1
+        assert errors.splitlines()[-1] == "error: training process 1 of 2 was killed by SIGKILL"
+        assert "Traceback" not in errors

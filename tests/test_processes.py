@@ -1,37 +1,149 @@
-"""What training processes share, in real ones."""
+"""What training processes share, in real ones: P of them do what one does with all of their data."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import pytest
+import test_on_policy_update as on_policy
+import test_sac_update as sac
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_on_policy_update import B, ppo, transitions
+from lightning.pytorch import Trainer
+from tensordict import TensorDict
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
 
-from pmoe_lightning.estimators import Pathwise
-from pmoe_lightning.updates import OnPolicyUpdate
-from pmoe_lightning.updates.processes import average_over_processes
+from pmoe_lightning.actors import make_pmoe_actor
+from pmoe_lightning.algorithms import make_sac
+from pmoe_lightning.estimators import Frequency, Marginalized
+from pmoe_lightning.updates import OnPolicyUpdate, SACUpdate
+from pmoe_lightning.updates.processes import (
+    average_over_processes,
+    gather_objects,
+    largest_over_processes,
+    standardize_over_processes,
+)
+
+UPDATES, FEW_UPDATES = 200, 20
+
+
+class PartOfTheDraws(TorchFunctionMode):
+    """Normal and exponential numbers for a minibatch of ``whole`` states, of which a process takes its part."""
+
+    def __init__(self, whole: int, rank: int = 0, parts: int = 1) -> None:
+        super().__init__()
+        self.whole, self.rank, self.part = whole, rank, whole // parts
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
+        if function not in (torch.randn_like, torch.Tensor.exponential_):
+            return function(*args, **(kwargs or {}))
+        shape = list(args[0].shape)
+        axis = shape.index(self.part)
+        shape[axis] = self.whole
+        drawn = torch.randn(shape, dtype=args[0].dtype, generator=self.generator)
+        if function is torch.Tensor.exponential_:
+            drawn = torch.empty_like(drawn).exponential_(generator=self.generator)
+        own = drawn.narrow(axis, self.rank * self.part, self.part)
+        return own if function is torch.randn_like else args[0].copy_(own)
+
+
+def part(batch: TensorDict, rank: int, parts: int) -> TensorDict:
+    """The columns [U, B / P] of the minibatches [U, B] that belong to a process."""
+    return torch.stack(batch.unbind(0)).chunk(parts, 1)[rank].contiguous()
+
+
+def sac_by_lightning(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+    """The loss module itself, stepped by Lightning, whose strategy averages the gradients."""
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(sac.OBSERVATION_DIM, sac.LOW, sac.HIGH, hidden_sizes=(12, 8))
+    sizes = {"observation_dim": sac.OBSERVATION_DIM, "action_dim": sac.A, "hidden_sizes": (12, 8)}
+    algorithm = make_sac(actor, Marginalized(), lr=1e-3, tau=sac.TAU, **sizes)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(accelerator="cpu", devices=parts, max_epochs=1, use_distributed_sampler=False, **quiet)
+    batches = part(sac.minibatches(UPDATES), rank, parts).split(20)
+    with PartOfTheDraws(sac.B, rank, parts):
+        trainer.fit(algorithm, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))
+    assert algorithm.updates == UPDATES
+    return dict(algorithm.loss.state_dict())
+
+
+def sac_update(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+    loss, optimizer = sac.make()
+    update = SACUpdate(loss, optimizer, tau=sac.TAU, compile=False)
+    with PartOfTheDraws(sac.B, rank, parts):
+        update(part(sac.minibatches(FEW_UPDATES), rank, parts))
+    return dict(loss.state_dict())
+
+
+def ppo_update(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    algorithm = on_policy.ppo(Frequency())
+    batch = on_policy.transitions(algorithm, FEW_UPDATES * on_policy.B).view(FEW_UPDATES, on_policy.B)
+    own = part(batch, rank, parts)
+    if parts > 1:
+        algorithm.loss.normalize_advantage = False
+        own.set("advantage", standardize_over_processes(own.get("advantage")))
+    update = OnPolicyUpdate(algorithm.loss, algorithm.configure_optimizers(), max_grad_norm=0.5, compile=False)
+    with PartOfTheDraws(on_policy.B, rank, parts):
+        update(own)
+    return dict(algorithm.loss.state_dict())
+
+
+TRAININGS = (sac_by_lightning, sac_update, ppo_update)
 
 
 def in_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # to Lightning: you were started as one of two
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     tensors = [torch.full((2, 3), float(rank)), torch.tensor(10.0 * rank)]
     average_over_processes(tensors)
-    torch.manual_seed(0)
-    algorithm = ppo(Pathwise())
-    torch.manual_seed(rank)  # the same network, but experience of its own
-    update = OnPolicyUpdate(algorithm.loss, algorithm.configure_optimizers(), max_grad_norm=0.5, compile=False)
-    update(transitions(algorithm).view(-1, B))
-    state = [value.detach().clone() for value in algorithm.loss.parameters()]
-    torch.save({"means": tensors, "state": state}, folder / f"{rank}.pt")
+    torch.save(
+        {
+            "means": tensors,
+            "largest": largest_over_processes(3 - rank, None),
+            "gathered": gather_objects({"rank": rank}),
+            **{alone.__name__: alone(rank, 2) for alone in TRAININGS},
+        },
+        folder / f"{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
-def test_gradients_are_averaged_over_processes(tmp_path: Path) -> None:
-    mp.spawn(in_process, (tmp_path,), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first["means"][0].eq(0.5).all() and first["means"][1] == 5.0
-    for mine, other in zip(first["state"], second["state"], strict=True):
-        assert torch.equal(mine, other)
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(in_process, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_what_processes_share(processes):
+    for rank, found in enumerate(processes):
+        assert found["means"][0].eq(0.5).all() and found["means"][1] == 5.0 and found["largest"] == 3
+        assert found["gathered"] == ([{"rank": 0}, {"rank": 1}] if rank == 0 else [{"rank": 1}])
+
+
+@pytest.mark.parametrize("alone", TRAININGS)
+def test_two_processes_learn_what_one_does_from_all_the_data(alone, processes):
+    """Bit for bit the same in both, and in float64 to 1e-9 what one process makes of the whole minibatches."""
+    first, second = (found[alone.__name__] for found in processes)
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = alone()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in whole.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-9)

@@ -89,7 +89,7 @@ def test_a_run_that_is_extended_is_the_run_that_was_longer(words, train, tmp_pat
     assert "resume     python -m pmoe_lightning.train" in said and "resume=extended" not in said.split("resume     ")[0]
     whole, extended = state_of(tmp_path / "whole"), state_of(tmp_path / "extended")
     assert differing(whole, extended) == []
-    assert {"simulators", "random_states", "root"} <= extended["experience"].keys()
+    assert {"simulators", "random_states", "root"} <= extended["experience"][0].keys()
     assert differing(whole, half), "the second part of the run changed nothing"
 
 
@@ -117,7 +117,7 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_exactly(number, clean_envir
     train(*words, "resume=auto", "hydra.run.dir=stopped")
     whole, stopped = state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")
     # Those that were logged early, when the run was stopped, are not logged again.
-    assert set(differing(whole, stopped)) <= {".experience.finished_episodes"}
+    assert set(differing(whole, stopped)) <= {".experience[0].finished_episodes"}
     assert sorted(os.listdir(last.parent)) == ["last.ckpt", "last.previous.ckpt"]
 
 

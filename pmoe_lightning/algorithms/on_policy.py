@@ -15,7 +15,7 @@ from torchrl.objectives import LossModule
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.updates import OnPolicyUpdate
-from pmoe_lightning.updates.processes import smallest_over_processes, standardize_over_processes
+from pmoe_lightning.updates.processes import largest_over_processes, standardize_over_processes
 
 
 class OnPolicyAlgorithm(AbstractAlgorithm):
@@ -93,7 +93,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
             transitions = transitions[~unusable.reshape(-1)]
         if self.trainer.world_size > 1:
             # Every process must take as many steps as the others.
-            transitions = transitions[: smallest_over_processes(len(transitions), transitions.device)]
+            transitions = transitions[: -largest_over_processes(-len(transitions), transitions.device)]
         for _ in range(self.num_epochs):
             if self._epoch(transitions):
                 break

@@ -230,8 +230,6 @@ class CollectedData(LightningDataModule, ABC):
     def load_experience(self, experience: dict[str, Any]) -> None:
         """Go on from an :meth:`experience` of this same process, when the collector is made."""
         self._experience = experience or None
-        if experience:
-            self.load_state_dict(experience["counters"])
 
     def _restore(self) -> None:
         if self._experience is None:
@@ -245,6 +243,8 @@ class CollectedData(LightningDataModule, ABC):
         self.collector._carrier.update(root)
         self.collector._frames = experience["collected_frames"]
         self._finished_episodes = [tuple(episode) for episode in experience["finished_episodes"]]
+        # What Lightning has loaded by now is the first process's.
+        self.load_state_dict(experience["counters"])
         # Last, because what was made up to here may have drawn.
         restore_random_states(experience["random_states"])
 

@@ -31,11 +31,11 @@ def standardize_over_processes(values: Tensor) -> Tensor:
     return (rows / (squares / (count - 1)).sqrt().clamp_min(1e-6)).view_as(values)
 
 
-def smallest_over_processes(number: int, device: torch.device | None) -> int:
-    """The smallest of the processes' numbers; ``device`` is one that the processes can communicate from."""
-    smallest = torch.tensor(number, device=device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+def largest_over_processes(number: int, device: torch.device | None) -> int:
+    """The largest of the processes' numbers; ``device`` is one that the processes can communicate from."""
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather_objects(value: Any) -> list[Any]:
