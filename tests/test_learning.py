@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pmoe_lightning.checkpoints import load_policy
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import make_env, with_memory
 from pmoe_lightning.evaluation import evaluate_policy
 
 pytestmark = pytest.mark.slow
@@ -29,5 +29,6 @@ def test_pendulum_is_solved(algo, seed, run_module, tmp_path):
     done = run_module("pmoe_lightning.train", *words, timeout=1500)
     assert done.returncode == 0, done.stderr
     policy = load_policy(tmp_path / "run" / "checkpoints" / "best.ckpt")
-    result = evaluate_policy(policy, make_env("Pendulum-v1", num_envs=20), episodes=20, seed=1000)
+    env = with_memory(make_env, policy)("Pendulum-v1", num_envs=20)
+    result = evaluate_policy(policy, env, episodes=20, seed=1000)
     assert result.mean > enough, result.returns
