@@ -19,6 +19,7 @@ __all__ = ["OffPolicyData"]
 
 _NEXT_KEYS = ("observation", "reward", "done", "terminated", "truncated")
 _KEYS = ("observation", "action", *(("next", key) for key in _NEXT_KEYS))
+_COST = ("next", "cost")
 
 
 class OffPolicyData(CollectedData):
@@ -30,8 +31,9 @@ class OffPolicyData(CollectedData):
     later. The warm-up is made of whole iterations, that is, rounded up to a multiple of ``frames_per_batch``.
 
     A minibatch holds observation [O], action [A] and next: observation [O], reward [1], done [1], terminated [1],
-    truncated [1]. ``next.observation`` is the true last observation where an episode ended. The buffer lies on the
-    policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is fewer.
+    truncated [1], and cost [1] where the environment writes it. ``next.observation`` is the true last observation where
+    an episode ended. The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of the
+    run if that is fewer.
 
     Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
         init_random_frames: frames of the warm-up.
@@ -103,7 +105,8 @@ class OffPolicyData(CollectedData):
             self.buffer = self._make_buffer()
         if len(self.buffer) >= self.warm_up:
             self.updates_owed += rollout.numel() * self.utd_ratio
-        transitions = rollout.select(*_KEYS).reshape(-1)
+        keys = (*_KEYS, _COST) if _COST in rollout.keys(include_nested=True) else _KEYS
+        transitions = rollout.select(*keys).reshape(-1)
         unusable = rollout.get("unusable", None)
         if unusable is not None:
             transitions = transitions[~unusable.reshape(-1)]
