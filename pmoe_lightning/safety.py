@@ -123,7 +123,7 @@ class SafePolicy(TensorDictModuleBase):
 
     Args:
         policy: what proposes.
-        values: what predicts reward and cost.
+        values: what predicts reward and cost; where the policy ends with an action transform, its ``qvalue``.
         constraint: M and the limit.
         observation_key: the only entry that the policy reads.
     """
@@ -138,7 +138,12 @@ class SafePolicy(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.in_keys, self.out_keys = [observation_key], ["action"]
-        self.policy, self.values, self.constraint = policy, values, constraint
+        self.policy, self.constraint = policy, constraint
+        if any(module is values for module in policy.modules()):
+            # Registered once: who puts other tensors into the modules would meet those of a second place as the own.
+            self.__dict__["values"] = values
+        else:
+            self.values = values
         self.default_interaction_type = InteractionType.RANDOM
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

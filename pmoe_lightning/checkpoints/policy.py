@@ -152,8 +152,8 @@ def build_policy(
             description["observation_dim"], description["action_low"], description["action_high"], **arguments
         )
         parts = [ObservationNormalizer(description["observation_dim"])] if description["normalize_observation"] else []
-        parts += [actor, *_make_transform(description, actor, where)]
-        safe = _make_safe(description, actor, where)
+        parts += [actor, *(transform := _make_transform(description, actor, where))]
+        safe = _make_safe(description, actor, transform, where)
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
     policy = safe(_sequence(parts))
@@ -214,12 +214,13 @@ def _make_transform(description: Mapping[str, Any], actor: TensorDictModule, whe
 
 
 def _make_safe(
-    description: Mapping[str, Any], actor: TensorDictModule, where: str
+    description: Mapping[str, Any], actor: TensorDictModule, transform: list[EvolveAction], where: str
 ) -> Callable[[TensorDictModule], TensorDictModule]:
     """What makes the policy a safe one where it was trained so; its weights not loaded."""
     if description.get("safe") is None:
         return lambda policy: policy
-    values, constraint = _make_values(description, where), CostConstraint(**description["safe"])
+    constraint = CostConstraint(**description["safe"])
+    values = transform[0].qvalue if transform else _make_values(description, where)
     return lambda policy: SafePolicy(policy, values, constraint, observation_key=actor.in_keys[0])
 
 

@@ -32,8 +32,8 @@ class OffPolicyData(CollectedData):
 
     A minibatch holds observation [O], action [A] and next: observation [O], reward [1], done [1], terminated [1],
     truncated [1], and cost [1] where the environment writes it. ``next.observation`` is the true last observation where
-    an episode ended. The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of the
-    run if that is fewer.
+    an episode ended. The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of
+    the run if that is fewer.
 
     Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
         init_random_frames: frames of the warm-up.

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.critics import QValueEnsemble
-from pmoe_lightning.hamiltonian import ActionValue
+from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
 from pmoe_lightning.losses.sac import PMOESACLoss
 from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues, constrained_value
 
@@ -48,6 +48,10 @@ class SafeSACLoss(PMOESACLoss):
     Source: this project's definition. Multipliers learned beside the policy are common: Ray et al. (2019, "Benchmarking
     Safe Exploration in Deep Reinforcement Learning") compare such methods.
     """
+
+    cost_network: TensorDictModule
+    cost_network_params: TensorDictParams
+    target_cost_network_params: TensorDictParams
 
     def __init__(
         self,
@@ -89,8 +93,9 @@ class SafeSACLoss(PMOESACLoss):
 
     def acting_policy(self, actor: TensorDictModuleBase) -> SafePolicy:
         """``PMOESACLoss.acting_policy`` as the proposer of a ``SafePolicy``, with the live critics of both kinds."""
-        key = self.qvalue_network.in_keys[0]
-        return SafePolicy(super().acting_policy(actor), self.acting_values(), self.constraint, observation_key=key)
+        policy = super().acting_policy(actor)
+        values = policy[-1].qvalue if isinstance(policy[-1], EvolveAction) else self.acting_values()
+        return SafePolicy(policy, values, self.constraint, observation_key=self.qvalue_network.in_keys[0])
 
     @torch.no_grad()
     def cost_target(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
