@@ -183,15 +183,13 @@ def test_a_fixed_temperature_stays():
     run_both(lambda: make(fixed_alpha=True), 20, compile=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("force", "constraint"), [("raw", None), ("gated", None), (None, CONSTRAINT), ("raw", CONSTRAINT)]
-)
-def test_200_compiled_updates_equal_the_readable_form_with_transform_or_constraint(force, constraint):
+@slow
+@pytest.mark.parametrize(("force", "constraint"), BEYOND_PLAIN_SAC)
+def test_200_compiled_updates_equal_the_readable_form_with_a_transform_or_a_constraint(force, constraint):
     run_both(lambda: make(force=force, constraint=constraint), 200, compile=True)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("name", [*ESTIMATORS, *ACTORS])
 def test_200_compiled_updates_equal_the_readable_form(name):
     if name in ESTIMATORS:

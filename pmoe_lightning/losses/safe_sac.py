@@ -61,9 +61,9 @@ class SafeSACLoss(PMOESACLoss):
         constraint: CostConstraint,
         **arguments: Any,
     ) -> None:
-        super().__init__(actor_network, qvalue_network, **arguments)
-        if self.reduction == "none":
+        if arguments.get("reduction") == "none":
             raise ValueError("a constraint on the mean cost needs a reduction: use reduction='mean'")
+        super().__init__(actor_network, qvalue_network, **arguments)
         self.constraint = constraint
         networks = list(cost_network)
         self.convert_to_functional(networks, "cost_network", len(networks), create_target_params=True)
