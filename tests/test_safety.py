@@ -23,6 +23,7 @@ from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.estimators import Marginalized
 from pmoe_lightning.evaluation import evaluate_policy
 from pmoe_lightning.hamiltonian import differentiable, make_hamiltonian_transform
+from pmoe_lightning.losses import SafeSACLoss
 from pmoe_lightning.safety import CostConstraint, choose_safe, constrained_value
 
 OBSERVATION_DIM, A, LOW, HIGH, SIZES = 11, 3, [-1.0] * 3, [1.0] * 3, (16, 16)
@@ -224,8 +225,6 @@ def test_the_multiplier_rises_above_the_limit_and_falls_to_zero_below():
 
 
 def test_a_loss_without_a_mean_cannot_be_constrained():
-    from pmoe_lightning.losses import SafeSACLoss
-
     algorithm = sac()
     with pytest.raises(ValueError, match="use reduction='mean'"):
         SafeSACLoss(algorithm.actor, [], [], CostConstraint(), reduction="none")

@@ -113,13 +113,14 @@ class PMOESACLoss(SACLoss):
         u, log_prob = _draw(distribution, self.estimator.log_prob)
         u, log_prob, _ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
         log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-        action = distribution.squash(u)
-        next_tensordict.set(self.tensor_keys.action, action)  # where other targets find it
-        qvalue = self.qvalues(next_tensordict, action, self.target_qvalue_network_params)
-        next_value = qvalue.min(0).values - self._alpha * log_prob
+        next_value = self.target_value(next_tensordict, distribution.squash(u)) - self._alpha * log_prob
         bootstrapped = tensordict.clone(False)
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
+
+    def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+        """What the critics learn of the next action, besides its entropy: min_i Qbar_i(s', a')."""
+        return self.qvalues(next_tensordict, action, self.target_qvalue_network_params).min(0).values
 
     def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
         """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
@@ -196,7 +197,7 @@ class PMOESACLoss(SACLoss):
         """
         if not self.stacks_qvalues:
             raise ValueError(
-                "acting with a transform needs critics of make_qvalue_network: compose EvolveAction yourself"
+                "acting by action values needs critics of make_qvalue_network: compose EvolveAction yourself"
             )
         return QValueEnsemble(self.qvalue_network.module, self.qvalue_network_params)
 

@@ -83,6 +83,10 @@ class SafeSACLoss(PMOESACLoss):
         cost = self.qvalues(tensordict, action, self.cost_network_params.detach()).max(0).values
         return super().actor_value(tensordict, action) - self.nu * cost
 
+    def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+        next_tensordict.set(self.tensor_keys.action, action)  # for the cost's own target
+        return super().target_value(next_tensordict, action)
+
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         cost = self.frozen_value(tensordict, self.cost_network_params.detach())
         return constrained_value(super().action_value(tensordict), cost, self.nu)
