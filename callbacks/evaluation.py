@@ -24,8 +24,9 @@ class Evaluation(Callback):
 
     Logs against environment frames: ``eval/episode_return`` (mean undiscounted return),
     ``eval/episode_return_low`` and ``eval/episode_return_high`` (its 95 % interval), ``eval/episode_length`` and
-    ``time/evaluation_seconds``. ``ModelCheckpoint(monitor="eval/episode_return", mode="max")`` keeps the best policy;
-    the evaluation before training is not offered to it.
+    ``time/evaluation_seconds``; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
+    ``eval/violations`` (mean number of steps with a cost). ``ModelCheckpoint(monitor="eval/episode_return",
+    mode="max")`` keeps the best policy; the evaluation before training is not offered to it.
 
     Training does not notice: the environments are separate, and the policy's mode and the global random states of
     Python, NumPy and torch are put back afterwards. Every evaluation starts from the same seed, so
@@ -90,6 +91,9 @@ class Evaluation(Callback):
                 "eval/episode_length": sum(result.lengths) / len(result.lengths),
                 "time/evaluation_seconds": time.monotonic() - start,
             }
+            if result.costs:
+                metrics["eval/episode_cost"] = sum(result.costs) / len(result.costs)
+                metrics["eval/violations"] = sum(result.violations) / len(result.violations)
             log_metrics(trainer, {name: value for name, value in metrics.items() if math.isfinite(value)}, frames)
         # Every process needs the value: they decide together whether the checkpoint is the best.
         return trainer.strategy.broadcast(mean)

@@ -18,6 +18,8 @@ class MetricsLogger(Callback):
     ``train/loss_*``, ``train/alpha``, ...   means over the updates of the interval, from the algorithm
     ``train/episode_return``                 mean undiscounted return of the episodes that finished in it
     ``train/episode_length``                 mean length of those episodes, in environment steps
+    ``train/episode_cost``                   mean cost of those episodes, where the environment writes a cost
+    ``train/violations``                     steps with a cost, total since the start of training
     ``train/updates``, ``train/episodes``    totals since the start of training
     ``time/frames_per_second``               frames of the interval over wall-clock time, evaluation included
     ``time/updates_per_second``              the same for updates
@@ -71,6 +73,8 @@ class MetricsLogger(Callback):
         metrics = trainer.lightning_module.drain_metrics() | self._drain_episodes(trainer, frames)
         if metrics or frames > self._frames:
             metrics |= {"train/updates": float(updates), "train/episodes": float(trainer.datamodule.episodes)}
+            if trainer.datamodule.violations is not None:
+                metrics["train/violations"] = float(trainer.datamodule.violations)
             if reached(self.every_frames, self._frames, frames):  # the rest of an interval is too short to time
                 seconds = max(time.monotonic() - self._time, 1e-9)
                 metrics["time/frames_per_second"] = (frames - self._frames) / seconds
@@ -83,6 +87,7 @@ class MetricsLogger(Callback):
         finished = trainer.datamodule.drain_episodes()
         if not finished:
             return {}
-        returns, lengths = (sum(column) / len(finished) for column in zip(*finished, strict=True))
-        self.episodes.append([float(frames), float(returns), float(len(finished))])
-        return {"train/episode_return": float(returns), "train/episode_length": float(lengths)}
+        means = [float(sum(column) / len(finished)) for column in zip(*finished, strict=True)]
+        self.episodes.append([float(frames), means[0], float(len(finished))])
+        # Without a cost there are two of them.
+        return dict(zip(("train/episode_return", "train/episode_length", "train/episode_cost"), means, strict=False))

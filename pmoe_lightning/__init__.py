@@ -39,6 +39,9 @@ _HOMES = {
     "DACLoss": "losses",
     "PMOESACLoss": "losses",
     "PMOEPPOLoss": "losses",
+    "SafeSACLoss": "losses",
+    "CostConstraint": "safety",
+    "SafePolicy": "safety",
     "load_policy": "checkpoints",
     "make_env": "envs",
 }

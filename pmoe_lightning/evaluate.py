@@ -211,6 +211,7 @@ def report(request: Request, env_id: str, result: "Evaluation", video: Path | No
         "interval": [_finite(low), _finite(high)],
         "returns": [_finite(value) for value in result.returns],
         "lengths": list(result.lengths),
+        **({"costs": list(result.costs), "violations": list(result.violations)} if result.costs else {}),
         "video": None if video is None else str(video),
     }
     print(json.dumps(summary) if request.json else _table(summary, result))
@@ -234,6 +235,9 @@ def _table(summary: dict[str, Any], result: "Evaluation") -> str:
         "": f"min {min(result.returns):.2f}, max {max(result.returns):.2f}",
         "length": f"mean {sum(lengths) / len(lengths):.1f}, min {min(lengths)}, max {max(lengths)}",
     }
+    if result.costs:
+        count, steps = sum(result.violations), sum(lengths)
+        rows["cost"] = f"mean {sum(result.costs) / len(result.costs):.1f}, {count} of {steps} steps with a cost"
     if summary["video"]:
         rows["video"] = summary["video"]
     return "\n".join(f"{name:<12}{text}" for name, text in rows.items())

@@ -26,10 +26,16 @@ _POLICY_ROWS = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Undiscounted returns and lengths of whole episodes; episode i was seeded with ``seed + i``."""
+    """Undiscounted returns and lengths of whole episodes; episode i was seeded with ``seed + i``.
+
+    ``costs`` are their undiscounted costs, and ``violations`` their numbers of steps with a cost; empty where the
+    environment writes no cost.
+    """
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
+    costs: tuple[float, ...] = ()
+    violations: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -84,14 +90,11 @@ def evaluate_policy(
     """
     if episodes < 1:
         raise ConfigurationError(f"episodes must be at least 1, not {episodes}")
-    returns: list[float] = []
-    lengths: list[int] = []
+    outcomes: list[tuple[float, ...]] = []
     with _acting(policy, seed, sample) as act:
         for first in range(0, episodes, env.batch_size[0]):
-            round_returns, round_lengths = _run_round(act, env, min(env.batch_size[0], episodes - first), seed + first)
-            returns += round_returns
-            lengths += round_lengths
-    return Evaluation(tuple(returns), tuple(lengths))
+            outcomes += _run_round(act, env, min(env.batch_size[0], episodes - first), seed + first)
+    return Evaluation(*zip(*outcomes, strict=True))
 
 
 def record_video(
@@ -181,20 +184,27 @@ def _padded(values: Tensor, rows: int) -> Tensor:
     return padded
 
 
-def _run_round(act: Any, env: GymnasiumEnv, count: int, seed: int) -> tuple[list[float], list[int]]:
-    """The first episodes of the first ``count`` environments, seeded with ``seed``, ``seed + 1``, ..."""
+def _run_round(act: Any, env: GymnasiumEnv, count: int, seed: int) -> list[tuple[float, ...]]:
+    """The first episodes of the first ``count`` environments, seeded with ``seed``, ``seed + 1``, ...
+
+    Of each the entries of an ``Evaluation``.
+    """
     env.set_seed(seed)
     root = env.reset()
-    returns, lengths = [math.nan] * count, [0] * count
-    running = set(range(count))
+    outcomes: list[tuple[float, ...]] = [()] * count
+    running, violations = set(range(count)), [0] * count
     while running:
         step, root = env.step_and_maybe_reset(act(root))
-        done = step["next", "done"].flatten().tolist()
+        following = step.get("next")
+        done, cost = following.get("done").flatten().tolist(), following.get("cost", None)
+        if cost is not None:
+            violations = [n + (c > 0) for n, c in zip(violations, cost.flatten().tolist(), strict=False)]
         for i in [i for i in running if done[i]]:
-            returns[i] = step["next", "episode_return"][i].item()
-            lengths[i] = int(step["next", "episode_length"][i])
+            outcomes[i] = following.get("episode_return")[i].item(), int(following.get("episode_length")[i])
+            if cost is not None:
+                outcomes[i] += following.get("episode_cost")[i].item(), violations[i]
             running.remove(i)
-    return returns, lengths
+    return outcomes
 
 
 def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:

@@ -142,11 +142,13 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     actor = _call(cfg.actor, **vars(spaces), **arguments)
     compile = resolve_compile(cfg.compile, planned_updates(cfg))
     shared = {"normalizer": normalizer} if on_policy else {}
-    transform = {}
+    options = {}
     if cfg.action_transform:
         sizes = {"observation_dim": spaces.observation_dim, "action_dim": len(spaces.action_low)}
         with torch.random.fork_rng():  # so that the critics start the same with every transform
-            transform["action_transform"] = _call(cfg.action_transform, **sizes)
+            options["action_transform"] = _call(cfg.action_transform, **sizes)
+    if cfg.safe:
+        options["safety"] = _call(cfg.safe)
     algorithm = _call(
         cfg.algo,
         actor=actor,
@@ -156,7 +158,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         compile=compile,
         policy_description=_describe_policy(cfg, spaces, arguments, normalizer is not None),
         **shared,
-        **transform,
+        **options,
     )
     if on_policy:
         scaled = cfg.data.normalize_reward
@@ -316,6 +318,7 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         **vars(spaces),
         "normalize_observation": normalized,
         "action_transform": _arguments(cfg.action_transform) if cfg.action_transform else None,
+        "safe": _arguments(cfg.safe) if cfg.safe else None,
         "critic": {"hidden_sizes": list(cfg.algo.hidden_sizes), "activation": cfg.algo.activation},
         "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
     }
@@ -324,8 +327,8 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
 def _parameters(cfg: DictConfig) -> dict[str, Any]:
     """What tells runs apart: the options chosen and the numbers of the learning itself, under dotted names."""
     chosen = HydraConfig.get().runtime.choices
-    parameters = {group: chosen[group] for group in ("algo", "actor", "estimator", "action_transform")}
-    for group in ("algo", "actor", "estimator", "action_transform", "env", "data", "trainer"):
+    parameters = {group: chosen[group] for group in ("algo", "actor", "estimator", "action_transform", "safe")}
+    for group in ("algo", "actor", "estimator", "action_transform", "safe", "env", "data", "trainer"):
         if cfg[group]:
             parameters |= {f"{group}.{key}": value for key, value in _arguments(cfg[group]).items()}
     for key in ("data.normalize_observation", "data.normalize_reward"):

@@ -17,10 +17,14 @@ from torchrl.envs.transforms import StepCounter
 from torchrl.envs.utils import ExplorationType
 
 from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.envs import make_env, with_memory
+from pmoe_lightning.estimators import Frequency
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.normalization import ObservationNormalizer
 from pmoe_lightning.options import make_option_actor
+from pmoe_lightning.safety import CostConstraint
 
 OBSERVATION_DIM, LOW, HIGH = 11, [-1.0] * 3, [1.0] * 3
 SIZES: dict[str, Any] = {"hidden_sizes": (16,), "activation": "tanh"}
@@ -43,11 +47,21 @@ def normalized(make: Callable, **arguments: Any) -> TensorDictModuleBase:
     return TensorDictSequential(normalizer, actor)
 
 
+def acting(force: str, safety: CostConstraint | None = None) -> TensorDictModuleBase:
+    """SAC's policy with an action transform, choosing among candidates where it is safe."""
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, **SIZES)
+    transform = make_hamiltonian_transform(OBSERVATION_DIM, len(LOW), force=force, step_size=0.3)
+    sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": len(LOW), "hidden_sizes": (16,)}
+    return make_sac(actor, Frequency(), action_transform=transform, safety=safety, **sizes).policy
+
+
 POLICIES: dict[str, Callable[[], TensorDictModuleBase]] = {
     "sac": lambda: make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, **SIZES),
     "ppo-gaussian": lambda: normalized(make_gaussian_actor, scale="state_independent"),
     "ppo-pmoe": lambda: normalized(make_pmoe_actor, scale="state_independent", num_components=4),
     "dac": lambda: normalized(make_option_actor),
+    "sac-raw": lambda: acting("raw"),
+    "sac-gated-safe": lambda: acting("gated", CostConstraint()),
 }
 
 
@@ -85,10 +99,12 @@ def test_rollouts_are_those_of_torchrl(name: str, num_envs: int) -> None:
     )
     assert_same(ours, theirs)
     assert sum(int(rollout["next", "done"].sum()) for rollout in ours) >= 3
-    assert "action_log_prob" not in ours[1] and ("action_log_prob" in ours[2]) == (name != "sac")
+    assert "action_log_prob" not in ours[1] and ("action_log_prob" in ours[2]) == (not name.startswith("sac"))
 
 
-@pytest.mark.parametrize("name", ["ppo-pmoe", pytest.param("dac", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ppo-pmoe", "sac-gated-safe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dac", "sac-raw"))]
+)
 def test_a_compiled_policy_draws_the_same_actions(name: str) -> None:
     """Twelve steps: rounding differs in the last digit, and a simulator multiplies such differences as it goes on."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from pmoe_lightning.configuration.schemas import SCHEMAS, Limit
 from pmoe_lightning.errors import ConfigurationError
 
 register()
+SAFE = ("algo=sac", "safe=velocity")
 HAMILTONIAN = ("algo=sac", "action_transform=hamiltonian_raw")
 
 
@@ -71,6 +72,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
         assert set(SCHEMAS.get(group, {})) <= set(options)
         for option in options:
             needs = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"], "options": ["algo=dac"]}
+            needs["velocity"] = ["algo=sac"]
             words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
             schema = SCHEMAS.get(group, {}).get(option)
@@ -249,6 +251,13 @@ def test_help_lists_every_option():
             [*HAMILTONIAN, "action_transform.metropolis=true", "action_transform.temperature=2"],
             "needs action_transform.temperature=1, not 2.0",
         ),
+        (["algo=ppo", "safe=velocity"], "use algo=sac or safe=none"),
+        (["algo=dac", "safe=velocity"], "use algo=sac or safe=none"),
+        ([*SAFE, "env.velocity_limit=null"], "safe=velocity needs env.velocity_limit: a number in m/s, or published"),
+        ([*SAFE, "safe.gamma=1"], "safe.gamma=1 sums the cost without end: use a number below 1"),
+        ([*SAFE, "safe.cost_limit=-1"], "safe.cost_limit=-1.0 must be a finite number >= 0"),
+        ([*SAFE, "safe.num_candidates=0"], "safe.num_candidates=0"),
+        ([*SAFE, "safe.candidates=4"], "safe.num_candidates"),
         (["algo=sac", "total_frames=500"], "data.init_random_frames=1000"),
         (["algo=sac", "data.buffer_size=500"], "data.buffer_size=500"),
     ],

@@ -22,6 +22,7 @@ MATHS = {
     "estimators",
     "hamiltonian",
     "losses",
+    "safety",
 }
 ALLOWED = {
     "errors": set(),
@@ -37,7 +38,8 @@ ALLOWED = {
     "estimators": {"distributions"},
     "gradient_statistics": {"distributions", "estimators"},
     "hamiltonian": {"distributions"},
-    "losses": {"distributions", "estimators", "critics", "hamiltonian", "options"},
+    "losses": {"distributions", "estimators", "critics", "hamiltonian", "options", "safety"},
+    "safety": {"critics", "hamiltonian"},
     "compilation": set(),
     "updates": {"compilation"},
     "algorithms": MATHS | {"updates"},
@@ -52,6 +54,7 @@ ALLOWED = {
         "lazy",
         "normalization",
         "options",
+        "safety",
         "tracking",
     },  # a reference may name an MLflow run
     "tracking": {"checkpoints", "errors", "lazy"},

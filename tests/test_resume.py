@@ -22,6 +22,7 @@ from pmoe_lightning.train import main
 
 SAC = ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.frames_per_epoch=160"]
 PPO = ["data.frames_per_batch=64", "data.frames_per_epoch=128", "algo.num_epochs=2", "algo.minibatch_size=32"]
+SAFE = ["safe=velocity", "env.velocity_limit=0.1"]
 QUIET = ["algo.hidden_sizes=[16]", "data.num_envs=2", "logger=none", "callbacks=minimal"]
 LAST = Path("checkpoints", "last.ckpt")
 # Counted by Lightning, and other where a run ended in the middle of an epoch before it was extended.
@@ -77,8 +78,10 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         [*SAC, "env=Ant-v5", "actor=pmoe", "estimator=gumbel_softmax"],
         [*PPO, "env=Humanoid-v5", "actor=pmoe"],
         [*PPO, "env=Pendulum-v1", "algo=dac", "env.max_episode_steps=50"],
+        [*SAC, "env=Walker2d-v5", "action_transform=hamiltonian_raw", "data.utd_ratio=0.1"],
+        [*SAC, *SAFE, "env=Hopper-v5", "action_transform=hamiltonian_gated", "data.utd_ratio=0.1"],
     ],
-    ids=["sac", "ppo", "dac"],
+    ids=["sac", "ppo", "dac", "hamiltonian", "safe"],
 )
 def test_a_run_that_is_extended_is_the_run_that_was_longer(words, train, tmp_path):
     words = ["+" + word if word.startswith("env.max") else word for word in [*words, *QUIET]]

@@ -22,7 +22,9 @@ from pmoe_lightning.estimators import (
     Pathwise,
     ScoreFunction,
 )
-from pmoe_lightning.losses import PMOESACLoss
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
+from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
+from pmoe_lightning.safety import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
 OBSERVATION_DIM, A, B, TAU = 5, 2, 16, 0.05
@@ -39,26 +41,38 @@ ESTIMATORS: dict[str, Callable[[], AbstractEstimator]] = {
 ACTORS = {"additive_moe": make_additive_moe_actor, "gaussian": make_gaussian_actor, "mcp": make_mcp_actor}
 
 
-def make(make_actor=make_pmoe_actor, estimator: AbstractEstimator | None = None, *, fixed_alpha: bool = False):
+def make(
+    make_actor=make_pmoe_actor,
+    estimator: AbstractEstimator | None = None,
+    *,
+    fixed_alpha: bool = False,
+    force: str | None = None,
+    constraint: CostConstraint | None = None,
+):
     """A loss and its optimizer, the same at every call."""
     sizes = {"hidden_sizes": (12, 8)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         actor = make_actor(OBSERVATION_DIM, LOW, HIGH, **sizes)
-        critics = [make_qvalue_network(OBSERVATION_DIM, A, **sizes) for _ in range(2)]
-    loss = PMOESACLoss(
-        actor,
-        critics,
-        estimator=estimator or Frequency(),
-        target_entropy=-2.0,
-        alpha_init=0.5,
-        fixed_alpha=fixed_alpha,
-    )
+        critics = [make_qvalue_network(OBSERVATION_DIM, A, **sizes) for _ in range(2 if constraint is None else 4)]
+        transform = None
+        if force is not None:
+            transform = make_hamiltonian_transform(OBSERVATION_DIM, A, force=force, step_size=0.2, learn_step_size=True)
+    arguments = {"estimator": estimator or Frequency(), "action_transform": transform, "fixed_alpha": fixed_alpha}
+    arguments |= {"target_entropy": -2.0, "alpha_init": 0.5}
+    if constraint is None:
+        loss = PMOESACLoss(actor, critics, **arguments)
+    else:
+        loss = SafeSACLoss(actor, critics[:2], critics[2:], constraint, **arguments)
     loss.make_value_estimator(gamma=0.9)
-    groups = [{"params": list(loss.actor_network_params.parameters()), "lr": 1e-3}]
+    acting = [*loss.actor_network_params.parameters(), *(() if transform is None else transform.parameters())]
+    groups = [{"params": acting, "lr": 1e-3}]
     groups.append({"params": list(loss.qvalue_network_params.parameters()), "lr": 2e-3})
     if not fixed_alpha:
         groups.append({"params": [loss.log_alpha], "lr": 5e-3})
+    if constraint is not None:
+        groups.append({"params": list(loss.cost_network_params.parameters()), "lr": 2e-3})
+        groups.append({"params": [loss.multiplier], "lr": 1e-2})
     return loss, torch.optim.Adam(groups, fused=True)
 
 
@@ -71,6 +85,7 @@ def minibatches(updates: int) -> TensorDict:
     after = {"reward": normal(1), "terminated": normal(1) > 1, "truncated": normal(1) > 1}
     after |= {"observation": normal(OBSERVATION_DIM), "done": after["terminated"] | after["truncated"]}
     root = {"observation": normal(OBSERVATION_DIM), "action": normal(A).tanh()}
+    after["cost"] = (normal(1) > 0).to(after["reward"].dtype)
     return TensorDict({**root, "next": TensorDict(after, [updates, B])}, [updates, B])
 
 
@@ -144,11 +159,37 @@ def test_200_updates_equal_the_readable_form_for_every_actor(name):
     run_both(lambda: make(ACTORS[name], Pathwise()), 200, compile=False)
 
 
+#: About the mean cost of the minibatches, so that the multiplier goes up and down.
+CONSTRAINT = CostConstraint(cost_limit=0.5, gamma=0.8, multiplier_init=0.1)
+slow = pytest.mark.slow
+BEYOND_PLAIN_SAC = [
+    pytest.param("raw", None, id="raw"),
+    pytest.param("gated", None, id="gated"),
+    pytest.param(None, CONSTRAINT, id="safe", marks=slow),
+    pytest.param("raw", CONSTRAINT, id="raw-safe", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("force", "constraint"), BEYOND_PLAIN_SAC)
+def test_200_updates_equal_the_readable_form_with_a_transform_or_a_constraint(force, constraint):
+    run_both(lambda: make(force=force, constraint=constraint), 200, compile=False)
+
+
+def test_20_updates_equal_the_readable_form_with_a_transform_under_a_constraint():
+    run_both(lambda: make(force="gated", constraint=CONSTRAINT), 20, compile=False)
+
+
 def test_a_fixed_temperature_stays():
     run_both(lambda: make(fixed_alpha=True), 20, compile=False)
 
 
-@pytest.mark.slow
+@slow
+@pytest.mark.parametrize(("force", "constraint"), BEYOND_PLAIN_SAC)
+def test_200_compiled_updates_equal_the_readable_form_with_a_transform_or_a_constraint(force, constraint):
+    run_both(lambda: make(force=force, constraint=constraint), 200, compile=True)
+
+
+@slow
 @pytest.mark.parametrize("name", [*ESTIMATORS, *ACTORS])
 def test_200_compiled_updates_equal_the_readable_form(name):
     if name in ESTIMATORS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -85,6 +86,31 @@ def test_sac_from_the_command_line(run_module, tmp_path):
     for shown in (f"{folder}", "checkpoints/best.ckpt", run.info.run_id, "mlflow ui", "pmoe_lightning.evaluate"):
         assert shown in done.stdout
     assert "Warning" not in done.stderr and "INFO" not in done.stderr
+
+
+def test_a_safe_run_logs_what_it_costs(run_module, tmp_path, store):
+    """And what it leaves behind is the safe policy, whose evaluation says what it costs, too."""
+    words = ["algo=sac", "safe=velocity", "env=Hopper-v5", "env.velocity_limit=0.001", "algo.hidden_sizes=[16]"]
+    words += ["total_frames=600", "data.frames_per_epoch=300", "data.init_random_frames=200", "data.batch_size=16"]
+    words += ["callbacks=[metrics,evaluation,checkpoint_last]", "callbacks.metrics.every_frames=100", "safe.gamma=0.5"]
+    done = run_module("pmoe_lightning.train", *words, "callbacks.evaluation.episodes=2")
+    assert done.returncode == 0, done.stderr
+    run, client = the_run(tmp_path)
+    assert run.data.params["safe"] == "velocity" and run.data.params["env.velocity_limit"] == "0.001"
+
+    def history(name: str) -> list[float]:
+        return [point.value for point in client.get_metric_history(run.info.run_id, name)]
+
+    assert history("train/violations") == sorted(history("train/violations"))
+    assert max(history("train/violations")) > 0 and max(history("train/episode_cost")) > 0
+    assert history("eval/episode_cost") == history("eval/violations") and len(history("eval/violations")) == 3
+    assert min(history("train/loss_cost")) > 0 and max(history("train/predicted_cost")) < 1
+    assert min(history("train/multiplier")) >= 0 < max(history("train/multiplier"))
+    (checkpoint,) = (tmp_path / "outputs").glob("*/*/checkpoints/last.ckpt")
+    done = run_module("pmoe_lightning.evaluate", f"checkpoint={checkpoint}", "episodes=2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["costs"] == result["violations"] and len(result["costs"]) == 2
 
 
 def test_ppo_through_mlflow_run_is_one_run(tmp_path, store, clean_environ):

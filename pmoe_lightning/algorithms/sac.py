@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import SoftUpdate
@@ -15,7 +16,8 @@ from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.hamiltonian import HamiltonianTransform
-from pmoe_lightning.losses import PMOESACLoss
+from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
+from pmoe_lightning.safety import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
 
@@ -24,8 +26,9 @@ class SAC(AbstractAlgorithm):
 
     ``compile`` runs the same mathematics as one compiled graph (``updates/sac.py``); the loss module is its definition.
 
-    One Adam with three parameter groups (actor, critics, temperature): the three losses touch disjoint parameters, so
-    one backward pass of their sum equals three. The actor therefore sees the critics as they were before this step.
+    One Adam with a parameter group each for actor, critics and temperature (and, of a ``SafeSACLoss``, for the critics
+    of the cost and the multiplier): the losses touch disjoint parameters, so one backward pass of their sum equals one
+    of each. The actor therefore sees the critics as they were before this step.
 
     Args:
         loss: the loss module, with its value estimator (gamma) set.
@@ -58,12 +61,16 @@ class SAC(AbstractAlgorithm):
         acting = list(self.loss.actor_network_params.parameters())
         if self.loss.action_transform is not None:
             acting += self.loss.action_transform.parameters()
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": acting, "lr": self.lr_actor, "name": "actor"},
             {"params": list(self.loss.qvalue_network_params.parameters()), "lr": self.lr_qvalue, "name": "qvalue"},
         ]
         if not self.loss.fixed_alpha:
             groups.append({"params": [self.loss.log_alpha], "lr": self.lr_alpha, "name": "alpha"})
+        if isinstance(self.loss, SafeSACLoss):
+            critics, rate = list(self.loss.cost_network_params.parameters()), self.loss.constraint.lr_multiplier
+            groups.append({"params": critics, "lr": self.lr_qvalue, "name": "cost"})
+            groups.append({"params": [self.loss.multiplier], "lr": rate, "name": "multiplier"})
         return torch.optim.Adam(groups, fused=True)
 
     def action_values(self) -> list[dict[str, Tensor]]:
@@ -104,6 +111,7 @@ def make_sac(
     alpha_init: float = 1.0,
     target_entropy: float | None = None,
     action_transform: HamiltonianTransform | None = None,
+    safety: CostConstraint | None = None,
     compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
 ) -> SAC:
@@ -120,6 +128,7 @@ def make_sac(
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
+        safety: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
         compile: run the update as one compiled graph.
         policy_description: see ``AbstractAlgorithm``.
 
@@ -127,18 +136,21 @@ def make_sac(
         ValueError: the estimator cannot serve the actor's number of components.
     """
     estimator.check(actor[0].module.num_components)
-    critics = [
-        make_qvalue_network(observation_dim, action_dim, hidden_sizes=hidden_sizes, activation=activation)
-        for _ in range(2)
-    ]
-    loss = PMOESACLoss(
-        actor,
-        critics,
-        estimator=estimator,
-        action_transform=action_transform,
-        alpha_init=alpha_init,
-        target_entropy=float(-action_dim if target_entropy is None else target_entropy),
-    )
+
+    def make_critics() -> list[TensorDictModule]:
+        sizes = {"hidden_sizes": hidden_sizes, "activation": activation}
+        return [make_qvalue_network(observation_dim, action_dim, **sizes) for _ in range(2)]
+
+    arguments = {
+        "estimator": estimator,
+        "action_transform": action_transform,
+        "alpha_init": alpha_init,
+        "target_entropy": float(-action_dim if target_entropy is None else target_entropy),
+    }
+    if safety is None:
+        loss = PMOESACLoss(actor, make_critics(), **arguments)
+    else:
+        loss = SafeSACLoss(actor, make_critics(), make_critics(), safety, **arguments)
     loss.make_value_estimator(gamma=gamma)
     return SAC(
         loss,

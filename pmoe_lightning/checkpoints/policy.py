@@ -31,6 +31,7 @@ from pmoe_lightning.errors import RunError
 from pmoe_lightning.hamiltonian import EvolveAction, make_hamiltonian_transform
 from pmoe_lightning.normalization import ObservationNormalizer
 from pmoe_lightning.options import OptionActor, make_option_actor
+from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues
 
 ACTORS: dict[str, Callable[..., TensorDictModule]] = {
     "additive_moe": make_additive_moe_actor,
@@ -58,6 +59,14 @@ _TRANSFORM_ARGUMENTS = {
     "learn_magnitude": bool,
     "hidden_size": int,
 }
+_SAFE_ARGUMENTS = {
+    "cost_limit": float,
+    "gamma": float,
+    "lr_multiplier": float,
+    "multiplier_init": float,
+    "num_candidates": int,
+}
+_MAX_CANDIDATES = 1000
 _MAX_PARAMETERS = 500_000_000
 
 
@@ -121,6 +130,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     _check_arguments(_get(description, "arguments", dict, place), size, len(low), f"{place}.arguments")
     if description.get("action_transform") is not None:
         _check_transform(_get(description, "action_transform", dict, place), f"{place}.action_transform")
+    if description.get("safe") is not None:
+        _check_safe(_get(description, "safe", dict, place), f"{place}.safe")
     return entry
 
 
@@ -141,10 +152,11 @@ def build_policy(
             description["observation_dim"], description["action_low"], description["action_high"], **arguments
         )
         parts = [ObservationNormalizer(description["observation_dim"])] if description["normalize_observation"] else []
-        parts += [actor, *_make_transform(description, actor, where)]
+        parts += [actor, *(transform := _make_transform(description, actor, where))]
+        safe = _make_safe(description, actor, transform, where)
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
-    policy = actor if len(parts) == 1 else TensorDictSequential(*parts)
+    policy = safe(_sequence(parts))
     try:
         policy.load_state_dict(entry["state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -153,11 +165,15 @@ def build_policy(
     if rule == "best_value":
         best = BestValueActor(actor, _build_critics(entry, where))
         parts = [best if part is actor else part for part in parts]
-        policy = best if len(parts) == 1 else TensorDictSequential(*parts)
+        policy = safe(_sequence(parts))
     for module in policy.modules():
-        if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction):
+        if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
     return policy.to(device).eval()
+
+
+def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:
+    return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
 
 
 def _build_critics(entry: Mapping[str, Any], where: str) -> list[TensorDictModule]:
@@ -191,11 +207,33 @@ def _make_transform(description: Mapping[str, Any], actor: TensorDictModule, whe
     arguments = description.get("action_transform")
     if arguments is None or "acting" not in arguments["used_in"]:
         return []
-    critics = [_make_critic(description, where) for _ in range(_NUM_CRITICS)]
-    ensemble = QValueEnsemble(critics[0].module, TensorDict.from_modules(*critics, as_module=True))
+    values = _make_values(description, where)
     transform = make_hamiltonian_transform(description["observation_dim"], len(description["action_low"]), **arguments)
     bounds = (torch.tensor(description[key]) for key in ("action_low", "action_high"))
-    return [EvolveAction(transform, ensemble, nn.Parameter(torch.zeros(())), *bounds, observation_key=actor.in_keys[0])]
+    return [EvolveAction(transform, values, nn.Parameter(torch.zeros(())), *bounds, observation_key=actor.in_keys[0])]
+
+
+def _make_safe(
+    description: Mapping[str, Any], actor: TensorDictModule, transform: list[EvolveAction], where: str
+) -> Callable[[TensorDictModule], TensorDictModule]:
+    """What makes the policy a safe one where it was trained so; its weights not loaded."""
+    if description.get("safe") is None:
+        return lambda policy: policy
+    constraint = CostConstraint(**description["safe"])
+    values = transform[0].qvalue if transform else _make_values(description, where)
+    return lambda policy: SafePolicy(policy, values, constraint, observation_key=actor.in_keys[0])
+
+
+def _make_values(description: Mapping[str, Any], where: str) -> nn.Module:
+    """The critics that a policy acts with, of cost too for a safe one, their weights not loaded."""
+
+    def ensemble() -> QValueEnsemble:
+        critics = [_make_critic(description, where) for _ in range(_NUM_CRITICS)]
+        return QValueEnsemble(critics[0].module, TensorDict.from_modules(*critics, as_module=True))
+
+    if description.get("safe") is None:
+        return ensemble()
+    return SafeValues(ensemble(), ensemble(), nn.Parameter(torch.zeros(())))
 
 
 def _get(mapping: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
@@ -238,11 +276,21 @@ def _check_arguments(arguments: Mapping[str, Any], observation_dim: int, action_
 
 
 def _check_transform(arguments: Mapping[str, Any], where: str) -> None:
-    for key, kind in _TRANSFORM_ARGUMENTS.items():
-        value = arguments.get(key, kind())
-        if not isinstance(value, kind | int if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise RunError(f"{where}: {key} {value!r} is not a {kind.__name__}")
+    _check_types(arguments, _TRANSFORM_ARGUMENTS, where)
     if not all(isinstance(use, str) for use in _get(arguments, "used_in", list, where)):
         raise RunError(f"{where}: used_in {arguments['used_in']!r} is not a list of words")
     if arguments.get("num_leapfrog_steps", 0) > _MAX_LEAPFROG_STEPS or arguments.get("hidden_size", 0) > _MAX_WIDTH:
         raise RunError(f"{where}: num_leapfrog_steps or hidden_size is out of range")
+
+
+def _check_safe(arguments: Mapping[str, Any], where: str) -> None:
+    _check_types(arguments, _SAFE_ARGUMENTS, where)
+    if arguments.get("num_candidates", 1) > _MAX_CANDIDATES:
+        raise RunError(f"{where}: num_candidates is out of range")
+
+
+def _check_types(arguments: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
+    for key, kind in kinds.items():
+        value = arguments.get(key, kind())
+        if not isinstance(value, kind | int if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise RunError(f"{where}: {key} {value!r} is not a {kind.__name__}")

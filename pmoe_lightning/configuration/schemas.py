@@ -222,6 +222,17 @@ class GatedSchema(NormalizedSchema):
     hidden_size: int = _at_least(1)
 
 
+# -- safe --------------------------------------------------------------------------------------------------------------
+@dataclass
+class CostConstraintSchema:
+    _target_: str = MISSING
+    cost_limit: float = _at_least(0)
+    gamma: float = _between(0, 1)
+    lr_multiplier: float = _positive()
+    multiplier_init: float = _at_least(0)
+    num_candidates: int = _between(1, 1000)
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 @dataclass
 class DataSchema:
@@ -334,6 +345,7 @@ class Configuration:
     actor: Any = MISSING
     estimator: Any = MISSING
     action_transform: Any = None
+    safe: Any = None
     env: Any = MISSING
     data: Any = MISSING
     trainer: Any = MISSING
@@ -370,6 +382,7 @@ SCHEMAS = {
         "hamiltonian_normalized": NormalizedSchema,
         "hamiltonian_raw": HamiltonianSchema,
     },
+    "safe": {"velocity": CostConstraintSchema},
     "data": {"off_policy": OffPolicySchema, "on_policy": OnPolicySchema},
     "trainer": {"default": TrainerSchema},
     "callbacks": {

@@ -47,6 +47,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
     _check_action_transform(cfg)
+    _check_safe(cfg)
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limit | None]]:
@@ -158,6 +159,20 @@ def _check_action_transform(cfg: DictConfig) -> None:
             f"action_transform.metropolis=true needs action_transform.temperature=1, not {transform.temperature}: "
             "a tempered trajectory has no reverse"
         )
+
+
+def _check_safe(cfg: DictConfig) -> None:
+    if not cfg.safe:
+        return
+    if OmegaConf.get_type(cfg.algo) is not SACSchema:
+        raise ConfigurationError(
+            "safe=velocity chooses among actions by their reward and cost values, which ppo and dac do not learn: "
+            "use algo=sac or safe=none"
+        )
+    if cfg.env.get("velocity_limit") is None:
+        raise ConfigurationError("safe=velocity needs env.velocity_limit: a number in m/s, or published")
+    if cfg.safe.gamma == 1:
+        raise ConfigurationError("safe.gamma=1 sums the cost without end: use a number below 1, such as 0.99")
 
 
 def _shown(value: Any) -> str:

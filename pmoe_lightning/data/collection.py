@@ -44,6 +44,7 @@ class CollectedData(LightningDataModule, ABC):
         env_frames: environment steps taken, over all environments, warm-up included.
         episodes: episodes finished.
         breakdowns: transitions left out because the simulator broke down in them.
+        violations: steps with a cost; None where the environment writes no cost.
         total_frames: as given.
         collector: a TorchRL collector, None before the first iteration and after teardown.
 
@@ -102,9 +103,10 @@ class CollectedData(LightningDataModule, ABC):
         self.env_frames = 0
         self.episodes = 0
         self.breakdowns = 0
+        self.violations: int | None = None
         self.collector: RolloutCollector | None = None
         self._iterations: Iterator[TensorDictBase] | None = None
-        self._finished_episodes: list[tuple[float, int]] = []
+        self._finished_episodes: list[tuple[float, ...]] = []
         self._experience: dict[str, Any] | None = None
 
     @abstractmethod
@@ -156,13 +158,17 @@ class CollectedData(LightningDataModule, ABC):
         rollout.names = None
         self.env_frames += rollout.numel() * self.world_size
         self._count_episodes(rollout)
+        self._count_violations(rollout)
         self._set_aside_breakdowns(rollout)
         if self.env_frames >= self.total_frames and self.trainer is not None:
             self.trainer.should_stop = True
         return rollout
 
-    def drain_episodes(self) -> list[tuple[float, int]]:
-        """The (return, length) of every training episode finished since the last call, in the order they finished."""
+    def drain_episodes(self) -> list[tuple[float, ...]]:
+        """(return, length) of every training episode finished since the last call, in the order they finished.
+
+        (return, length, cost) where the environment writes a cost.
+        """
         finished, self._finished_episodes = self._finished_episodes, []
         return finished
 
@@ -200,10 +206,17 @@ class CollectedData(LightningDataModule, ABC):
         done = rollout.get(("next", "done")) & ~rollout.get(("next", "reward")).isnan()
         done = done.squeeze(-1).T
         if done.any():
-            totals = (rollout.get(("next", key)).squeeze(-1).T for key in ("episode_return", "episode_length"))
+            totals = (rollout.get(("next", key), None) for key in ("episode_return", "episode_length", "episode_cost"))
+            totals = (total.squeeze(-1).T for total in totals if total is not None)
             finished = list(zip(*(total[done].tolist() for total in totals), strict=True))
             self.episodes += len(finished)
             self._finished_episodes += finished
+
+    def _count_violations(self, rollout: TensorDictBase) -> None:
+        cost = rollout.get(("next", "cost"), None)
+        if cost is not None:
+            counted = (cost > 0) & ~rollout.get(("next", "reward")).isnan()
+            self.violations = (self.violations or 0) + int(counted.sum())
 
     def teardown(self, stage: str) -> None:
         """Close the environments. A later fit starts new episodes and goes on counting."""
@@ -249,10 +262,12 @@ class CollectedData(LightningDataModule, ABC):
         restore_random_states(experience["random_states"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"env_frames": self.env_frames, "episodes": self.episodes}
+        counters = {"env_frames": self.env_frames, "episodes": self.episodes}
+        return counters if self.violations is None else counters | {"violations": self.violations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.env_frames, self.episodes = state_dict["env_frames"], state_dict["episodes"]
+        self.violations = state_dict.get("violations")
 
 
 class CollectorLoader:

@@ -19,6 +19,7 @@ __all__ = ["OffPolicyData"]
 
 _NEXT_KEYS = ("observation", "reward", "done", "terminated", "truncated")
 _KEYS = ("observation", "action", *(("next", key) for key in _NEXT_KEYS))
+_COST = ("next", "cost")
 
 
 class OffPolicyData(CollectedData):
@@ -32,8 +33,9 @@ class OffPolicyData(CollectedData):
     With P processes each has a buffer of its own, a P-th of ``buffer_size``, and draws a P-th of every minibatch.
 
     A minibatch holds observation [O], action [A] and next: observation [O], reward [1], done [1], terminated [1],
-    truncated [1]. ``next.observation`` is the true last observation where an episode ended. The buffer lies on the
-    policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is fewer.
+    truncated [1], and cost [1] where the environment writes it. ``next.observation`` is the true last observation where
+    an episode ended. The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of
+    the run if that is fewer.
 
     Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
         init_random_frames: frames of the warm-up.
@@ -107,7 +109,8 @@ class OffPolicyData(CollectedData):
         if self._given >= self.warm_up:
             self.updates_owed += frames * self.utd_ratio
         self._given += frames
-        transitions = rollout.select(*_KEYS).reshape(-1)
+        keys = (*_KEYS, _COST) if _COST in rollout.keys(include_nested=True) else _KEYS
+        transitions = rollout.select(*keys).reshape(-1)
         unusable = rollout.get("unusable", None)
         if unusable is not None:
             transitions = transitions[~unusable.reshape(-1)]

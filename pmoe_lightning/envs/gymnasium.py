@@ -24,6 +24,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
+from pmoe_lightning.envs.velocity import VelocityCost
 from pmoe_lightning.errors import ConfigurationError, NonFiniteError
 
 __all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
@@ -31,6 +32,7 @@ __all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 _log = logging.getLogger(__name__)
 _FLAGS = ("done", "terminated", "truncated")
 _STEPPED = ("observation", "reward", *_FLAGS, "episode_return", "episode_length")
+_COSTS = ("cost", "episode_cost")
 _PREVIOUS = "_previous"
 _BAD_STATES = slice(3, 7)  # mjWARN_BADQPOS, BADQVEL, BADQACC and BADCTRL
 _mujoco_breakdowns: list[str] = []  # what MuJoCo has said since this was last looked at
@@ -55,6 +57,8 @@ class GymnasiumEnv(EnvBase):
     huge), the episode is truncated, non-finite parts of ``next.observation`` become 0, and ``next.reward`` is NaN:
     such a transition is to be dropped, as this package's data modules do.
 
+    With a ``cost``, ``next`` also holds ``cost`` float32 [N, 1] of the step, and its running total ``episode_cost``.
+
     A policy with memory names in ``carry`` the integer entries [N, 1] that it writes and wants to read one step later.
     Every root then holds ``<name>_previous`` int64 [N, 1]: what the policy wrote in the step before, or -1 in the first
     step of an episode, and wherever nothing was written.
@@ -63,6 +67,7 @@ class GymnasiumEnv(EnvBase):
         envs: the Gymnasium environments; all must have the same spaces. They are closed with this environment.
         seed: environment i receives ``seed + i`` at its first reset (None: nondeterministic).
         carry: entries handed on to the next step.
+        cost: what a step costs, from the information that it returns.
 
     Raises:
         ConfigurationError: if there is no environment, the action space is not a bounded vector, the observations
@@ -70,7 +75,14 @@ class GymnasiumEnv(EnvBase):
         NonFiniteError: when stepped with an action that is not finite.
     """
 
-    def __init__(self, envs: Sequence[gymnasium.Env], *, seed: int | None = None, carry: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        envs: Sequence[gymnasium.Env],
+        *,
+        seed: int | None = None,
+        carry: Sequence[str] = (),
+        cost: Callable[[Mapping[str, Any]], float] | None = None,
+    ) -> None:
         if not envs:
             raise ConfigurationError("GymnasiumEnv needs at least one environment (num_envs >= 1)")
         super().__init__(device=None, batch_size=torch.Size([len(envs)]))
@@ -79,6 +91,7 @@ class GymnasiumEnv(EnvBase):
         self._observation_shape = (len(envs), *self.envs[0].observation_space.shape)
         self._action_low, self._action_high = action_space.low, action_space.high
         self._returns, self._lengths = [0.0] * len(envs), [0] * len(envs)
+        self.cost, self._costs = cost, [0.0] * len(envs)
         self.carry = tuple(carry)
         self._carried = {name: f"{name}{_PREVIOUS}" for name in carry}
         self._make_specs()
@@ -100,6 +113,7 @@ class GymnasiumEnv(EnvBase):
             reward=Unbounded(shape=(n, 1)),
             episode_return=Unbounded(shape=(n, 1)),
             episode_length=Unbounded(shape=(n, 1), dtype=torch.int64),
+            **{key: Unbounded(shape=(n, 1)) for key in _COSTS if self.cost is not None},
             shape=(n,),
         )
         self.full_done_spec = Composite(**flags, shape=(n,))
@@ -160,6 +174,8 @@ class GymnasiumEnv(EnvBase):
         shape = (*steps, len(self.envs), 1)
         arrays["reward"], arrays["episode_return"] = np.empty((2, *shape), np.float32)
         arrays["episode_length"] = np.empty(shape, np.int64)
+        if self.cost is not None:
+            arrays |= zip(_COSTS, np.empty((2, *shape), np.float32), strict=True)
         return arrays
 
     def _read(self, tensordict: TensorDictBase) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -180,11 +196,15 @@ class GymnasiumEnv(EnvBase):
         ended = []
         # Scalar by scalar, because one NumPy operation costs as much as a dozen assignments.
         for i, env in enumerate(self.envs):
-            observation[i], value, ends, is_cut, _ = env.step(actions[i])
+            observation[i], value, ends, is_cut, info = env.step(actions[i])
             self._returns[i] += float(value)
             self._lengths[i] += 1
             reward[i, 0], episode_return[i, 0], episode_length[i, 0] = value, self._returns[i], self._lengths[i]
             done[i, 0], terminated[i, 0], truncated[i, 0] = ends or is_cut, ends, is_cut
+            if self.cost is not None:
+                cost = self.cost(info)
+                self._costs[i] += cost
+                outcome["cost"][i, 0], outcome["episode_cost"][i, 0] = cost, self._costs[i]
             if ends or is_cut:
                 ended.append(i)
         if _mujoco_breakdowns or not (np.isfinite(observation).all() and np.isfinite(reward).all()):
@@ -212,7 +232,7 @@ class GymnasiumEnv(EnvBase):
         for i in rows:
             root["observation"][i] = self.envs[i].reset(seed=self._seeds[i])[0]
             self._seeds[i] = None  # later episodes continue the environment's own random stream
-            self._returns[i], self._lengths[i] = 0.0, 0
+            self._returns[i], self._lengths[i], self._costs[i] = 0.0, 0, 0.0
             for key in self._carried.values():
                 root[key][i] = -1
 
@@ -231,6 +251,8 @@ class GymnasiumEnv(EnvBase):
     def simulator_state(self) -> dict[str, Any]:
         """Everything the next step depends on, as plain values and tensors; see :mod:`.simulator_state`."""
         episodes = {"returns": list(self._returns), "lengths": list(self._lengths), "seeds": list(self._seeds)}
+        if self.cost is not None:
+            episodes["costs"] = list(self._costs)
         return {"envs": [capture(env) for env in self.envs], **episodes}
 
     def load_simulator_state(self, state: dict[str, Any]) -> torch.Tensor:
@@ -247,6 +269,8 @@ class GymnasiumEnv(EnvBase):
                 restore(env, captured)
         self._returns, self._lengths = list(state["returns"]), list(state["lengths"])
         self._seeds = list(state["seeds"])
+        if self.cost is not None:
+            self._costs = list(state["costs"])
         return mask
 
     def close(self, *, raise_if_closed: bool = True) -> None:
@@ -274,6 +298,7 @@ def make_env(
     seed: int | None = None,
     render_mode: str | None = None,
     carry: Sequence[str] = (),
+    velocity_limit: float | str | None = None,
     **kwargs,
 ) -> GymnasiumEnv:
     """Make a batch of one registered Gymnasium environment.
@@ -284,11 +309,12 @@ def make_env(
         seed: environment i receives ``seed + i`` at its first reset.
         render_mode: as in :func:`gymnasium.make`.
         carry: entries of the policy handed on to its next step, see :class:`GymnasiumEnv`.
+        velocity_limit: in m/s, or ``published``: steps that are faster cost 1, see :class:`VelocityCost`.
         **kwargs: passed to :func:`gymnasium.make`.
 
     Raises:
         ConfigurationError: if the id is unknown, a package it needs is missing, an argument is not accepted, or the
-            spaces are not supported (see :class:`GymnasiumEnv`).
+            spaces are not supported (see :class:`GymnasiumEnv`); if its velocity cannot be limited.
 
     Example:
         >>> env = make_env("Pendulum-v1", num_envs=2, seed=0)
@@ -308,7 +334,12 @@ def make_env(
         raise ConfigurationError(f"environment {id!r} cannot be imported: {_line(error)}") from error
     except (gymnasium.error.Error, TypeError) as error:
         raise ConfigurationError(f"environment {id!r} cannot be made with {kwargs}: {_line(error)}") from error
-    return GymnasiumEnv(envs, seed=seed, carry=carry)
+    if velocity_limit is None:
+        return GymnasiumEnv(envs, seed=seed, carry=carry)
+    cost = VelocityCost(id, velocity_limit)
+    envs[0].reset()  # what it reports is known after a step, and should be known before a run
+    cost(envs[0].step(envs[0].action_space.sample())[4])
+    return GymnasiumEnv(envs, seed=seed, carry=carry, cost=cost)
 
 
 def _send_mujoco_warnings_to_logging() -> None:

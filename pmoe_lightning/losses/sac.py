@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 
@@ -113,11 +113,14 @@ class PMOESACLoss(SACLoss):
         u, log_prob = _draw(distribution, self.estimator.log_prob)
         u, log_prob, _ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
         log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-        qvalue = self.qvalues(next_tensordict, distribution.squash(u), self.target_qvalue_network_params)
-        next_value = qvalue.min(0).values - self._alpha * log_prob
+        next_value = self.target_value(next_tensordict, distribution.squash(u)) - self._alpha * log_prob
         bootstrapped = tensordict.clone(False)
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
+
+    def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+        """What the critics learn of the next action, besides its entropy: min_i Qbar_i(s', a')."""
+        return self.qvalues(next_tensordict, action, self.target_qvalue_network_params).min(0).values
 
     def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
         """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
@@ -126,11 +129,14 @@ class PMOESACLoss(SACLoss):
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
             u, log_prob, diagnostics = evolve(u, log_prob)
             log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-            qvalue = self.qvalues(tensordict, distribution.squash(u), self._cached_detached_qvalue_params)
-            qvalue = qvalue.min(0).values
+            qvalue = self.actor_value(tensordict, distribution.squash(u))
             return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue, diagnostics)
 
         return objective
+
+    def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
+        """What the actor is to maximise besides its entropy: min_i Q_i(s, a), with frozen critics."""
+        return self.qvalues(tensordict, action, self._cached_detached_qvalue_params).min(0).values
 
     def _evolution(
         self, use: Use, tensordict: TensorDictBase, distribution: TanhGaussianMixture
@@ -157,8 +163,12 @@ class PMOESACLoss(SACLoss):
         return {"observation": observation, "qvalue": qvalue, "bounds": distribution, "alpha": self._alpha}
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
-        """The critics, frozen, as functions of the action at the states of the tensordict."""
-        parameters, network = self._cached_detached_qvalue_params, self.qvalue_network
+        """What the action transform climbs at the states of the tensordict: the critics, frozen."""
+        return self.frozen_value(tensordict, self._cached_detached_qvalue_params)
+
+    def frozen_value(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> ActionValue:
+        """Critics with these parameters as functions of the action at the states of the tensordict."""
+        network = self.qvalue_network
         if self.stacks_qvalues:
             observation = tensordict.get(network.in_keys[0])
             return stacked_qvalue_at(network.module, parameters["module"], observation)
@@ -172,15 +182,24 @@ class PMOESACLoss(SACLoss):
         """
         if self.action_transform is None or "acting" not in self.action_transform.used_in:
             return actor
-        if not self.stacks_qvalues:
-            raise ValueError(
-                "acting with a transform needs critics of make_qvalue_network: compose EvolveAction yourself"
-            )
-        critics = QValueEnsemble(self.qvalue_network.module, self.qvalue_network_params)
         low, high = (actor[-1].get_buffer(name) for name in ("low", "high"))
         key = self.qvalue_network.in_keys[0]
-        evolve = EvolveAction(self.action_transform, critics, self.log_alpha, low, high, observation_key=key)
+        evolve = EvolveAction(
+            self.action_transform, self.acting_values(), self.log_alpha, low, high, observation_key=key
+        )
         return TensorDictSequential(actor, evolve)
+
+    def acting_values(self) -> nn.Module:
+        """The critics, live, as a module that maps an observation to the ``ActionValue`` there.
+
+        Raises:
+            ValueError: the critics were not made by ``make_qvalue_network``.
+        """
+        if not self.stacks_qvalues:
+            raise ValueError(
+                "acting by action values needs critics of make_qvalue_network: compose EvolveAction yourself"
+            )
+        return QValueEnsemble(self.qvalue_network.module, self.qvalue_network_params)
 
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
         """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""

@@ -29,10 +29,13 @@ class SACUpdate(AbstractUpdate):
     def __init__(self, loss: SACLoss, optimizer: torch.optim.Adam, *, tau: float, compile: bool = True) -> None:
         super().__init__(loss, optimizer, compile=compile)
         self.tau = tau
-        targets = dict(loss.target_qvalue_network_params.flatten_keys().items())
-        sources = dict(loss.qvalue_network_params.flatten_keys().items())
-        self._targets = self.positions(targets.values())
-        self._sources = self.positions(sources[name] for name in targets)
+        followers = [name for name, _ in loss.named_children() if name.startswith("target_")]
+        self._targets = [i for name in followers for i in self._positions_of(loss, name)]
+        self._sources = [i for name in followers for i in self._positions_of(loss, name.removeprefix("target_"))]
+
+    def _positions_of(self, loss: SACLoss, name: str) -> list[int]:
+        flat = dict(getattr(loss, name).flatten_keys().items())
+        return self.positions(flat[key] for key in sorted(flat))
 
     def follow(self, module: list[Tensor]) -> None:
         for target, source in zip(self._targets, self._sources, strict=True):

@@ -1,0 +1,125 @@
+"""Soft actor-critic under a constraint on cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from torch import Tensor, nn
+from torchrl.modules import SafeProbabilisticTensorDictSequential
+
+from pmoe_lightning.critics import QValueEnsemble
+from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
+from pmoe_lightning.losses.sac import PMOESACLoss
+from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues, constrained_value
+
+
+class SafeSACLoss(PMOESACLoss):
+    r"""A ``PMOESACLoss`` whose actor also pays for cost, at a price that the constraint sets; see ``safety``.
+
+        loss_cost       = sum_j (Q_c,j(s, a) - y_c)^2
+                    y_c = c + gamma_c (1 - terminated) max_j Qbar_c,j(s', a')
+        loss_actor      = estimate of E_{a ~ pi}[alpha log pi(a|s) - (min_i Q_r,i(s, a) - nu max_j Q_c,j(s, a))]
+        loss_multiplier = -nu ((1 - gamma_c) mean y_c - d)
+
+    a' is the draw that the reward's target uses. y_c predicts the cost of the present policy after the one step that
+    was taken; its mean over the minibatch is what the multiplier compares with the limit, so states count as often as
+    they are in the replay buffer. At nu = 0 the multiplier is not pushed further down (projected ascent on the dual): a
+    softplus would go on shrinking while all is safe, and need as long to return.
+
+    Each loss reaches exactly its own parameters. The minibatch needs ("next", "cost") [*B, 1].
+
+    Args:
+        actor_network, qvalue_network: as for ``PMOESACLoss``.
+        cost_network: critics of the cost, of the architecture of the critics of the reward.
+        constraint: limit, discount and the multiplier's start.
+        **arguments: of ``PMOESACLoss``.
+
+    Output keys: also ``loss_cost``, ``loss_multiplier``, ``multiplier`` (nu) and ``predicted_cost``, the left side of
+    the constraint: (1 - gamma_c) mean y_c, a cost per environment step.
+
+    Raises:
+        ValueError: ``reduction="none"``, with which there is no mean cost.
+
+    Source: this project's definition. Multipliers learned beside the policy are common: Ray et al. (2019, "Benchmarking
+    Safe Exploration in Deep Reinforcement Learning") compare such methods.
+    """
+
+    cost_network: TensorDictModule
+    cost_network_params: TensorDictParams
+    target_cost_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: SafeProbabilisticTensorDictSequential,
+        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        cost_network: Sequence[TensorDictModule],
+        constraint: CostConstraint,
+        **arguments: Any,
+    ) -> None:
+        if arguments.get("reduction") == "none":
+            raise ValueError("a constraint on the mean cost needs a reduction: use reduction='mean'")
+        super().__init__(actor_network, qvalue_network, **arguments)
+        self.constraint = constraint
+        networks = list(cost_network)
+        self.convert_to_functional(networks, "cost_network", len(networks), create_target_params=True)
+        self.multiplier = nn.Parameter(torch.full_like(self.log_alpha.detach(), constraint.multiplier_init))
+        self.out_keys = [*self.out_keys, "loss_cost", "loss_multiplier", "multiplier", "predicted_cost"]
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        self._in_keys.append(("next", "cost"))
+
+    @property
+    def nu(self) -> Tensor:
+        """The price of cost, not negative, without a gradient."""
+        return self.multiplier.detach().clamp_min(0.0)
+
+    def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
+        cost = self.qvalues(tensordict, action, self.cost_network_params.detach()).max(0).values
+        return super().actor_value(tensordict, action) - self.nu * cost
+
+    def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+        next_tensordict.set(self.tensor_keys.action, action)  # for the cost's own target
+        return super().target_value(next_tensordict, action)
+
+    def action_value(self, tensordict: TensorDictBase) -> ActionValue:
+        cost = self.frozen_value(tensordict, self.cost_network_params.detach())
+        return constrained_value(super().action_value(tensordict), cost, self.nu)
+
+    def acting_values(self) -> SafeValues:
+        cost = QValueEnsemble(self.qvalue_network.module, self.cost_network_params)
+        return SafeValues(super().acting_values(), cost, self.multiplier)
+
+    def acting_policy(self, actor: TensorDictModuleBase) -> SafePolicy:
+        """``PMOESACLoss.acting_policy`` as the proposer of a ``SafePolicy``, with the live critics of both kinds."""
+        policy = super().acting_policy(actor)
+        values = policy[-1].qvalue if isinstance(policy[-1], EvolveAction) else self.acting_values()
+        return SafePolicy(policy, values, self.constraint, observation_key=self.qvalue_network.in_keys[0])
+
+    @torch.no_grad()
+    def cost_target(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
+        """y_c of a tensordict that holds ("next", "action")."""
+        following = tensordict.get("next")
+        action = following.get(self.tensor_keys.action)
+        value = self.qvalues(following, action, self.target_cost_network_params).max(0).values
+        goes_on = ~following.get("terminated").squeeze(-1)
+        return following.get("cost").squeeze(-1) + self.constraint.gamma * goes_on * value
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        out = super().forward(tensordict)
+        target = self.cost_target(tensordict)
+        predicted = self.qvalues(tensordict, tensordict.get(self.tensor_keys.action), self.cost_network_params)
+        weights = self._maybe_get_priority_weight(tensordict)
+        loss_cost = (predicted - target).square().sum(0)
+        out.set("loss_cost", self._reduce_loss(loss_cost, tensordict=tensordict, weights=weights))
+        predicted_cost = (1 - self.constraint.gamma) * target.mean()
+        excess = predicted_cost - self.constraint.cost_limit
+        moves = (self.multiplier.detach() > 0) | (excess > 0)
+        out.set("loss_multiplier", -self.multiplier * excess * moves)
+        return out.update(TensorDict({"multiplier": self.nu, "predicted_cost": predicted_cost}))
