@@ -87,7 +87,8 @@ def kill_once(words: list[str], folder: Path, temporary: Path, rng: random.Rando
 def kill_again_and_again(algo: str, temporary: Path, folder: Path, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     words = [*TINY[algo], *SMALL, *ENDLESS, f"seed={seed}"]
-    words += ["data.buffer_size=512"] if algo == "sac" else []
+    # Saves follow updates, so the first interval must not be all warm-up.
+    words += ["data.buffer_size=512", "data.init_random_frames=32"] if algo == "sac" else []
     moments = ["save"] * 20 + ["start"] * 5 + ["training"] * (KILLS - 25)
     rng.shuffle(moments)
     figures = {"kills": 0, "inside_a_save": 0, "unreadable": 0, "most_frames_lost": 0, "orphan_bytes_left_by_kills": 0}
