@@ -8,6 +8,7 @@ them from the configuration and training is the same, bit for bit.
 from pmoe_lightning.callbacks.estimator_variance import EstimatorVariance
 from pmoe_lightning.callbacks.evaluation import Evaluation
 from pmoe_lightning.callbacks.final_policy import FinalPolicy
+from pmoe_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pmoe_lightning.callbacks.learning_curve import LearningCurve
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.mixture import MixtureDiagnostics
@@ -21,6 +22,7 @@ __all__ = [
     "Evaluation",
     "FinalPolicy",
     "FramesProgressBar",
+    "LastCheckpoint",
     "LearningCurve",
     "MetricsLogger",
     "MixtureDiagnostics",

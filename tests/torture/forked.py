@@ -1,4 +1,4 @@
-"""The train command in processes of its own that start in a second: forks of this one, which has imported everything."""
+"""The train command in processes of its own that start in a second: forks of one that has imported everything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ TINY = {
     "sac": ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.utd_ratio=0.25"],
     "ppo": ["algo=ppo", "data.frames_per_batch=64", "algo.num_epochs=2", "algo.minibatch_size=32"],
 }
-SMALL = ["algo.hidden_sizes=[16]", "actor.hidden_sizes=[16]", "data.num_envs=2", "trainer.accelerator=cpu", "compile=false"]
+SMALL = [
+    "algo.hidden_sizes=[16]",
+    "actor.hidden_sizes=[16]",
+    "data.num_envs=2",
+    "trainer.accelerator=cpu",
+    "compile=false",
+]
 LAST = Path("checkpoints", "last.ckpt")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import zipfile
 from collections import Counter
@@ -105,15 +106,34 @@ FOR_THE_COMMAND = (exchange_the_file, write_another_version, write_something_els
 
 def make_checkpoints(folder: Path) -> tuple[Path, list[Path]]:
     """One of a run, and others that are intact too: of another seed, another algorithm, another task."""
-    others = [["seed=7"], ["algo.gamma=0.9"], ["env.id=MountainCarContinuous-v0"], ["actor=gaussian", "estimator=pathwise"]]
+    others = [
+        ["seed=7"],
+        ["algo.gamma=0.9"],
+        ["env.id=MountainCarContinuous-v0"],
+        ["actor=gaussian", "estimator=pathwise"],
+    ]
     for i, words in enumerate([[], *others]):
         assert run([*WORDS, *words, "total_frames=256", f"hydra.run.dir={i}"], folder) == 0
     return folder / "0" / LAST, [folder / str(i + 1) / LAST for i in range(len(others))]
 
 
+@functools.cache
+def configuration() -> Any:
+    register()
+    (cfg,) = compose_jobs([*WORDS, "total_frames=512"], multirun=False, config_dir=None)
+    return cfg
+
+
+def resume(path: Path) -> None:
+    """What the command does with ``resume`` before anything else."""
+    cfg = configuration()
+    cfg.resume = str(path)
+    resume_words([*WORDS, "total_frames=512", f"resume={path}"], cfg)
+
+
 def refused_by_the_command(path: Path) -> bool:
     try:
-        resume_words([*WORDS, "total_frames=512", f"resume={path}"], CFG)
+        resume(path)
     except (RunError, ConfigurationError):
         return True
     return False
@@ -149,7 +169,7 @@ def damage_and_read(folder: Path) -> dict[str, Any]:
     live = {"algorithm": algorithm, "data": data, "settings": settings, "state": state(algorithm, data)}
     rng, counts, accepted = random.Random(0), Counter(), Counter()
     path.write_bytes(content)
-    assert not refused_by_the_command(path), "the intact one"
+    resume(path)
     for damage, count in DAMAGES.items():
         for _ in range(count):
             path.write_bytes(content)
@@ -162,9 +182,6 @@ def damage_and_read(folder: Path) -> dict[str, Any]:
 
 
 def test_a_thousand_damaged_checkpoints_are_refused(tmp_path):
-    global CFG
-    register()
-    (CFG,) = compose_jobs([*WORDS, "total_frames=512", "resume=x"], multirun=False, config_dir=None)
     figures = cell("corruption", lambda: damage_and_read(tmp_path))
     assert sum(figures["damaged"].values()) == 1000
     assert figures["accepted"] == 0, figures["which"]

@@ -1,4 +1,4 @@
-"""120 NaNs and infinities, in every tensor of both algorithms: none enters replay, weights, optimizer or a checkpoint."""
+"""120 NaNs and infinities, in every tensor of SAC and PPO: none enters replay, weights, optimizer or a checkpoint."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def everything_finite(checkpoint: Any) -> bool:
 
 
 def inject(make_algorithm: Any, tensor: str, value: float, iteration: int, rng: random.Random, folder: Path) -> dict:
-    """One run with one injection; where a number that is not finite was found afterwards, and whether the run stopped."""
+    """One run with one injection: where something that is not finite was found after it, and whether it stopped."""
     algorithm, callbacks, make = make_algorithm(), [], pendulum
     trained = [name for name, parameter in algorithm.loss.named_parameters() if parameter.requires_grad]
     if tensor in ("observation", "reward"):

@@ -1,7 +1,7 @@
 """Two hundred SIGKILLs: nothing unreadable, at most one save interval lost, nothing left behind, and the same end.
 
-Four runs, two of SAC and two of PPO, each killed fifty times in a row and resumed as often by ``resume=auto``. After the
-last kill the run goes on to its end, and is then what a run without any kill is, to the last bit.
+Four runs, two of SAC and two of PPO, each killed fifty times in a row and resumed as often by ``resume=auto``. After
+the last kill the run goes on to its end, and is then what a run without any kill is, to the last bit.
 """
 
 from __future__ import annotations

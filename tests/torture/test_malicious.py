@@ -18,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from test_checkpoints import seal
 
 from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy, read_checkpoint, resolve_checkpoint
 from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.checkpoints.resolve import resolve_last_checkpoint
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import main as evaluate_main
 from pmoe_lightning.resume import read_newest
@@ -98,7 +100,7 @@ def pickles() -> Iterator[tuple[str, Callable[[Path], Any]]]:
     for i, (name, payload) in enumerate(payloads().items()):
         place = PLACES[i % len(PLACES)]
         yield f"{name} in {place}", lambda path, payload=payload, place=place: _sealed(path, payload, place)
-    for name in ("os.system", "exec"):
+    for name in ("os.system", "exec", "subprocess"):
         yield f"raw {name}", lambda path, name=name: _raw(path, payloads()[name], "policy")
         yield f"legacy {name}", lambda path, name=name: _legacy(path, payloads()[name], "policy")
 
@@ -172,7 +174,7 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
             run_id = query["run_id"]
             root = f"mlflow-artifacts:/0/{run_id}/artifacts"
             tags = [{"key": "output_dir", "value": f"../../{MARK}"}]
-            info = {"run_id": run_id, "run_uuid": run_id, "experiment_id": "0", "artifact_uri": root, "status": "RUNNING"}
+            info = {"run_id": run_id, "run_uuid": run_id, "experiment_id": "0", "artifact_uri": root}
             return self._answer({"run": {"info": info, "data": {"tags": tags}}})
         if "artifacts" in address.path and (address.path.endswith("/list") or address.path.endswith("/artifacts")):
             where = query.get("path", "")
@@ -205,13 +207,13 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def hostile_server(listing: str) -> Iterator[str]:
-    best = {"is_dir": False, "file_size": 3}
-    HostileServer.listings = {
+    best, folders = {"is_dir": False, "file_size": 3}, ("checkpoints/best.ckpt", "checkpoints/last.ckpt")
+    listings = {
         "climbs": [{**best, "path": f"checkpoints/../../../{MARK}"}, {**best, "path": "checkpoints/best.ckpt"}],
-        "folder": [{"path": "checkpoints/best.ckpt", "is_dir": True}, {"path": "checkpoints/last.ckpt", "is_dir": True}],
+        "folder": [{"path": path, "is_dir": True} for path in folders],
         "absolute": [{**best, "path": f"/tmp/{MARK}"}, {**best, "path": "best.ckpt"}],
     }
-    HostileServer.listings = {listing: HostileServer.listings[listing]}
+    HostileServer.listings = {listing: listings[listing]}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HostileServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -250,53 +252,15 @@ def _command(main: Callable, words: list[str]) -> None:
     main()
 
 
-def watch_and_read(folder: Path, report: Path) -> None:
-    """In a child: under the hook, read every file and ask the hostile server."""
-    os.chdir(folder)
-    events: list[str] = []
-    quiet = [False]
+def watch(events: list[str]) -> None:
+    """From now on, note what this process does that a payload would do."""
 
     def hook(event: str, arguments: tuple) -> None:
-        if not quiet[0] and event.startswith(ACTS) and MARK in str(arguments)[:2000] and not _is_reading(event, arguments):
+        if event.startswith(ACTS) and MARK in str(arguments)[:2000] and not _is_reading(event, arguments):
             events.append(f"{event} {arguments}"[:200])
 
-    files = {**dict(pickles()), **NAMES, **ARCHIVES}
-    paths = {name: Path(f"{i}.ckpt") for i, name in enumerate(files)}
-    for name, write in files.items():
-        write(paths[name])
-    Path(f"{MARK}.py").write_text(_CODE)  # there to be imported, as beside a downloaded checkpoint
-    before = sorted(os.listdir("."))
     sys.path.insert(0, ".")
     sys.addaudithook(hook)
-    refused = {name: read_in_every_way(path) for name, path in paths.items()}
-    listings = ("climbs", "folder", "absolute")
-    for listing in listings:
-        with hostile_server(listing) as uri:
-            mlflow.set_tracking_uri(uri)
-            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-            for reference in ("0" * 32, "f" * 32):
-                refused[f"server: {listing}, {reference[0]}"] = _asks(reference)
-    quiet[0] = True
-    Path(report).write_text(
-        json.dumps(
-            {
-                "files": len(files) + 2 * len(listings),
-                "read_by_all_without_refusal": [name for name, count in refused.items() if not count],
-                "executions": events,
-                "new_files": sorted(set(os.listdir(".")) - set(before) - {"outputs", "evaluation", "mlflow.db"}),
-                "marks": [str(p) for p in (Path("/tmp", MARK), Path("/", MARK), Path("..", MARK), Path("../..", MARK)) if p.exists()],
-            }
-        )
-    )
-
-
-def _asks(reference: str) -> int:
-    try:
-        path = resolve_checkpoint(reference)
-        load_policy(path)
-    except (RunError, ConfigurationError):
-        return 1
-    return 0
 
 
 def _is_reading(event: str, arguments: tuple) -> bool:
@@ -304,27 +268,79 @@ def _is_reading(event: str, arguments: tuple) -> bool:
     return event in ("os.listdir", "os.scandir") or (event == "open" and arguments[1] in ("r", "rb", None))
 
 
-def read_all(folder: Path) -> dict[str, Any]:
+def watch_and_read(folder: Path) -> dict[str, Any]:
+    """In a child: under the hook, read every file and ask the hostile server."""
+    os.chdir(folder)
+    files = {**dict(pickles()), **NAMES, **ARCHIVES}
+    paths = {name: Path(f"{i}.ckpt") for i, name in enumerate(files)}
+    for name, write in files.items():
+        write(paths[name])
+    Path(f"{MARK}.py").write_text(_CODE)  # there to be imported, as beside a downloaded checkpoint
+    before, events = set(os.listdir(".")), []
+    watch(events)
+    refused = {name: bool(read_in_every_way(path)) for name, path in paths.items()}
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    answers = {}
+    for listing in ("climbs", "folder", "absolute"):
+        with hostile_server(listing) as uri:
+            mlflow.set_tracking_uri(uri)
+            for find in (resolve_checkpoint, resolve_last_checkpoint):
+                answers[f"{listing}, {find.__name__}"] = ask(find)
+    new = set(os.listdir(".")) - before - {"outputs", "evaluation", "mlflow.db"}
+    return {
+        "files": len(files),
+        "files_that_nothing_refused": [name for name, was in refused.items() if not was],
+        "hostile_answers": answers,
+        "executions": events,
+        "files_that_appeared": [*new, *(str(path) for path in ELSEWHERE if path.exists())],
+    }
+
+
+ELSEWHERE = [Path(folder, MARK) for folder in ("/tmp", "/", "..", "../..", tempfile.gettempdir())]
+
+
+def ask(find: Callable[[str], Path]) -> str:
+    """What came of a checkpoint that a hostile server was asked for."""
+    try:
+        load_policy(find("f" * 32))
+    except (RunError, ConfigurationError) as error:
+        return str(error).replace(str(Path.cwd()), ".")[:160]
+    return "read"
+
+
+def read_carelessly(folder: Path) -> dict[str, Any]:
+    """In a child: the same hook, and a reader that unpickles what it is given."""
+    os.chdir(folder)
+    load, events = torch.load, []
+    files = [(name, write) for name, write in pickles() if name.startswith(("os.mkdir", "exec", "open"))]
+    for i, (_, write) in enumerate(files):
+        write(Path(f"{i}.ckpt"))
+    torch.load = lambda path, **arguments: load(path, **arguments | {"weights_only": False})
+    watch(events)
+    for i in range(len(files)):
+        with contextlib.suppress(Exception):
+            read_checkpoint(f"{i}.ckpt")
+        Path(MARK).rmdir() if Path(MARK).is_dir() else Path(MARK).unlink(missing_ok=True)
+    return {"files": len(files), "executions": events}
+
+
+def in_a_child(what: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """In a child, because an audit hook stays until its process ends."""
     warm_up()
-    assert wait(fork(lambda: watch_and_read(folder, folder.parent / "report.json"), folder.parent / "log.txt")) == 0, (
-        folder.parent / "log.txt"
-    ).read_text()[-3000:]
-    return json.loads((folder.parent / "report.json").read_text())
+    (folder / "below" / "here").mkdir(parents=True)
+    report, log = folder / "report.json", folder / "log.txt"
+    child = fork(lambda: report.write_text(json.dumps(what(folder / "below" / "here"))), log)
+    assert wait(child) == 0, log.read_text()[-3000:]
+    return json.loads(report.read_text())
 
 
-def test_the_hook_sees_what_the_files_would_do(tmp_path, monkeypatch):
-    """Read as pickle reads them, the payloads act: else nothing would be proved by their silence."""
-    monkeypatch.chdir(tmp_path)
-    acted = []
-    for name in ("os.system", "os.mkdir", "exec", "open", "a pickle in a pickle"):
-        pickle.loads(pickle.dumps(payloads()[name]))
-        acted.append(Path(MARK).exists())
-        Path(MARK).rmdir() if Path(MARK).is_dir() else Path(MARK).unlink()
-    assert acted == [True] * 5
+def test_the_hook_sees_what_a_careless_reader_would_run(tmp_path):
+    seen = in_a_child(read_carelessly, tmp_path)
+    assert seen["files"] == 3 and {event.split()[0] for event in seen["executions"]} >= {"os.mkdir", "exec", "open"}
 
 
 def test_no_file_runs_code(tmp_path):
-    (tmp_path / "a").mkdir()
-    figures = cell("malicious", lambda: read_all(tmp_path / "a"))
-    assert figures["files"] >= 36
-    assert figures["executions"] == [] and figures["new_files"] == [] and figures["marks"] == []
+    figures = cell("malicious", lambda: in_a_child(watch_and_read, tmp_path))
+    assert figures["files"] + len(figures["hostile_answers"]) >= 40
+    assert figures["executions"] == [] and figures["files_that_appeared"] == []
+    assert figures["files_that_nothing_refused"] == []
