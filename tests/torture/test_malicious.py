@@ -188,6 +188,10 @@ class HostileServer(http.server.BaseHTTPRequestHandler):
             return None
         return self._answer({"experiment": {"experiment_id": "0", "name": "Default"}})
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer({})
+
     def _nested(self, kind: str, where: str) -> list[dict]:
         if kind == "folder" and where.endswith(".ckpt"):
             return [{"path": f"../../../{MARK}", "is_dir": False, "file_size": 3}]
