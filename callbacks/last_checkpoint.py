@@ -1,4 +1,4 @@
-"""The checkpoint from which a run goes on."""
+"""The checkpoint that a run is resumed from."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from pmoe_lightning.stopping import Interrupted
+from pmoe_lightning.callbacks.reporting import warn_on_failure
+from pmoe_lightning.stopping import Interrupted, Preempted
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint``, for the state at the end of every epoch and at the end of the run.
 
-    A run that breaks off saves its state too. With several processes only where it was stopped by a signal, which all
-    of them follow: saving takes every process, and of an error in one the others know nothing.
+    A run that breaks off saves its state too, where it can: what goes wrong with that is a warning, because it would
+    hide why the run failed. Often it cannot be saved: its weights are not finite, its disk is full, its environment
+    broke in the middle of a rollout. With several processes it is saved only if a signal has stopped all of them
+    together: saving takes every process, and of an error in one the others know nothing. The checkpoint before it stays.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.world_size == 1 or isinstance(exception, (Interrupted, SIGTERMException)):
-            super().on_exception(trainer, pl_module, exception)
+        if trainer.world_size == 1 or isinstance(exception, (Interrupted, Preempted, SIGTERMException)):
+            with warn_on_failure("the end of the run was not saved"):
+                super().on_exception(trainer, pl_module, exception)

@@ -27,7 +27,8 @@ class MetricsLogger(Callback):
 
     Everything is logged against environment frames, after the batch that reaches a multiple of the interval and at the
     end. Any other batch costs one comparison. Reading the metrics waits for the device, so the interval should not be
-    much shorter than a second of training.
+    much shorter than a second of training. A run that is stopped from outside leaves its unfinished interval to the
+    checkpoint, so that the resumed run logs what the uninterrupted one would have.
 
     Args:
         every_frames: environment frames between two reports.
@@ -55,8 +56,9 @@ class MetricsLogger(Callback):
         self._report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        with warn_on_failure("the last training metrics were not logged"):
-            self._report(trainer)
+        if isinstance(exception, Exception):  # not Ctrl-C, nor a signal
+            with warn_on_failure("the last training metrics were not logged"):
+                self._report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"episodes": torch.tensor(self.episodes, dtype=torch.float64)}

@@ -102,8 +102,11 @@ def _find_unfinished(cfg: DictConfig, folder: str | None) -> Path | None:
 
 
 def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
-    run = checkpoint.get("run")
-    if not isinstance(run, dict) or not isinstance(run.get("configuration"), dict) or "experience" not in checkpoint:
+    from pmoe_lightning.checkpoints.policy import policy_entry
+
+    run, frames = checkpoint.get("run"), policy_entry(checkpoint, f"checkpoint {path}").get("env_frames")
+    complete = isinstance(run, dict) and isinstance(run.get("configuration"), dict) and isinstance(frames, int)
+    if not complete or "experience" not in checkpoint:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
     now, then = describe(cfg), run["configuration"]
     differing = [key for key in {**then, **now} if now.get(key) != then.get(key)]
@@ -113,7 +116,6 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
             f"resume={path} is a run with another {', '.join(differing[:5])}"
             f"{' and more' * (len(differing) > 5)}: repeat its command{f', with {words}' * bool(words)}"
         )
-    frames = checkpoint["policy"]["env_frames"]
     if frames >= cfg.total_frames:
         raise ConfigurationError(
             f"resume={path} has all of its {frames:,} frames: raise total_frames={cfg.total_frames} to extend the run"

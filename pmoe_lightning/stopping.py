@@ -1,39 +1,55 @@
-"""Ctrl-C and SIGTERM that leave a checkpoint from which the run goes on exactly."""
+"""Signals end a run between two iterations, with a checkpoint from which it goes on exactly."""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import subprocess
 import sys
 import threading
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pmoe_lightning.updates.processes import largest_over_processes
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_log = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, between two iterations and in every training process at the same one."""
 
 
+class Preempted(SystemExit):
+    """SLURM needs the machine: the run is saved, and to be requeued."""
+
+
 class StopAfterIteration(Callback):
     """A signal ends the run after the iteration under way, not in the middle of an update; a second Ctrl-C at once.
 
-    With several processes one that was asked is enough: all stop after the same iteration, so that they can save their
-    checkpoint together. Lightning's own handler of SIGTERM communicates from inside the handler, which can pair one
-    process's reduction with another one's broadcast.
+    Ctrl-C by :class:`Interrupted`, SIGTERM by Lightning's ``SIGTERMException``, and in a SLURM job SIGUSR1
+    (``#SBATCH --signal=SIGUSR1@90``) by :class:`Preempted`. With several processes one that was asked is enough: all
+    stop after the same iteration, so that they can save their checkpoint together.
+
+    Lightning's own handlers work inside the signal: that of SIGUSR1 saves in the middle of an update, from where no run
+    can go on exactly, and that of SIGTERM pairs its broadcast with whatever reduction another process is in.
     """
 
     def __init__(self) -> None:
         self._asked = 0
         self._previous: dict[int, Any] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and SLURMEnvironment.detect() and _in_main_thread():
+            # Lightning leaves a signal alone that has a handler by now.
+            signal.signal(signal.SIGUSR1, self._ask)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        if _in_main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         asked = self._asked
@@ -43,6 +59,8 @@ class StopAfterIteration(Callback):
             raise Interrupted
         if asked == signal.SIGTERM:
             raise SIGTERMException
+        if asked:
+            raise Preempted(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
@@ -62,3 +80,21 @@ class StopAfterIteration(Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def requeue() -> None:
+    """Put this SLURM job back into the queue; with ``resume=auto`` its command then goes on."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        _log.warning("SLURM job %s is saved but could not be requeued: %s", job, " ".join(str(reason).split()))
+    else:
+        _log.warning("SLURM job %s is saved and requeued; it goes on if its command says resume=auto", job)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -34,7 +34,7 @@ from pmoe_lightning.networks import set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe
-from pmoe_lightning.stopping import StopAfterIteration
+from pmoe_lightning.stopping import Preempted, StopAfterIteration, requeue
 from pmoe_lightning.tracking import check_server, run_status
 
 _log = logging.getLogger(__name__)
@@ -224,6 +224,10 @@ def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule,
             trainer.fit(algorithm, datamodule=data, ckpt_path=resume)
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None
+    except Preempted:
+        if trainer.is_global_zero:
+            requeue()
+        raise
     except SystemExit as stop:
         # Lightning turns Ctrl-C into exit code 1.
         if isinstance(stop.__context__, KeyboardInterrupt):

@@ -136,5 +136,6 @@ def test_bad_configurations_are_refused_in_one_line(refuse):
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 def test_five_hundred_bad_configurations_are_refused_in_one_line(refuse):
     check_all(refuse, drawn(500))

@@ -25,15 +25,16 @@ from pmoe_lightning.callbacks import (
     Evaluation,
     FinalPolicy,
     FramesProgressBar,
+    LastCheckpoint,
     LearningCurve,
     MetricsLogger,
     MixtureDiagnostics,
 )
 from pmoe_lightning.callbacks.mixture import mixture_metrics
-from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy
+from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy, read_checkpoint
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation import evaluate_policy
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
@@ -125,7 +126,7 @@ def savers(folder):
     )
     return [
         best,
-        ModelCheckpoint(dirpath=folder, filename="last", save_on_exception=True, enable_version_counter=False),
+        LastCheckpoint(dirpath=folder, filename="last", save_on_exception=True, enable_version_counter=False),
     ]
 
 
@@ -544,3 +545,20 @@ def test_callbacks_serve_on_policy_runs(tmp_path):
     make_trainer(callbacks, tmp_path, logger).fit(algorithm, datamodule=data)
     assert logger.steps("eval/episode_return") == [0, 100, 200]
     assert logger.steps("mixture/weight_1") == logger.steps("train/episode_return") == [50, 100, 150, 200]
+
+
+def test_an_environment_that_fails_in_a_rollout_is_what_the_run_fails_with(tmp_path, monkeypatch, caplog):
+    """And not with the attempt to save a rollout that has no end: the last checkpoint stays."""
+    trainer, algorithm, data = make_run(savers(tmp_path)[1:], tmp_path)
+    step = GymnasiumEnv.step_into
+
+    def fail_in_the_second_epoch(self, *arguments):
+        if data.env_frames > EPOCH:
+            raise ConnectionError("the robot is gone")
+        step(self, *arguments)
+
+    monkeypatch.setattr(GymnasiumEnv, "step_into", fail_in_the_second_epoch)
+    with pytest.raises(ConnectionError, match="the robot is gone"):
+        trainer.fit(algorithm, datamodule=data)
+    assert read_checkpoint(tmp_path / "last.ckpt")["policy"]["env_frames"] == EPOCH
+    assert "the end of the run was not saved: a rollout was cut short" in caplog.text

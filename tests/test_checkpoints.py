@@ -281,6 +281,8 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, full_disk: None
         write_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
     with pytest.raises((AttributeError, pickle.PicklingError)):
         write_checkpoint({"step": 3, "code": lambda: None}, path)
+    with pytest.raises(RunError, match=r"last.ckpt cannot be written: File too large; the one before it is intact"):
+        AtomicCheckpointIO().save_checkpoint({"step": 4, "weights": torch.zeros(100_000)}, str(path))
     assert read_checkpoint(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["last.ckpt"]
 

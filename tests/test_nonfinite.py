@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 
@@ -19,6 +20,7 @@ from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import make_ppo, make_sac
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.callbacks import NonFiniteGuard
+from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.envs import GymnasiumEnv, make_env
@@ -231,6 +233,31 @@ def test_weights_and_moments_stay_as_they_were(make_algorithm):
 
 
 pendulum = partial(make_env, "Pendulum-v1")
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_what_is_not_finite_never_replaces_a_checkpoint(where, tmp_path):
+    """However it came about: a flipped bit of the memory, an update of somebody's own."""
+
+    class Spoil(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                tensors = [*pl_module.loss.parameters()]
+                if where == "moment":
+                    tensors = [state["exp_avg"] for state in pl_module.optimizers().optimizer.state.values()]
+                with torch.no_grad():
+                    tensors[0].view(-1)[0] = np.nan
+
+    algorithm = sac()
+    data = data_for(algorithm, pendulum, total_frames=192, frames_per_epoch=64)
+    saver = ModelCheckpoint(tmp_path, filename="last", save_on_exception=True, enable_version_counter=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=-1, callbacks=[Spoil(), saver], plugins=[AtomicCheckpointIO()], **quiet)
+    with pytest.raises(NonFiniteError, match=r"(loss\.\S+|optimizer\.0\.exp_avg) is not finite: not saved"):
+        trainer.fit(algorithm, datamodule=data)
+    kept = read_checkpoint(tmp_path / "last.ckpt")
+    assert kept["policy"]["env_frames"] == 64
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
 def test_skipping_goes_on_and_gives_up_in_the_end():

@@ -6,10 +6,12 @@ import contextlib
 import http.server
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -453,6 +455,34 @@ def test_a_spool_survives_the_process_and_stays_within_its_limit(
     assert "cannot read" in caplog.text
     put_points(again, 5.0)
     assert again.entries()[-1].values["points"][0][1] == 5.0
+
+
+def test_a_disk_that_is_full_costs_points_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spool = Spool(tmp_path / "spool")
+    put_points(spool, 1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        put_points(spool, 2.0, 3.0)
+        spool.put("upload", {"name": "a.txt", "folder": None}, b"content")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    put_points(spool, 4.0)
+    assert waiting(spool) == [1.0, 4.0]
+    assert caplog.text.count("cannot be written (File too large): what is logged now is lost") == 1
+
+
+def test_an_upload_leaves_nothing_in_the_temporary_folder(
+    logger: MLflowLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run must leave nothing that nobody will look for: what it copies lies in the spool."""
+    run_id = logger.run_id
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    spool = Spool(tmp_path / "spool")
+    spool.put("upload", {"name": "note.txt", "folder": None}, b"kept")
+    assert Delivery(logger.experiment, logger.tracking_uri, run_id).deliver(spool) and not len(spool)
+    monkeypatch.undo()
+    assert read_artifact(logger, "note.txt", tmp_path) == b"kept"
 
 
 def resend(*folders: Path) -> subprocess.CompletedProcess:

@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from pmoe_lightning.errors import NonFiniteError
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.updates.processes import gather_objects
 
@@ -142,10 +143,12 @@ class AbstractAlgorithm(LightningModule, ABC):
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        _check_finite(checkpoint)
         data = self.trainer.datamodule
         # A checkpoint of the weights alone is for acting; only a whole one can be resumed from.
         if data is not None and "optimizer_states" in checkpoint:
             checkpoint["experience"] = gather_objects(data.experience())
+            checkpoint["metrics"] = {"sums": dict(self._sums), "counts": dict(self._counts)}
         checkpoint["updates"] = self.updates
         checkpoint["policy"] = {
             "description": self.policy_description,
@@ -160,6 +163,23 @@ class AbstractAlgorithm(LightningModule, ABC):
         attached = self._trainer is not None  # not in load_from_checkpoint
         if attached and "experience" in checkpoint and self.trainer.datamodule is not None:
             self.trainer.datamodule.load_experience(checkpoint["experience"][self.trainer.global_rank])
+            metrics = checkpoint.get("metrics", {"sums": {}, "counts": {}})
+            self._sums, self._counts = dict(metrics["sums"]), defaultdict(int, metrics["counts"])
+
+    def on_fit_start(self) -> None:
+        # Where the module has moved to since they were loaded.
+        self._sums = {name: value.to(self.device) for name, value in self._sums.items()}
+
+
+def _check_finite(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to write what could never be learned from again, over a checkpoint that could."""
+    tensors = dict(checkpoint["state_dict"])
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        for i, moments in optimizer["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": moment for name, moment in moments.items()}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            raise NonFiniteError(f"{name} is not finite: not saved, the last checkpoint is kept")
 
 
 def _public_name(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from pmoe_lightning.checkpoints.files import read_checkpoint, write_checkpoint
+from pmoe_lightning.errors import RunError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -16,11 +17,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``; see :func:`write_checkpoint`."""
+        """Write ``checkpoint`` to ``path``; see :func:`write_checkpoint`.
+
+        Raises:
+            RunError: it cannot be written (disk full, no permission); what was there before is intact.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
-        else:
+            return
+        try:
             write_checkpoint(checkpoint, path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"checkpoint {path} cannot be written: {reason}; the one before it is intact") from error
 
     def load_checkpoint(
         self,

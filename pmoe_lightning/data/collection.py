@@ -20,7 +20,7 @@ from torchrl.envs.utils import ExplorationType
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.envs import with_memory
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, RunError
 
 __all__ = ["CollectedData", "CollectorLoader"]
 
@@ -228,9 +228,14 @@ class CollectedData(LightningDataModule, ABC):
         """What a resumed run needs to go on exactly, besides :meth:`state_dict`: simulators, random numbers, replay.
 
         Plain values and tensors. Tensors may share memory with the live ones: write them before training goes on.
+
+        Raises:
+            RunError: an error has cut a rollout short, and with it the state from which one could go on exactly.
         """
         if self.collector is None:
             return {}
+        if self.collector.closed:
+            raise RunError("a rollout was cut short by an error: not saved, the last checkpoint is kept")
         return {
             "root": self.collector._carrier.to_dict(),
             "collected_frames": self.collector._frames,

@@ -75,8 +75,9 @@ class Delivery:
         if entry.content is None:
             self.client.log_artifact(self.run_id, entry.values["source"], folder)
             return
-        # MLflow takes the name of an artifact from the name of the file.
-        with tempfile.TemporaryDirectory() as temporary:
+        # MLflow takes the name of an artifact from the name of the file. It lies beside the entry, where a killed run's
+        # leftovers go with the spool.
+        with tempfile.TemporaryDirectory(dir=entry.path.parent) as temporary:
             self.client.log_artifact(self.run_id, shutil.copy(entry.content, Path(temporary, name)), folder)
 
     def _answers(self) -> bool:

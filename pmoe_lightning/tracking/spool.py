@@ -72,23 +72,30 @@ class Spool:
         return note["tracking_uri"], note["run_id"]
 
     def put(self, kind: str, values: dict[str, Any], content: bytes | None = None) -> None:
-        """Add an entry; returns once it would survive the end of this process."""
+        """Add an entry; returns once it would survive the end of this process, or warns once if it cannot be kept."""
         text = json.dumps({"kind": kind, "values": values}).encode()
         size = len(text) + len(content or b"")
         with self._lock:
             if self._size + size > self._limit and kind != "status":
-                self._warn_once()
+                self._warn_once(f"is full ({self._limit >> 20} MB)")
                 return
-            self._make_folder()
             name = f"{self._next:09d}-{os.getpid()}.entry"
-            if content is not None:
-                (self.folder / name).with_suffix(".content").write_bytes(content)
-            # Renamed when complete, so that a killed process leaves no half of an entry.
-            partial = (self.folder / name).with_suffix(".partial")
-            partial.write_bytes(text)
-            partial.rename(self.folder / name)
+            try:
+                self._write(name, text, content)
+            except OSError as error:
+                self._warn_once(f"cannot be written ({error.strerror or error})")
+                return
             self._next, self._size = self._next + 1, self._size + size
             self._waiting.append(name)
+
+    def _write(self, name: str, text: bytes, content: bytes | None) -> None:
+        self._make_folder()
+        if content is not None:
+            (self.folder / name).with_suffix(".content").write_bytes(content)
+        # Renamed when complete, so that a killed process leaves no half of an entry.
+        partial = (self.folder / name).with_suffix(".partial")
+        partial.write_bytes(text)
+        partial.rename(self.folder / name)
 
     def entries(self) -> list[Entry]:
         """What is waiting, oldest first; an entry that cannot be read is set aside with a warning."""
@@ -138,7 +145,7 @@ class Spool:
         if self._note is not None and not note.exists():
             note.write_text(self._note)
 
-    def _warn_once(self) -> None:
+    def _warn_once(self, problem: str) -> None:
         if not self._full:
-            _log.warning("%s is full (%d MB): what is logged now is lost", self.folder, self._limit >> 20)
+            _log.warning("%s %s: what is logged now is lost", self.folder, problem)
         self._full = True
