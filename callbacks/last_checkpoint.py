@@ -16,7 +16,7 @@ class LastCheckpoint(ModelCheckpoint):
     A run that breaks off saves its state too, where it can: what goes wrong with that is a warning, because it would
     hide why the run failed. Often it cannot be saved: its weights are not finite, its disk is full, its environment
     broke in the middle of a rollout. With several processes it is saved only if a signal has stopped all of them
-    together: saving takes every process, and of an error in one the others know nothing. The checkpoint before it stays.
+    together: saving takes every process, and of an error in one the others know nothing. The one before it stays.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
