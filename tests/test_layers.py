@@ -42,7 +42,9 @@ ALLOWED = {
     "safety": {"critics", "hamiltonian"},
     "compilation": set(),
     "updates": {"compilation"},
-    "algorithms": MATHS | {"updates"},
+    "stopping": {"updates"},
+    "peers": {"errors"},
+    "algorithms": MATHS | {"errors", "updates"},
     "envs": {"errors"},
     "data": {"checkpoints", "compilation", "envs", "errors", "normalization"},
     "evaluation": {"envs", "errors"},
@@ -67,12 +69,13 @@ ALLOWED = {
         "evaluation",
         "figures",
         "gradient_statistics",
+        "stopping",
         "tracking",
     },
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},
 }
-COMMANDS = {"train", "training", "resume", "stopping"}  # meet everything
+COMMANDS = {"train", "training", "resume"}  # meet everything
 
 
 def modules() -> list[tuple[str, Path]]:
