@@ -13,6 +13,7 @@ FOLDERS = {"pmoe_lightning": PACKAGE, "pmoe_lightning.callbacks": ROOT / "callba
 
 # Each part with the parts of the package it may import; a part may always import itself.
 MATHS = {
+    "keys",
     "compositions",
     "distributions",
     "networks",
@@ -26,18 +27,19 @@ MATHS = {
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
+    "keys": set(),
     "distributions": set(),
     "compositions": set(),
     "networks": set(),
     "normalization": set(),
     "figures": set(),
     "critics": {"networks"},
-    "actors": {"compositions", "networks", "distributions"},
+    "actors": {"compositions", "keys", "networks", "distributions"},
     "options": {"actors", "networks", "distributions"},
     "estimators": {"distributions"},
     "gradient_statistics": {"distributions", "estimators"},
-    "hamiltonian": {"distributions"},
-    "losses": {"distributions", "estimators", "critics", "hamiltonian", "options"},
+    "hamiltonian": {"distributions", "keys"},
+    "losses": {"distributions", "estimators", "critics", "hamiltonian", "keys", "options"},
     "compilation": set(),
     "updates": {"compilation"},
     "algorithms": MATHS | {"updates"},

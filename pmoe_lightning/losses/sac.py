@@ -85,7 +85,7 @@ class PMOESACLoss(SACLoss):
     def _stacked_qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> TensorDictBase:
         values = self.qvalues(tensordict, tensordict.get(self.tensor_keys.action), parameters)
         key = self.tensor_keys.state_action_value
-        return TensorDict._new_unsafe({key: values.unsqueeze(-1)}, batch_size=values.shape)
+        return TensorDict({key: values.unsqueeze(-1)}, batch_size=values.shape)
 
     def qvalues(
         self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], parameters: TensorDictParams
@@ -106,6 +106,15 @@ class PMOESACLoss(SACLoss):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(tensordict)
 
+    @property
+    def frozen_qvalue_params(self) -> TensorDictBase:
+        """The critics' parameters without their gradients.
+
+        Detached anew, because TorchRL's cache of them, and tensordict's, would still hold the old tensors after a copy,
+        a cast to another type or device, or within a functional call.
+        """
+        return self.qvalue_network_params._fast_apply(Tensor.detach)
+
     @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
         next_tensordict = tensordict.get("next")
@@ -121,13 +130,12 @@ class PMOESACLoss(SACLoss):
 
     def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
         """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
-        evolve = self._evolution("actor_loss", tensordict, distribution)
+        evolve, frozen = self._evolution("actor_loss", tensordict, distribution), self.frozen_qvalue_params
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
             u, log_prob, diagnostics = evolve(u, log_prob)
             log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-            qvalue = self.qvalues(tensordict, distribution.squash(u), self._cached_detached_qvalue_params)
-            qvalue = qvalue.min(0).values
+            qvalue = self.qvalues(tensordict, distribution.squash(u), frozen).min(0).values
             return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue, diagnostics)
 
         return objective
@@ -158,7 +166,7 @@ class PMOESACLoss(SACLoss):
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         """The critics, frozen, as functions of the action at the states of the tensordict."""
-        parameters, network = self._cached_detached_qvalue_params, self.qvalue_network
+        parameters, network = self.frozen_qvalue_params, self.qvalue_network
         if self.stacks_qvalues:
             observation = tensordict.get(network.in_keys[0])
             return stacked_qvalue_at(network.module, parameters["module"], observation)
@@ -178,8 +186,8 @@ class PMOESACLoss(SACLoss):
             )
         critics = QValueEnsemble(self.qvalue_network.module, self.qvalue_network_params)
         low, high = (actor[-1].get_buffer(name) for name in ("low", "high"))
-        key = self.qvalue_network.in_keys[0]
-        evolve = EvolveAction(self.action_transform, critics, self.log_alpha, low, high, observation_key=key)
+        keys = {"observation_key": self.qvalue_network.in_keys[0], "action_key": self.tensor_keys.action}
+        evolve = EvolveAction(self.action_transform, critics, self.log_alpha, low, high, **keys)
         return TensorDictSequential(actor, evolve)
 
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
@@ -220,10 +228,14 @@ class PMOESACLoss(SACLoss):
         tensordict.set(self.tensor_keys.priority, qvalue_metadata["td_error"])
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_alpha": loss_alpha}
         losses |= metadata["auxiliary"]
-        if self.reduction == "none":
-            return TensorDict(losses, batch_size=tensordict.batch_size)
-        entropy = -metadata["log_prob"].mean()
-        return TensorDict({**losses, "alpha": self._alpha, "entropy": entropy, **metadata["diagnostics"]})
+        scalars = {"alpha": self._alpha, "entropy": -metadata["log_prob"].mean()}
+        if self.reduction != "none":
+            return TensorDict({**losses, **scalars, **metadata["diagnostics"]})
+        out = TensorDict(losses, batch_size=tensordict.batch_size)
+        if self.scalar_output_mode == "non_tensor":
+            for name, value in scalars.items():
+                out.set_non_tensor(name, value)
+        return out
 
 
 def _draw(distribution: TanhGaussianMixture, scoring: str) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
