@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -76,12 +77,12 @@ def run_training(cfg: DictConfig) -> None:
     logger = _make_logger(cfg)
     error: BaseException | None = None
     try:
-        with _exit_on_sigterm():
+        with exit_on_sigterm():
             trainer = make_trainer(cfg, logger, output_dir)
             algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
             if logger is not None:
                 logger.start()
-                logger.set_tags({"output_dir": output_dir})
+                logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(HydraConfig.get().overrides.task)})
                 logger.log_hyperparams(_parameters(cfg))
                 logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
         fit(trainer, algorithm, data, cfg.resume)
@@ -258,6 +259,11 @@ def _prepare_process(cfg: DictConfig) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.num_threads)
     set_matmul_precision(cfg.matmul_precision)
+    quieten()
+
+
+def quieten() -> None:
+    """Silence what libraries say to their own developers."""
     for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow", "OpenGL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for meant_for_others in (
@@ -338,7 +344,7 @@ def _accelerator(name: str) -> str:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Outside ``fit``, where Lightning handles the signal: end through the normal exits, so that the run is closed."""
 
     def stop(number: int, frame: Any) -> None:

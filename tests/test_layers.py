@@ -71,7 +71,7 @@ ALLOWED = {
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},
 }
-COMMANDS = {"train", "training", "resume", "stopping"}  # meet everything
+COMMANDS = {"train", "training", "sweep", "resume", "stopping"}  # meet everything
 
 
 def modules() -> list[tuple[str, Path]]:
