@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +122,21 @@ def test_a_registered_policy_is_trained_further(run_example, champion, tmp_path)
     distance = (registered(states.copy())["action"] - finetuned(states.copy())["action"]).abs().max()
     assert 0 < distance < 0.5  # trained on, not begun anew
     assert torch.equal(names["actor"](states.copy())["action"], finetuned(states.copy())["action"])
+
+
+@pytest.mark.slow
+def test_a_search_with_optuna(tmp_path, store, clean_environ):
+    words = ["--trials", "2", "debug=default", "callbacks=[minimal,evaluation]", "callbacks.evaluation.episodes=1"]
+    command = [sys.executable, str(EXAMPLES / "sweep_optuna.py"), *words, "total_frames=256"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{store}")
+    runs = client.search_runs([client.get_experiment_by_name("optuna").experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    trials = [run for run in runs if run is not parent]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in trials)
+    best = max(trials, key=lambda run: run.data.metrics["eval/episode_return"])
+    assert parent.data.metrics["best_return"] == best.data.metrics["eval/episode_return"]
+    assert parent.data.params["algo.lr"] == best.data.params["algo.lr"]
+    assert f"return {parent.data.metrics['best_return']:.1f}" in done.stdout
