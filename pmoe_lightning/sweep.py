@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from pmoe_lightning import figures
+from pmoe_lightning.configuration import validate
 from pmoe_lightning.configuration.schemas import MLflowSchema
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.tracking import MLflowLogger, run_status
@@ -96,9 +97,11 @@ def run_job(cfg: DictConfig) -> None:
     # What was compiled for the jobs before counts against a limit.
     torch.compiler.reset()
     try:
+        validate(cfg)
         run_training(cfg)
     except Exception as error:
-        said = str(error) if isinstance(error, RunError) else traceback.format_exc()
+        is_plain = isinstance(error, ConfigurationError | RunError)
+        said = " ".join(str(error).split()) if is_plain else traceback.format_exc()
         print(f"error: job {' '.join(HydraConfig.get().overrides.task)}: {said}", file=sys.stderr)
         raise
 

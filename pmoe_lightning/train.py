@@ -51,14 +51,15 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://pmoe_lightning.conf", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
-    validate(cfg)
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         from pmoe_lightning.sweep import run_job
 
-        run_job(cfg)
-    else:
-        from pmoe_lightning.training import run_training
+        run_job(cfg)  # an exit, which the lines below make of an error, would end the sweep
+        return
+    from pmoe_lightning.training import run_training
 
+    with _one_line_errors():
+        validate(cfg)
         run_training(cfg)
 
 
