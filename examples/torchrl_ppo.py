@@ -60,5 +60,6 @@ for iteration, rollout in enumerate(collector, 1):
             torch.nn.utils.clip_grad_norm_(loss.parameters(), 0.5)
             optimizer.step()
     ended = rollout["next", "episode_return"][rollout["next", "done"]]
-    print(f"{2_048 * iteration:>7} frames, {len(ended)} episodes, return {ended.mean():.1f}")
+    if len(ended):
+        print(f"{2_048 * iteration:>7} frames, {len(ended)} episodes, return {ended.mean():.1f}")
 collector.shutdown()

@@ -32,7 +32,7 @@ from pmoe_lightning.configuration import validate
 from pmoe_lightning.configuration.schemas import MLflowSchema
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.tracking import MLflowLogger, run_status
-from pmoe_lightning.training import exit_on_sigterm, quieten, run_training
+from pmoe_lightning.training import exit_on_sigterm, ignore_further_stops, quieten, run_training
 
 _log = logging.getLogger(__name__)
 _RETURN = "eval/episode_return"
@@ -76,6 +76,8 @@ def sweep_run(jobs: Sequence[DictConfig]) -> Iterator[None]:
     """
     quieten()
     logger = _parent_logger(jobs[0])
+    if logger is not None:
+        logger.start()
     error: BaseException | None = None
     try:
         with exit_on_sigterm(), _parent_of_new_runs(logger):
@@ -85,6 +87,7 @@ def sweep_run(jobs: Sequence[DictConfig]) -> Iterator[None]:
                 raise RunError("jobs of the sweep have failed: see what they said above") from failure
     except BaseException as caught:
         error = caught
+        ignore_further_stops(error)
         raise
     finally:
         if logger is not None:
@@ -157,7 +160,7 @@ def _parent_of_new_runs(logger: MLflowLogger | None) -> Iterator[None]:
         yield
         return
     opened = os.environ.get("MLFLOW_RUN_ID")
-    os.environ["MLFLOW_RUN_ID"] = logger.start()
+    os.environ["MLFLOW_RUN_ID"] = logger.run_id
     try:
         yield
     finally:

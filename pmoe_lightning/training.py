@@ -88,10 +88,7 @@ def run_training(cfg: DictConfig) -> None:
         fit(trainer, algorithm, data, cfg.resume)
     except BaseException as caught:
         error = caught
-        if not isinstance(error, Exception):
-            # Stopped: `mlflow run` answers Ctrl-C with a SIGTERM on top, which must not cut short what closes the run.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+        ignore_further_stops(error)
         raise
     finally:
         if logger is not None:
@@ -341,6 +338,13 @@ def _accelerator(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
+
+
+def ignore_further_stops(error: BaseException) -> None:
+    """`mlflow run` answers Ctrl-C with a SIGTERM on top, which must not cut short what closes a stopped run."""
+    if not isinstance(error, Exception):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

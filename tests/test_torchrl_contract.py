@@ -175,6 +175,13 @@ def test_a_loss_takes_tensors_by_name(make):
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
 
 
+def test_what_a_critic_reads_is_read():
+    critic = TensorDictModule(ForeignCritic(), in_keys=["goal", "action"], out_keys=["state_action_value"])
+    loss = seeded(make_ppo, routed=False, qvalue_network=critic, routing=Frequency())
+    assert "goal" in loss.in_keys
+    loss(batch_for(loss).set("goal", torch.randn(B, OBSERVATION_DIM)))["loss_qvalue"].backward()
+
+
 @EVERY
 def test_selected_out_keys_are_all_that_comes_out(make):
     loss = seeded(make)
