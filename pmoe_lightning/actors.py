@@ -15,12 +15,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.compositions import Composition, add_actions, multiply_densities
 from pmoe_lightning.distributions import DeterministicRule, TanhGaussianMixture
+from pmoe_lightning.keys import beside
 from pmoe_lightning.networks import Initialization, initialize, make_mlp
 
 Router = Literal["detached", "attached"]
@@ -111,16 +113,24 @@ class MixtureSampler(SafeProbabilisticModule):
     """Turns mixture parameters into an action; the action bounds are its buffers, so they move with the actor.
 
     With ``return_log_prob`` it also writes ``action_log_prob`` and ``action_unsquashed`` [*B, A]: the draw before
-    tanh, from which a policy-gradient loss can score the action exactly, however saturated it is.
+    tanh, from which a policy-gradient loss can score the action exactly, however saturated it is. Both stand beside
+    the action, whatever its key.
     """
 
     def __init__(
-        self, low: Tensor, high: Tensor, *, deterministic: DeterministicRule, return_log_prob: bool, spec: Bounded
+        self,
+        low: Tensor,
+        high: Tensor,
+        *,
+        deterministic: DeterministicRule,
+        return_log_prob: bool,
+        action_key: NestedKey,
+        spec: Bounded,
     ) -> None:
         super().__init__(
             in_keys=list(PARAMETER_KEYS),
-            out_keys=["action"],
-            spec=Composite(action=spec),
+            out_keys=[action_key],
+            spec=Composite({action_key: spec}),
             distribution_class=TanhGaussianMixture,
             distribution_kwargs={"deterministic": deterministic},
             default_interaction_type=InteractionType.RANDOM,
@@ -132,7 +142,7 @@ class MixtureSampler(SafeProbabilisticModule):
     @property
     def out_keys(self) -> list:
         keys = super().out_keys
-        return [*keys, "action_unsquashed"] if self.return_log_prob else keys
+        return [*keys, beside(keys[0], "_unsquashed")] if self.return_log_prob else keys
 
     @out_keys.setter
     def out_keys(self, value: list) -> None:
@@ -161,7 +171,9 @@ class MixtureSampler(SafeProbabilisticModule):
             u = distribution.deterministic_unsquashed()
         log_prob = distribution.log_prob_unsquashed(u) - distribution.log_abs_det_jacobian(u)
         out = tensordict if tensordict_out is None else tensordict_out
-        return out.update({"action": distribution.squash(u), "action_unsquashed": u, self.log_prob_key: log_prob})
+        key = self.dist_sample_keys[0]
+        out.set(key, distribution.squash(u)).set(beside(key, "_unsquashed"), u)
+        return out.set(self.log_prob_key, log_prob)
 
 
 def make_pmoe_actor(
@@ -177,7 +189,8 @@ def make_pmoe_actor(
     initialization: Initialization = "default",
     deterministic: DeterministicRule = "max_weight",
     return_log_prob: bool = False,
-    observation_key: str = "observation",
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
 ) -> SafeProbabilisticTensorDictSequential:
     """A probabilistic mixture-of-experts policy (Ren et al. 2021, arXiv 2104.09122).
 
@@ -188,10 +201,10 @@ def make_pmoe_actor(
         hidden_sizes, activation, router, scale, initialization: see ``MixtureNetwork``.
         deterministic: see ``TanhGaussianMixture``.
         return_log_prob: also write ``action_log_prob`` and ``action_unsquashed`` (PPO needs both).
-        observation_key: entry the policy reads.
+        observation_key, action_key: entries the policy reads and writes.
 
     Returns:
-        an actor that reads ``observation_key`` and writes ``action``.
+        an actor that reads ``observation_key`` and writes ``action_key``.
 
     Raises:
         ValueError: an unknown switch, or bounds that are not finite or not ordered.
@@ -214,6 +227,7 @@ def make_pmoe_actor(
         deterministic=deterministic,
         return_log_prob=return_log_prob,
         observation_key=observation_key,
+        action_key=action_key,
     )
 
 
@@ -284,22 +298,22 @@ class BestValueActor(TensorDictModuleBase):
 
     Args:
         actor: a mixture actor; its ``deterministic`` rule is not used.
-        critics: modules that read the observation and ``action`` and write ``state_action_value`` [*B, 1].
+        critics: modules that read the observation and the action and write ``state_action_value`` [*B, 1].
     """
 
     def __init__(self, actor: SafeProbabilisticTensorDictSequential, critics: Sequence[TensorDictModuleBase]) -> None:
         super().__init__()
         self.actor, self.critics = actor, nn.ModuleList(critics)
-        self.in_keys, self.out_keys = list(actor.in_keys), ["action"]
+        self.in_keys, self.out_keys = list(actor.in_keys), list(actor.dist_sample_keys)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         distribution = self.actor.get_dist(tensordict.select(*self.in_keys))
         modes = distribution.component_modes.movedim(-2, 0)
         states = {key: tensordict.get(key).expand(*modes.shape[:-1], -1) for key in self.in_keys}
-        inputs = TensorDict({**states, "action": modes}, batch_size=modes.shape[:-1])
+        inputs = TensorDict({**states, self.out_keys[0]: modes}, batch_size=modes.shape[:-1])
         values = torch.stack([critic(inputs.copy())["state_action_value"].squeeze(-1) for critic in self.critics])
         best = values.min(0).values.argmax(0)
-        return tensordict.set("action", distribution.take_component(distribution.component_modes, best))
+        return tensordict.set(self.out_keys[0], distribution.take_component(distribution.component_modes, best))
 
 
 def _make_actor(
@@ -315,7 +329,8 @@ def _make_actor(
     initialization: Initialization = "default",
     deterministic: DeterministicRule = "max_weight",
     return_log_prob: bool = False,
-    observation_key: str = "observation",
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
     compose: Composition | None = None,
 ) -> SafeProbabilisticTensorDictSequential:
     low, high = action_bounds(action_low, action_high)
@@ -346,6 +361,7 @@ def _make_actor(
             high,
             deterministic=deterministic,
             return_log_prob=return_log_prob,
+            action_key=action_key,
             spec=Bounded(low.clone(), high.clone(), shape=low.shape),
         ),
     )

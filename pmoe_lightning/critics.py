@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from tensordict import TensorDictBase, TensorDictParams
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
@@ -42,11 +43,12 @@ def make_qvalue_network(
     hidden_sizes: Sequence[int] = (256, 256),
     activation: str = "relu",
     initialization: Initialization = "default",
-    observation_key: str = "observation",
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
 ) -> ValueOperator:
     """``observation, action -> state_action_value`` [*B, 1]. SAC takes a list of two of them."""
     network = QValueNetwork(observation_dim, action_dim, hidden_sizes, activation, initialization)
-    return ValueOperator(network, in_keys=[observation_key, "action"])
+    return ValueOperator(network, in_keys=[observation_key, action_key], out_keys=["state_action_value"])
 
 
 def make_value_network(
@@ -55,7 +57,7 @@ def make_value_network(
     hidden_sizes: Sequence[int] = (64, 64),
     activation: str = "tanh",
     initialization: Initialization = "orthogonal",
-    observation_key: str = "observation",
+    observation_key: NestedKey = "observation",
 ) -> ValueOperator:
     """``observation -> state_value`` [*B, 1]."""
     layers = _value_layers(observation_dim, 1, hidden_sizes, activation, initialization)
@@ -69,7 +71,7 @@ def make_option_value_network(
     hidden_sizes: Sequence[int] = (64, 64),
     activation: str = "tanh",
     initialization: Initialization = "orthogonal",
-    observation_key: str = "observation",
+    observation_key: NestedKey = "observation",
 ) -> ValueOperator:
     """``observation -> option_value`` [*B, K]: q(s, o) of every option o."""
     layers = _value_layers(observation_dim, num_options, hidden_sizes, activation, initialization)

@@ -6,7 +6,7 @@ and from several threads. Save one with ``figure.savefig("curve.png")``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -58,6 +58,33 @@ def learning_curve(
     handles, names = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def sweep_returns(
+    groups: Mapping[str, Sequence[Sequence[float]]], *, title: str = "Evaluation return of every run of the sweep"
+) -> Figure:
+    """Final and best evaluation returns of runs, one row per configuration and within it one height per run.
+
+    Args:
+        groups: name of the configuration to rows (final, best), one per run; either may be nan.
+        title: text above the axes.
+    """
+    figure, axes = _figure(title, "undiscounted return per episode, mean of the evaluation", "")
+    figure.set_size_inches(9.0, 2.0 + 0.5 * len(groups))
+    for row, runs in enumerate(groups.values()):
+        final, best = np.asarray(runs, dtype=float).T
+        heights = row + 0.5 * (np.arange(len(runs)) + 0.5) / len(runs) - 0.25
+        drawn = final[np.isfinite(final)]
+        axes.scatter(best, heights, s=60, facecolors="none", edgecolors=PALETTE[1], label="best")
+        axes.scatter(final, heights, s=28, color=PALETTE[0], label="final")
+        axes.vlines(
+            drawn.mean() if len(drawn) else [], row - 0.38, row + 0.38, PALETTE[0], label="final, mean of seeds"
+        )
+    axes.set_yticks(range(len(groups)), labels=list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles[:3], names[:3], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
@@ -30,7 +32,7 @@ Examples
   algo=sac actor=gaussian total_frames=20000 the unimodal policy
   experiment=paper                           the settings of the PMOE authors' SAC code
   debug=default                              every part of a run once, in seconds
-  -m algo=ppo,sac seed=1,2,3                 one run per combination
+  -m algo=ppo,sac seed=1,2,3                 one run per combination, below one parent run
   algo=sac resume=auto                       go on with the newest unfinished run of this configuration
 
 Choices (group=option, files in conf/)
@@ -49,6 +51,11 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://pmoe_lightning.conf", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        from pmoe_lightning.sweep import run_job
+
+        run_job(cfg)  # an exit, which the lines below make of an error, would end the sweep
+        return
     from pmoe_lightning.training import run_training
 
     with _one_line_errors():
@@ -62,9 +69,10 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         with _one_line_errors():
-            sys.argv[1:] = normalise_argv(sys.argv[1:])
-            sys.argv[1:] = _refuse_what_cannot_run(sys.argv[1:])
-            _hydra_main()
+            words, jobs = _refuse_what_cannot_run(normalise_argv(sys.argv[1:]))
+            sys.argv[1:] = words
+            with _sweep(jobs) if jobs else nullcontext():
+                _hydra_main()
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -80,8 +88,18 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(_print_line("error", error, code=1))
 
 
-def _refuse_what_cannot_run(words: list[str]) -> list[str]:
-    """Raise before Hydra makes a folder and before an MLflow run exists; returns the words with ``resume`` a file."""
+def _sweep(jobs: list[DictConfig]) -> AbstractContextManager[None]:
+    from pmoe_lightning.sweep import sweep_run
+
+    return sweep_run(jobs)
+
+
+def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfig]]:
+    """Raise before Hydra makes a folder and before an MLflow run exists.
+
+    Returns:
+        the words with ``resume`` a file, and the jobs of a sweep, none for a single run.
+    """
     arguments = get_args_parser().parse_args(words)
     if arguments.help:
         # Hydra's own help takes seconds to collect what it prints.
@@ -89,23 +107,31 @@ def _refuse_what_cannot_run(words: list[str]) -> list[str]:
         sys.exit()
     prints_only = arguments.hydra_help or arguments.shell_completion
     other_source = arguments.config_path or arguments.config_name or arguments.experimental_rerun
+    if other_source and arguments.multirun:
+        raise ConfigurationError("a sweep reads conf/config.yaml: put files of your own into a folder for --config-dir")
     if prints_only or other_source:
-        return words
+        return words, []
     jobs = compose_jobs(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
     for cfg in jobs:
         validate(cfg)
     if arguments.cfg is not None or arguments.info is not None:
-        return words
+        return words, []
+    resumes = any(cfg.resume is not None for cfg in jobs)
+    if resumes and arguments.multirun:
+        raise ConfigurationError("resume continues one run: leave out --multirun")
     from pmoe_lightning.training import check_surroundings
 
     check_surroundings(jobs)
-    if jobs[0].resume is None:
-        return words
     if arguments.multirun:
-        raise ConfigurationError("resume continues one run: leave out --multirun")
-    from pmoe_lightning.resume import resume_words
+        from pmoe_lightning.sweep import check_sweep
 
-    return resume_words(words, jobs[0])
+        check_sweep(jobs)
+        return words, jobs
+    if resumes:
+        from pmoe_lightning.resume import resume_words
+
+        words = resume_words(words, jobs[0])
+    return words, []
 
 
 def _print_line(kind: str, error: Exception, *, code: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -78,7 +79,7 @@ def run_training(cfg: DictConfig) -> None:
     logger = _make_logger(cfg, resumed.get("mlflow", {}))
     error: BaseException | None = None
     try:
-        with _exit_on_sigterm():
+        with exit_on_sigterm():
             trainer = make_trainer(cfg, logger, output_dir)
             if resumed and resumed["processes"] != trainer.world_size:
                 raise ConfigurationError(
@@ -88,16 +89,13 @@ def run_training(cfg: DictConfig) -> None:
             algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
             if logger is not None:
                 logger.start()
-                logger.set_tags({"output_dir": output_dir})
+                logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(HydraConfig.get().overrides.task)})
                 logger.log_hyperparams(_parameters(cfg))
                 logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
         fit(trainer, algorithm, data, cfg.resume)
     except BaseException as caught:
         error = caught
-        if not isinstance(error, Exception):
-            # Stopped: `mlflow run` answers Ctrl-C with a SIGTERM on top, which must not cut short what closes the run.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+        ignore_further_stops(error)
         raise
     finally:
         if logger is not None:
@@ -274,6 +272,11 @@ def _prepare_process(cfg: DictConfig) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(cfg.num_threads)
     set_matmul_precision(cfg.matmul_precision)
+    quieten()
+
+
+def quieten() -> None:
+    """Silence what libraries say to their own developers."""
     for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow", "OpenGL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for meant_for_others in (
@@ -348,8 +351,15 @@ def _accelerator(name: str) -> str:
     return name
 
 
+def ignore_further_stops(error: BaseException) -> None:
+    """`mlflow run` answers Ctrl-C with a SIGTERM on top, which must not cut short what closes a stopped run."""
+    if not isinstance(error, Exception):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Outside ``fit``, where Lightning handles the signal: end through the normal exits, so that the run is closed."""
 
     def stop(number: int, frame: Any) -> None:

@@ -39,7 +39,11 @@ def refusal(*words: str) -> str:
         (["algo=ppo", "env=", "total_frames=", "seed=", "overrides="], ["algo=ppo"]),
         (["", " ", "algo=sac"], ["algo=sac"]),
         (["overrides=actor=gaussian seed=3"], ["actor=gaussian", "seed=3"]),
-        (["overrides=algo.hidden_sizes='[64, 64]' -m"], ["algo.hidden_sizes=[64, 64]", "-m"]),
+        (["overrides=algo.hidden_sizes='[64, 64]' -m"], ["-m", "algo.hidden_sizes=[64, 64]"]),
+        (
+            ["algo=sac", "--config-dir", "mine", "~callbacks.mixture"],
+            ["--config-dir", "mine", "algo=sac", "~callbacks.mixture"],
+        ),
         (["--trainer.devices", "2", "--seed=4"], ["trainer.devices=2", "seed=4"]),
         (["--algo.lr", "-1"], ["algo.lr=-1"]),
         (

@@ -104,3 +104,16 @@ def test_no_figure_is_left_in_pyplot():
 
     render(figures.learning_curve(EPISODES, EVALUATIONS))
     assert pyplot.get_fignums() == []
+
+
+def test_sweep_returns_show_every_run_and_the_mean_of_those_that_ended():
+    groups = {"frequency": [(1.0, 4.0), (3.0, 3.0), (np.nan, 2.0)], "marginalized": [(np.nan, np.nan)]}
+    figure = figures.sweep_returns(groups)
+    render(figure)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(groups)
+    best, final, mean = axes.collections[:3]
+    assert best.get_offsets()[:, 0].tolist() == [4.0, 3.0, 2.0]
+    assert final.get_offsets()[:2, 0].tolist() == [1.0, 3.0]
+    assert mean.get_segments()[0][:, 0].tolist() == [2.0, 2.0]
+    assert labels(figure) == ["best", "final", "final, mean of seeds"]

@@ -13,6 +13,7 @@ FOLDERS = {"pmoe_lightning": PACKAGE, "pmoe_lightning.callbacks": ROOT / "callba
 
 # Each part with the parts of the package it may import; a part may always import itself.
 MATHS = {
+    "keys",
     "compositions",
     "distributions",
     "networks",
@@ -27,18 +28,19 @@ MATHS = {
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
+    "keys": set(),
     "distributions": set(),
     "compositions": set(),
     "networks": set(),
     "normalization": set(),
     "figures": set(),
     "critics": {"networks"},
-    "actors": {"compositions", "networks", "distributions"},
+    "actors": {"compositions", "keys", "networks", "distributions"},
     "options": {"actors", "networks", "distributions"},
     "estimators": {"distributions"},
     "gradient_statistics": {"distributions", "estimators"},
-    "hamiltonian": {"distributions"},
-    "losses": {"distributions", "estimators", "critics", "hamiltonian", "options", "safety"},
+    "hamiltonian": {"distributions", "keys"},
+    "losses": {"distributions", "estimators", "critics", "hamiltonian", "keys", "options", "safety"},
     "safety": {"critics", "hamiltonian"},
     "compilation": set(),
     "updates": {"compilation"},
@@ -75,7 +77,7 @@ ALLOWED = {
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},
 }
-COMMANDS = {"train", "training", "resume"}  # meet everything
+COMMANDS = {"train", "training", "sweep", "resume"}  # meet everything
 
 
 def modules() -> list[tuple[str, Path]]:

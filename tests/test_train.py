@@ -212,16 +212,6 @@ def test_two_processes_are_one_run(run_module, tmp_path, algo):
     assert_acts(checkpoint)
 
 
-@pytest.mark.slow
-def test_a_sweep_is_one_run_per_job(run_module, tmp_path):
-    done = run_module("pmoe_lightning.train", "-m", "debug=default", "seed=1,2")
-    assert done.returncode == 0, done.stderr
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("pmoe_lightning")
-    runs = client.search_runs([experiment.experiment_id])
-    assert sorted((run.data.params["seed"], run.info.status) for run in runs) == [("1", "FINISHED"), ("2", "FINISHED")]
-
-
 # -- refusals ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capfd):

@@ -11,6 +11,7 @@ _HOMES = {
     "load_policy": "policy",
     "read_checkpoint": "files",
     "resolve_checkpoint": "resolve",
+    "write_checkpoint": "files",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = load_on_first_use(__name__, _HOMES)

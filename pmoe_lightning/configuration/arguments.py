@@ -23,6 +23,7 @@ def normalise_argv(arguments: Sequence[str]) -> list[str]:
     * ``overrides=a=1 b=2`` becomes ``a=1 b=2``: one MLflow parameter that carries any number of overrides.
     * ``env=Hopper-v5`` becomes ``env.id=Hopper-v5`` unless conf/env holds such a file.
     * ``callbacks.nonfinite=skip`` becomes ``callbacks.nonfinite.mode=skip``.
+    * Flags move in front of the overrides, which Hydra reads in one piece: ``algo=sac -m seed=1,2`` is as good.
     * Empty values of algo, env, total_frames, seed and overrides are dropped: a script may pass them always.
 
     Raises:
@@ -42,7 +43,11 @@ def normalise_argv(arguments: Sequence[str]) -> list[str]:
         if not word.strip() or (key in _PARAMETERS and equals and not value.strip()):
             continue
         words += _split(value) if key == "overrides" else [word]
-    return [_spell_out(word) for word in words]
+    return sorted((_spell_out(word) for word in words), key=_is_override)
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 def _split(overrides: str) -> list[str]:

@@ -322,10 +322,12 @@ def make_env(
         torch.Size([2, 5, 1])
     """
     envs: list[gymnasium.Env] = []
+    if render_mode is not None:  # an environment that draws nothing need not know the word
+        kwargs["render_mode"] = render_mode
     _send_mujoco_warnings_to_logging()
     try:
         for _ in range(num_envs):
-            envs.append(gymnasium.make(id, render_mode=render_mode, disable_env_checker=True, **kwargs))
+            envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigurationError(f"environment {id!r} needs a package that is not installed: {_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:

@@ -35,11 +35,13 @@ from jaxtyping import Bool, Float
 from tensordict import TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from pmoe_lightning.distributions import TanhBounds
 from pmoe_lightning.hamiltonian.forces import AbstractForce, Gated, Normalized, Raw
 from pmoe_lightning.hamiltonian.leapfrog import is_divergent, kinetic_energy, leapfrog, metropolis_accepts
+from pmoe_lightning.keys import beside
 
 Pullback = Callable[[Float[Tensor, "Q *S"]], Float[Tensor, "*S A"]]
 ActionValue = Callable[[Float[Tensor, "*S A"]], tuple[Float[Tensor, "Q *S"], Pullback]]
@@ -253,7 +255,7 @@ class EvolveAction(TensorDictModuleBase):
 
         policy = TensorDictSequential(actor, EvolveAction(...))
 
-    Reads the observation and ``action`` [*B, A] and writes ``action``. Where the actor also writes its
+    Reads the observation and the action [*B, A] and writes the action. Where the actor also writes its
     ``action_log_prob`` and ``action_unsquashed``, both become those of the evolved action; else u is found from the
     action. Without exploration the momentum starts at zero and Metropolis's rule is not asked: the action is a
     function of the observation. Works without gradients and in inference mode.
@@ -264,7 +266,7 @@ class EvolveAction(TensorDictModuleBase):
             policy: critics of the loss act with their live weights, and travel to other processes with the policy.
         log_alpha: logarithm of the temperature; of the loss, it stays live, too.
         low, high: the action bounds [A].
-        observation_key: entry the transform reads.
+        observation_key, action_key: entries the transform reads; it writes the latter.
     """
 
     def __init__(
@@ -275,10 +277,11 @@ class EvolveAction(TensorDictModuleBase):
         low: Tensor,
         high: Tensor,
         *,
-        observation_key: str = "observation",
+        observation_key: NestedKey = "observation",
+        action_key: NestedKey = "action",
     ) -> None:
         super().__init__()
-        self.in_keys, self.out_keys = [observation_key, "action"], ["action"]
+        self.in_keys, self.out_keys = [observation_key, action_key], [action_key]
         self.transform, self.qvalue = transform, qvalue
         if isinstance(log_alpha, nn.Parameter):
             self.log_alpha = log_alpha
@@ -302,13 +305,15 @@ class EvolveAction(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         if not self.transform.is_used_in("acting"):
             return tensordict
-        observation, action = (tensordict.get(key) for key in self.in_keys)
+        observation_key, action_key = self.in_keys
+        observation, action = tensordict.get(observation_key), tensordict.get(action_key)
         explores = (interaction_type() or self.default_interaction_type) is InteractionType.RANDOM
         momentum = self.transform.sample_momentum(action) if explores else torch.zeros_like(action)
-        drawn = {key: tensordict.get(key, None) for key in ("action_unsquashed", "action_log_prob")}
+        names = [beside(action_key, suffix) for suffix in ("_unsquashed", "_log_prob")]
+        drawn = {key: tensordict.get(key, None) for key in names}
         evolve = self._compiled or self.evolve
         evolved = evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
-        tensordict.set("action", evolved[0])
+        tensordict.set(action_key, evolved[0])
         for (key, before), after in zip(drawn.items(), evolved[1:], strict=True):
             if before is not None:
                 tensordict.set(key, after)

@@ -16,6 +16,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective
+from pmoe_lightning.keys import beside
 
 
 class PMOEPPOLoss(ClipPPOLoss):
@@ -51,7 +52,7 @@ class PMOEPPOLoss(ClipPPOLoss):
     class _AcceptedKeys(ClipPPOLoss._AcceptedKeys):
         """The keys of ``ClipPPOLoss``, and:
 
-        action_unsquashed: the stored action before tanh. Defaults to ``"action_unsquashed"``.
+        action_unsquashed: the stored action before tanh. Defaults to where the actor writes it.
         state_action_value: what ``qvalue_network`` writes. Defaults to ``"state_action_value"``.
         """
 
@@ -83,6 +84,7 @@ class PMOEPPOLoss(ClipPPOLoss):
         self.routing = routing
         if routing is not None:
             self.convert_to_functional(qvalue_network, "qvalue_network")
+        self.set_keys(action_unsquashed=beside(self.tensor_keys.action, "_unsquashed"))
         self.register_buffer("qvalue_coeff", torch.tensor(qvalue_coeff, device=self.entropy_coeff.device))
 
     def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictParams | None = None):
@@ -95,8 +97,9 @@ class PMOEPPOLoss(ClipPPOLoss):
                 distribution = self.actor_network.get_dist(tensordict)
             log_prob = distribution.log_prob_unsquashed(unsquashed) - distribution.log_abs_det_jacobian(unsquashed)
             is_composite = False
-        # ``forward`` needs this very distribution again, and the parent does not hand it out.
-        self.__dict__["_distribution"] = distribution
+        # ``forward`` needs this very distribution again, and the tensordict with the advantages that the parent has
+        # computed where there were none. The parent hands out neither.
+        self.__dict__["_scored"] = tensordict, distribution
         return log_prob, distribution, is_composite
 
     def objective(self, tensordict: TensorDictBase | None, distribution: TanhGaussianMixture) -> Objective:
@@ -136,6 +139,12 @@ class PMOEPPOLoss(ClipPPOLoss):
         loss, diagnostics = self.routing.routing_loss(distribution, score)
         return loss.unsqueeze(-1), diagnostics
 
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        own = [self.tensor_keys.action_unsquashed]
+        own += self.qvalue_network.in_keys if self.routing is not None else []
+        self._in_keys += [key for key in own if key not in self._in_keys]
+
     @property
     def out_keys(self) -> list:
         if self._out_keys is None:
@@ -150,7 +159,7 @@ class PMOEPPOLoss(ClipPPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         out = super().forward(tensordict)
-        distribution = self.__dict__.pop("_distribution")
+        tensordict, distribution = self.__dict__.pop("_scored")
         if self.routing is None:
             return out
         loss_frequency, diagnostics = self.frequency_loss(tensordict, distribution)

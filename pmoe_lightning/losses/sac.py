@@ -85,7 +85,7 @@ class PMOESACLoss(SACLoss):
     def _stacked_qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> TensorDictBase:
         values = self.qvalues(tensordict, tensordict.get(self.tensor_keys.action), parameters)
         key = self.tensor_keys.state_action_value
-        return TensorDict._new_unsafe({key: values.unsqueeze(-1)}, batch_size=values.shape)
+        return TensorDict({key: values.unsqueeze(-1)}, batch_size=values.shape)
 
     def qvalues(
         self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], parameters: TensorDictParams
@@ -136,7 +136,7 @@ class PMOESACLoss(SACLoss):
 
     def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """What the actor is to maximise besides its entropy: min_i Q_i(s, a), with frozen critics."""
-        return self.qvalues(tensordict, action, self._cached_detached_qvalue_params).min(0).values
+        return self.qvalues(tensordict, action, frozen(self.qvalue_network_params)).min(0).values
 
     def _evolution(
         self, use: Use, tensordict: TensorDictBase, distribution: TanhGaussianMixture
@@ -164,11 +164,11 @@ class PMOESACLoss(SACLoss):
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         """What the action transform climbs at the states of the tensordict: the critics, frozen."""
-        return self.frozen_value(tensordict, self._cached_detached_qvalue_params)
+        return self.frozen_value(tensordict, self.qvalue_network_params)
 
     def frozen_value(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> ActionValue:
-        """Critics with these parameters as functions of the action at the states of the tensordict."""
-        network = self.qvalue_network
+        """Critics with these parameters, frozen, as functions of the action at the states of the tensordict."""
+        parameters, network = frozen(parameters), self.qvalue_network
         if self.stacks_qvalues:
             observation = tensordict.get(network.in_keys[0])
             return stacked_qvalue_at(network.module, parameters["module"], observation)
@@ -183,10 +183,8 @@ class PMOESACLoss(SACLoss):
         if self.action_transform is None or "acting" not in self.action_transform.used_in:
             return actor
         low, high = (actor[-1].get_buffer(name) for name in ("low", "high"))
-        key = self.qvalue_network.in_keys[0]
-        evolve = EvolveAction(
-            self.action_transform, self.acting_values(), self.log_alpha, low, high, observation_key=key
-        )
+        keys = {"observation_key": self.qvalue_network.in_keys[0], "action_key": self.tensor_keys.action}
+        evolve = EvolveAction(self.action_transform, self.acting_values(), self.log_alpha, low, high, **keys)
         return TensorDictSequential(actor, evolve)
 
     def acting_values(self) -> nn.Module:
@@ -239,10 +237,23 @@ class PMOESACLoss(SACLoss):
         tensordict.set(self.tensor_keys.priority, qvalue_metadata["td_error"])
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_alpha": loss_alpha}
         losses |= metadata["auxiliary"]
-        if self.reduction == "none":
-            return TensorDict(losses, batch_size=tensordict.batch_size)
-        entropy = -metadata["log_prob"].mean()
-        return TensorDict({**losses, "alpha": self._alpha, "entropy": entropy, **metadata["diagnostics"]})
+        scalars = {"alpha": self._alpha, "entropy": -metadata["log_prob"].mean()}
+        if self.reduction != "none":
+            return TensorDict({**losses, **scalars, **metadata["diagnostics"]})
+        out = TensorDict(losses, batch_size=tensordict.batch_size)
+        if self.scalar_output_mode == "non_tensor":
+            for name, value in scalars.items():
+                out.set_non_tensor(name, value)
+        return out
+
+
+def frozen(parameters: TensorDictParams) -> TensorDictBase:
+    """The parameters without their gradients.
+
+    Detached anew, because TorchRL's cache of them, and tensordict's, would still hold the old tensors after a copy, a
+    cast to another type or device, or within a functional call.
+    """
+    return parameters._fast_apply(Tensor.detach)
 
 
 def _draw(distribution: TanhGaussianMixture, scoring: str) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:

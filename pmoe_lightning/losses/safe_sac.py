@@ -14,7 +14,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.critics import QValueEnsemble
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
-from pmoe_lightning.losses.sac import PMOESACLoss
+from pmoe_lightning.losses.sac import PMOESACLoss, frozen
 from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues, constrained_value
 
 
@@ -80,7 +80,7 @@ class SafeSACLoss(PMOESACLoss):
         return self.multiplier.detach().clamp_min(0.0)
 
     def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
-        cost = self.qvalues(tensordict, action, self.cost_network_params.detach()).max(0).values
+        cost = self.qvalues(tensordict, action, frozen(self.cost_network_params)).max(0).values
         return super().actor_value(tensordict, action) - self.nu * cost
 
     def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
@@ -88,7 +88,7 @@ class SafeSACLoss(PMOESACLoss):
         return super().target_value(next_tensordict, action)
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
-        cost = self.frozen_value(tensordict, self.cost_network_params.detach())
+        cost = self.frozen_value(tensordict, self.cost_network_params)
         return constrained_value(super().action_value(tensordict), cost, self.nu)
 
     def acting_values(self) -> SafeValues:

@@ -156,13 +156,11 @@ class AbstractUpdate(ABC):
     def _replaced(self, module: Sequence[Tensor], annealed: Sequence[Tensor]) -> Iterator[None]:
         """Within this context the loss consists of these tensors, and the estimator anneals to these values."""
         own = {name: getattr(self.estimator, name) for name in self._annealed}
-        cache = self.loss.__dict__.pop("_cache", {})  # of detached parameters, by TorchRL
         try:
             for name, tensor in zip(own, annealed, strict=True):
                 setattr(self.estimator, name, tensor)
             with self._module.replaced(module):
                 yield
         finally:
-            self.loss.__dict__["_cache"] = cache
             for name, tensor in own.items():
                 setattr(self.estimator, name, tensor)
