@@ -103,7 +103,7 @@ def test_rollouts_are_those_of_torchrl(name: str, num_envs: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ppo-pmoe", "sac-gated-safe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dac", "sac-raw"))]
+    "name", ["ppo-pmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dac", "sac-raw", "sac-gated-safe"))]
 )
 def test_a_compiled_policy_draws_the_same_actions(name: str) -> None:
     """Twelve steps: rounding differs in the last digit, and a simulator multiplies such differences as it goes on."""

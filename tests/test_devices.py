@@ -78,7 +78,7 @@ def test_two_processes_share_the_frames_and_take_the_updates_of_one(words, updat
         assert not torch.equal(*(each["replay"]["transitions"]["action"] for each in (first, second)))
 
 
-@pytest.mark.parametrize("words", [SAC, PPO], ids=["sac", "ppo"])
+@pytest.mark.parametrize("words", [pytest.param(SAC, marks=pytest.mark.slow), PPO], ids=["sac", "ppo"])
 def test_a_stopped_run_of_two_processes_goes_on_exactly(words, start, tmp_path):
     """SIGTERM to the first process alone; both stop after the same iteration, and both go on as they would have."""
     words = [*words, "total_frames=1920", "data.frames_per_epoch=640"]
