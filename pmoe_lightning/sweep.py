@@ -31,8 +31,8 @@ from pmoe_lightning import figures
 from pmoe_lightning.configuration import validate
 from pmoe_lightning.configuration.schemas import MLflowSchema
 from pmoe_lightning.errors import ConfigurationError, RunError
-from pmoe_lightning.tracking import MLflowLogger, run_status
-from pmoe_lightning.training import exit_on_sigterm, ignore_further_stops, quieten, run_training
+from pmoe_lightning.tracking import MLflowLogger
+from pmoe_lightning.training import closed_as_it_ends, exit_on_sigterm, quieten, run_training, stopped_once
 
 _log = logging.getLogger(__name__)
 _RETURN = "eval/episode_return"
@@ -78,21 +78,15 @@ def sweep_run(jobs: Sequence[DictConfig]) -> Iterator[None]:
     logger = _parent_logger(jobs[0])
     if logger is not None:
         logger.start()
-    error: BaseException | None = None
-    try:
-        with exit_on_sigterm(), _parent_of_new_runs(logger):
-            try:
+    with closed_as_it_ends(logger):
+        try:
+            with stopped_once(), exit_on_sigterm(), _parent_of_new_runs(logger):
                 yield
-            except Exception as failure:
-                raise RunError("jobs of the sweep have failed: see what they said above") from failure
-    except BaseException as caught:
-        error = caught
-        ignore_further_stops(error)
-        raise
-    finally:
-        if logger is not None:
-            _summarise(logger)
-            logger.finish(run_status(error))
+        except Exception as failure:
+            raise RunError("jobs of the sweep have failed: see what they said above") from failure
+        finally:
+            if logger is not None:
+                _summarise(logger)
 
 
 def run_job(cfg: DictConfig) -> None:

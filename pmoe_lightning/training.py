@@ -77,8 +77,7 @@ def run_training(cfg: DictConfig) -> None:
     remove_leftovers(output_dir / "checkpoints")
     resumed = read_checkpoint(cfg.resume)["run"] if cfg.resume else {}
     logger = _make_logger(cfg, resumed.get("mlflow", {}))
-    error: BaseException | None = None
-    try:
+    with closed_as_it_ends(logger), stopped_once():
         with exit_on_sigterm():
             trainer = make_trainer(cfg, logger, output_dir)
             if resumed and resumed["processes"] != trainer.world_size:
@@ -93,13 +92,6 @@ def run_training(cfg: DictConfig) -> None:
                 logger.log_hyperparams(_parameters(cfg))
                 logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
         fit(trainer, algorithm, data, cfg.resume)
-    except BaseException as caught:
-        error = caught
-        ignore_further_stops(error)
-        raise
-    finally:
-        if logger is not None:
-            logger.finish(run_status(error))
     if trainer.is_global_zero:
         print(describe_results(trainer, output_dir))
 
@@ -351,11 +343,29 @@ def _accelerator(name: str) -> str:
     return name
 
 
-def ignore_further_stops(error: BaseException) -> None:
-    """`mlflow run` answers Ctrl-C with a SIGTERM on top, which must not cut short what closes a stopped run."""
-    if not isinstance(error, Exception):
+@contextmanager
+def closed_as_it_ends(logger: Any) -> Iterator[None]:
+    """The logger's run is ``FINISHED``, ``KILLED`` or ``FAILED`` as this context ends; nothing happens without one."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        if logger is not None:
+            logger.finish(run_status(error))
+
+
+@contextmanager
+def stopped_once() -> Iterator[None]:
+    """What follows a stop is not cut short by another one: `mlflow run` answers Ctrl-C with a SIGTERM on top."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        raise
 
 
 @contextmanager
