@@ -163,7 +163,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         attached = self._trainer is not None  # not in load_from_checkpoint
         if attached and "experience" in checkpoint and self.trainer.datamodule is not None:
             self.trainer.datamodule.load_experience(checkpoint["experience"][self.trainer.global_rank])
-            metrics = checkpoint.get("metrics", {"sums": {}, "counts": {}})
+            metrics = checkpoint["metrics"]
             self._sums, self._counts = dict(metrics["sums"]), defaultdict(int, metrics["counts"])
 
     def on_fit_start(self) -> None:
