@@ -7,6 +7,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Shells and other tools set variables of these names too: only those of the command line count.
 $(foreach name,ALGO ENV FRAMES SEED OVERRIDES,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
@@ -27,10 +28,10 @@ ui: $(VENV)/.installed ## look at the runs in a browser
 	$(BIN)/mlflow ui
 
 test: $(VENV)/.installed ## the test suite, minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed ## also the tests that train until something is learned
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not torture"
+	$(PYTEST) -m "slow or not torture"
 
 torture: $(VENV)/.installed ## the proofs of docs/reliability.md; continues where it was cut
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -s -p no:cacheprovider

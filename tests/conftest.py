@@ -56,6 +56,14 @@ def with_shape_checks(value: Callable | property) -> Callable | property:
     return jaxtyping.jaxtyped(value, typechecker=beartype)
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_store_left() -> Iterator[None]:
+    """The tracking store that a test opened is not the next test's: MLflow keeps it for the whole process."""
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+
+
 @pytest.fixture(scope="session")
 def clean_environ() -> dict[str, str]:
     """Environment variables for a command: the checkout importable, no MLflow setting of the caller's."""

@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -91,7 +90,7 @@ def test_the_train_command_finds_an_estimator_and_an_environment_of_ones_own(run
 
 
 @pytest.fixture
-def champion(tmp_path: Path, store: Path) -> Iterator[str]:
+def champion(tmp_path: Path, store: Path) -> str:
     """A policy and its critics behind an alias of a registry."""
     policy, checkpoint = make_policy(normalize=False)
     critics = [make_qvalue_network(3, 1, hidden_sizes=(16, 16)) for _ in range(2)]
@@ -99,8 +98,7 @@ def champion(tmp_path: Path, store: Path) -> Iterator[str]:
     entry["action_values"] = [dict(critic.state_dict()) for critic in critics]
     entry["description"] |= {"critic": {"hidden_sizes": [16, 16], "activation": "relu"}, "action_transform": None}
     write_checkpoint(checkpoint, tmp_path / "best.ckpt")
-    before, uri = mlflow.get_tracking_uri(), f"sqlite:///{store}"
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(f"sqlite:///{store}")
     client = MlflowClient()
     experiment = client.create_experiment("swing", artifact_location=(tmp_path / "artifacts").as_uri())
     run = client.create_run(experiment)
@@ -108,8 +106,7 @@ def champion(tmp_path: Path, store: Path) -> Iterator[str]:
     client.create_registered_model("swing")
     client.create_model_version("swing", run.info.artifact_uri, run.info.run_id)
     client.set_registered_model_alias("swing", "champion", "1")
-    yield "models:/swing@champion"
-    mlflow.set_tracking_uri(before)
+    return "models:/swing@champion"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

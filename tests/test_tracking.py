@@ -51,13 +51,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def clean_surroundings(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_surroundings(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(store)
-    yield
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture
