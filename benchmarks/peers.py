@@ -108,9 +108,11 @@ def table() -> None:
     rows: dict[tuple[str, str], dict[int, float]] = {}
     for cell in sorted(RESULTS.glob("*.json")):
         data = json.loads(cell.read_text())
-        rows.setdefault((data["algo"], data["learner"]), {})[data["seed"]] = data["mean"]
-        for rule, mean in data.get("other_rules", {}).items():
-            rows.setdefault((data["algo"], f"{data['learner']}, {rule}"), {})[data["seed"]] = mean
+        means = {"": data["mean"]}
+        if "other_rules" in data:
+            means = {", max_weight": data["mean"]} | {f", {rule}": mean for rule, mean in data["other_rules"].items()}
+        for rule, mean in means.items():
+            rows.setdefault((data["algo"], data["learner"] + rule), {})[data["seed"]] = mean
     print("| algorithm | frames | learner | seeds (mean of 10 episodes each) | mean | 95 % interval |")
     print("|---|---|---|---|---|---|")
     for (algo, learner), cells in sorted(rows.items()):

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.callbacks.reporting import log_metrics
+from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation import evaluate_policy
 
@@ -21,6 +23,9 @@ _MAX_ENVS = 16
 
 class Evaluation(Callback):
     """Run whole episodes with the deterministic policy, before training and after epochs.
+
+    The policy is what ``load_policy`` would make of a checkpoint saved now, because that is what a user will act with.
+    An algorithm without a ``policy_description`` is judged by its ``policy`` itself.
 
     Logs against environment frames: ``eval/episode_return`` (mean undiscounted return),
     ``eval/episode_return_low`` and ``eval/episode_return_high`` (its 95 % interval), ``eval/episode_length`` and
@@ -80,7 +85,8 @@ class Evaluation(Callback):
                 if self._env is None:
                     make_env = with_memory(self.make_env, pl_module.policy)
                     self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
-                result = evaluate_policy(pl_module.policy, self._env, episodes=self.episodes, seed=self.seed)
+                policy = _judged_policy(pl_module)
+                result = evaluate_policy(policy, self._env, episodes=self.episodes, seed=self.seed)
             mean, (low, high) = float(result.mean), result.interval
             frames = trainer.datamodule.env_frames
             self.history.append([float(frames), mean, float(low), float(high)])
@@ -102,3 +108,9 @@ class Evaluation(Callback):
         if self._env is not None:
             self._env.close()
             self._env = None
+
+
+def _judged_policy(pl_module: LightningModule) -> TensorDictModuleBase:
+    if not pl_module.policy_description:
+        return pl_module.policy
+    return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MAX_ENVS = 16
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
-_RULES = ("max_weight", "best_value", "sample_component", "sample")
+_RULES = ("trained", "best_value", "max_weight", "sample_component", "sample")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Request:
     checkpoint: str
     episodes: int = 10
     seed: int = 0
-    rule: str = "max_weight"
+    rule: str = "trained"
     env: str = ""
     video: bool = False
     output: str = "evaluation"
@@ -44,8 +44,8 @@ _HELP = {
     "checkpoint": "a file, an MLflow run id, models:/<name>@<alias> or models:/<name>/<version>",
     "episodes": "number of episodes",
     "seed": "episode i is seeded with seed + i",
-    "rule": "max_weight (mean of the likeliest component), best_value (of the one the critics prefer), "
-    "sample_component (of a drawn one) or sample",
+    "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
+    "sample_component (of a drawn one), sample, or trained (actor.deterministic of its training)",
     "env": "Gymnasium id; the environment of the checkpoint when empty",
     "video": "also film the first episode",
     "output": "folder of the video",
@@ -135,26 +135,27 @@ def _help_parser() -> argparse.ArgumentParser:
     )
 
 
-def evaluate(request: Request) -> tuple[str, "Evaluation", Path | None]:
+def evaluate(request: Request) -> tuple[str, str, "Evaluation", Path | None]:
     """Load the policy, run the episodes and film one if asked.
 
     Returns:
-        the environment's id, the evaluation, and the path of the video, if there is one.
+        the environment's id, the rule, the evaluation, and the path of the video, if there is one.
 
     Raises:
         RunError: the checkpoint cannot be used.
         ConfigurationError: the environment cannot be made, or does not fit the policy.
     """
     from pmoe_lightning.checkpoints.files import read_checkpoint
-    from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
+    from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
     from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
     from pmoe_lightning.envs import make_env, with_memory
     from pmoe_lightning.evaluation import evaluate_policy
 
     where = f"checkpoint {request.checkpoint}"
     entry = policy_entry(read_checkpoint(resolve_checkpoint(request.checkpoint)), where)
-    sample = request.rule == "sample"
-    policy = build_policy(entry, rule=None if sample else request.rule, where=where)
+    rule = trained_rule(entry) if request.rule == "trained" else request.rule
+    sample = rule == "sample"
+    policy = build_policy(entry, rule=None if sample else rule, where=where)
     env_id, env_kwargs = _environment(request, entry["description"]["env"])
     num_envs = min(request.episodes, _MAX_ENVS)
     env = with_memory(make_env, policy)(env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
@@ -163,7 +164,7 @@ def evaluate(request: Request) -> tuple[str, "Evaluation", Path | None]:
         result = evaluate_policy(policy, env, episodes=request.episodes, seed=request.seed, sample=sample)
     finally:
         env.close()
-    return env_id, result, _video(request, policy, env_id, env_kwargs, sample) if request.video else None
+    return env_id, rule, result, _video(request, policy, env_id, env_kwargs, sample) if request.video else None
 
 
 def _environment(request: Request, trained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -198,7 +199,7 @@ def _video(request: Request, policy: Any, env_id: str, env_kwargs: dict[str, Any
         return None
 
 
-def report(request: Request, env_id: str, result: "Evaluation", video: Path | None) -> None:
+def report(request: Request, env_id: str, rule: str, result: "Evaluation", video: Path | None) -> None:
     """Print the result, and add it to the MLflow run when ``mlflow run`` opened one."""
     mean, (low, high) = result.mean, result.interval
     summary = {
@@ -206,7 +207,7 @@ def report(request: Request, env_id: str, result: "Evaluation", video: Path | No
         "env": env_id,
         "episodes": request.episodes,
         "seed": request.seed,
-        "rule": request.rule,
+        "rule": rule,
         "mean": _finite(mean),
         "interval": [_finite(low), _finite(high)],
         "returns": [_finite(value) for value in result.returns],

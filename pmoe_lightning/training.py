@@ -129,7 +129,9 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         arguments["return_log_prob"] = True
     if normalizer is not None:
         arguments["observation_key"] = normalizer.out_keys[0]
-    actor = _call(cfg.actor, **vars(spaces), **arguments)
+    # Which component is best only critics can say: an actor alone follows the likeliest.
+    alone = {"deterministic": "max_weight"} if arguments.get("deterministic") == "best_value" else {}
+    actor = _call(cfg.actor, **vars(spaces), **arguments | alone)
     compile = resolve_compile(cfg.compile, planned_updates(cfg))
     shared = {"normalizer": normalizer} if on_policy else {}
     options = {}

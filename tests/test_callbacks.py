@@ -272,6 +272,21 @@ def test_the_last_epoch_is_always_evaluated(tmp_path):
     assert logger.steps("eval/episode_return_low") == []  # one episode has no interval
 
 
+def test_what_is_judged_is_what_a_checkpoint_gives(tmp_path):
+    """The description says best_value, the actor in training does not know the critics."""
+    evaluation = Evaluation(pendulum, episodes=2, seed=1000)
+    trainer, algorithm, data = make_run([evaluation, *savers(tmp_path)], tmp_path)
+    algorithm.policy_description["arguments"]["deterministic"] = "best_value"
+    algorithm.policy_description["critic"] = {"hidden_sizes": [8], "activation": "relu"}
+    trainer.fit(algorithm, datamodule=data)
+
+    def judge(rule):
+        policy = load_policy(tmp_path / "last.ckpt", rule=rule)
+        return evaluate_policy(policy, pendulum(num_envs=2), episodes=evaluation.episodes, seed=evaluation.seed).mean
+
+    assert evaluation.history[-1][1] == judge(None) == judge("best_value") != judge("max_weight")
+
+
 def test_callbacks_do_not_change_training_by_one_bit(complete, tmp_path):
     alone, watched = Fingerprint(), complete.fingerprint
     _, expected, _ = fit([alone], tmp_path)

@@ -24,6 +24,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from pmoe_lightning.checkpoints import load_policy, read_checkpoint, resolve_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
+from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 
 
@@ -352,6 +353,19 @@ def test_the_replaced_checkpoint_is_kept(tmp_path: Path) -> None:
     assert read_checkpoint(path) == {"step": 3}
     assert read_checkpoint(previous_checkpoint(path)) == {"step": 2}
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.previous.ckpt"]
+
+
+def test_a_policy_trained_to_follow_the_best_value_does_so_where_there_are_action_values() -> None:
+    _, checkpoint = make_policy(normalize=False, num_components=8)
+    checkpoint["policy"]["description"]["arguments"]["deterministic"] = "best_value"
+    observation = torch.randn(200, 3)
+    likeliest = act(load_policy(checkpoint, rule="max_weight"), observation)
+    torch.testing.assert_close(act(load_policy(checkpoint), observation), likeliest, rtol=0, atol=0)
+    checkpoint["policy"]["description"]["critic"] = {"hidden_sizes": [8], "activation": "relu"}
+    checkpoint["policy"]["action_values"] = [dict(make_qvalue_network(3, 1, hidden_sizes=(8,)).state_dict())]
+    best = act(load_policy(checkpoint), observation)
+    torch.testing.assert_close(best, act(load_policy(checkpoint, rule="best_value"), observation), rtol=0, atol=0)
+    assert (best - likeliest).abs().max() > 0.01
 
 
 def test_best_value_needs_action_values() -> None:

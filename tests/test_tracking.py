@@ -32,6 +32,7 @@ from tensordict import TensorDict
 
 from pmoe_lightning.checkpoints import load_policy, resolve_checkpoint
 from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.evaluate import main as evaluate_main
 from pmoe_lightning.tracking import MLflowLogger, check_server, log_policy_model, provenance, run_status
@@ -677,6 +678,23 @@ def test_a_stranger_uses_the_packaged_policy(trained: tuple, store: str, tmp_pat
     policy = load_policy(path, rule="max_weight")
     expected = policy(TensorDict(observation=observation, batch_size=7))["action"].detach()
     np.testing.assert_allclose(np.load(tmp_path / "action.npy"), expected, atol=1e-5)
+
+
+def test_the_packaged_policy_follows_the_best_value_where_training_did(logger: MLflowLogger) -> None:
+    _, checkpoint = make_policy("Hopper-v5", num_components=8)
+    description = checkpoint["policy"]["description"] | {"critic": {"hidden_sizes": [8], "activation": "relu"}}
+    description["arguments"]["deterministic"] = "best_value"
+    critics = [dict(make_qvalue_network(11, 3, hidden_sizes=(8,)).state_dict()) for _ in range(2)]
+    checkpoint["policy"] |= {"description": description, "action_values": critics}
+    logger.start()
+    packaged = mlflow.pyfunc.load_model(log_policy_model(logger, checkpoint))
+    observation = TensorDict(observation=torch.randn(50, 11), batch_size=50)
+    best, likeliest = (
+        load_policy(checkpoint, rule=rule)(observation.clone())["action"] for rule in (None, "max_weight")
+    )
+    action = packaged.predict(observation["observation"].numpy())
+    np.testing.assert_allclose(action, best.detach(), atol=1e-5)
+    assert (best - likeliest).abs().max() > 0.01
 
 
 def test_the_packaged_policy_says_what_it_is(trained: tuple, tmp_path: Path) -> None:

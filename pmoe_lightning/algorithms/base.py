@@ -142,6 +142,15 @@ class AbstractAlgorithm(LightningModule, ABC):
         """The state dict of every action-value network, for acting by the best value; none where there is none."""
         return []
 
+    def policy_state(self) -> dict[str, Any]:
+        """What ``load_policy`` reads: the policy's description, its weights and its action values."""
+        return {
+            "description": self.policy_description,
+            "state_dict": dict(self.policy.state_dict()),
+            "action_values": self.action_values(),
+            "updates": self.updates,
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_finite(checkpoint)
         data = self.trainer.datamodule
@@ -150,13 +159,7 @@ class AbstractAlgorithm(LightningModule, ABC):
             checkpoint["experience"] = gather_objects(data.experience())
             checkpoint["metrics"] = {"sums": dict(self._sums), "counts": dict(self._counts)}
         checkpoint["updates"] = self.updates
-        checkpoint["policy"] = {
-            "description": self.policy_description,
-            "state_dict": dict(self.policy.state_dict()),
-            "action_values": self.action_values(),
-            "env_frames": data.env_frames if data else 0,
-            "updates": self.updates,
-        }
+        checkpoint["policy"] = self.policy_state() | {"env_frames": data.env_frames if data else 0}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates = checkpoint["updates"]

@@ -84,7 +84,7 @@ def load_policy(
             already read.
         device: where the policy is to act.
         rule: the deterministic rule, ``max_weight``, ``sample_component`` or ``best_value`` (the component that the
-            checkpoint's own critics prefer); the trained one when ``None``.
+            checkpoint's own critics prefer); :func:`trained_rule` when ``None``.
 
     Raises:
         RunError: the checkpoint is missing, damaged, foreign, or describes a policy this version cannot build.
@@ -145,8 +145,8 @@ def build_policy(
     """The policy of a checked entry (:func:`policy_entry`); arguments and errors as :func:`load_policy`."""
     description = entry["description"]
     arguments = dict(description["arguments"])
-    if rule not in (None, "best_value"):
-        arguments["deterministic"] = rule
+    rule = rule or trained_rule(entry)
+    arguments["deterministic"] = "max_weight" if rule == "best_value" else rule
     try:
         actor = ACTORS[description["actor"]](
             description["observation_dim"], description["action_low"], description["action_high"], **arguments
@@ -170,6 +170,15 @@ def build_policy(
         if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
     return policy.to(device).eval()
+
+
+def trained_rule(entry: Mapping[str, Any]) -> str:
+    """The deterministic rule that a checked entry was judged by in training.
+
+    ``best_value`` is ``max_weight`` where the algorithm learns no action values.
+    """
+    rule = entry["description"]["arguments"].get("deterministic", "max_weight")
+    return rule if rule != "best_value" or entry.get("action_values") else "max_weight"
 
 
 def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:

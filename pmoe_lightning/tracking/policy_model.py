@@ -22,7 +22,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from pmoe_lightning.checkpoints.files import read_checkpoint
-from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
+from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.tracking.logger import MLflowLogger
 
@@ -94,7 +94,8 @@ def log_policy_model(
     where = "the checkpoint" if isinstance(checkpoint, Mapping) else f"checkpoint {checkpoint}"
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     entry = policy_entry(content, where)
-    policy = build_policy(entry, rule="max_weight", where=where)
+    rule = trained_rule(entry)
+    policy = build_policy(entry, rule="max_weight" if rule == "sample_component" else rule, where=where)
     if memory := [key for key in policy.in_keys if key != "observation"]:
         raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
     function = PolicyFunction(policy).eval().requires_grad_(False)
