@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,12 +28,12 @@ SMALL = ["algo.hidden_sizes=[16]", "actor.hidden_sizes=[16]", "env=Pendulum-v1",
 
 @pytest.fixture
 def start(tmp_path: Path, clean_environ: dict[str, str]) -> Callable[..., subprocess.Popen]:
-    """Starts the train command with two processes, and returns the first."""
+    """Starts the train command with two processes, unless told otherwise, and returns the first."""
 
-    def start(*words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "pmoe_lightning.train", *words, *SMALL, "trainer.devices=2"]
+    def start(*words: str, devices: int = 2, **environ: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pmoe_lightning.train", *words, *SMALL, f"trainer.devices={devices}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=tmp_path, env=clean_environ, **pipes)
+        return subprocess.Popen(command, cwd=tmp_path, env=clean_environ | environ, **pipes)
 
     return start
 
@@ -78,6 +79,20 @@ def test_two_processes_share_the_frames_and_take_the_updates_of_one(words, updat
         assert not torch.equal(*(each["replay"]["transitions"]["action"] for each in (first, second)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [SAC, PPO], ids=["sac", "ppo"])
+def test_compiled_processes_learn_what_readable_ones_do(words, start, tmp_path):
+    """To rounding, of which every action hands some on to the next."""
+    for name, compile in {"compiled": "true", "readable": "false"}.items():
+        run = [f"compile={compile}", f"hydra.run.dir={name}", "total_frames=640", "data.frames_per_epoch=640"]
+        process = start(*words, *run)
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
+    compiled, readable = (state_of(tmp_path / name) for name in ("compiled", "readable"))
+    assert compiled["updates"] == readable["updates"] > 0
+    torch.testing.assert_close(compiled["state_dict"], readable["state_dict"], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("words", [pytest.param(SAC, marks=pytest.mark.slow), PPO], ids=["sac", "ppo"])
 def test_a_stopped_run_of_two_processes_goes_on_exactly(words, start, tmp_path):
     """SIGTERM to the first process alone; both stop after the same iteration, and both go on as they would have."""
@@ -120,3 +135,26 @@ def test_a_process_that_dies_takes_the_other_with_it(rank, start, tmp_path):
         assert process.returncode == 1
         assert errors.splitlines()[-1] == "error: training process 1 of 2 was killed by SIGKILL"
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_two_machines_train_together_and_end_together(killed, start, tmp_path):
+    """The same command on each, which know of each other by an address alone: here both are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = [*PPO, "trainer.num_nodes=2", "total_frames=1_000_000", "data.frames_per_epoch=256"]
+    nodes = [start(*words, f"hydra.run.dir=node{i}", devices=1, NODE_RANK=str(i), **address) for i in range(2)]
+    wait_for(tmp_path / "node0" / LAST, nodes[0])
+    checkpoint = torch.load(tmp_path / "node0" / LAST, weights_only=True)
+    first, second = checkpoint["experience"]
+    assert checkpoint["run"]["processes"] == 2
+    assert not torch.equal(first["root"]["observation"], second["root"]["observation"])
+    assert not (tmp_path / "node1" / LAST).exists()  # the first machine alone writes
+    nodes[killed].kill()
+    errors = nodes[1 - killed].communicate(timeout=30)[1]
+    assert nodes[1 - killed].returncode == 1
+    assert "Traceback" not in errors
+    if killed == 1:
+        assert errors.splitlines()[-1] == "error: contact with another training process was lost"
+    nodes[killed].communicate(timeout=10)
