@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
@@ -56,14 +56,17 @@ class Spaces:
 
 
 def check_surroundings(jobs: Sequence[DictConfig]) -> None:
-    """Refuse an environment that cannot be made or a tracking store that does not answer.
+    """Refuse an environment that cannot be made, devices that are not there or a tracking store that does not answer.
 
     Raises:
-        ConfigurationError: unknown environment, or one without continuous actions; a precision without its hardware.
+        ConfigurationError: unknown environment, or one without continuous actions; a precision without its hardware;
+            devices that this machine does not have.
         RunError: the tracking server does not answer.
     """
     for cfg in jobs:
         check_matmul_precision(cfg.matmul_precision, _accelerator(cfg.trainer.accelerator))
+    for trainer in {OmegaConf.to_yaml(cfg.trainer, resolve=True): cfg.trainer for cfg in jobs}.values():
+        check_devices(trainer)
     for uri in {cfg.logger.get("tracking_uri") for cfg in jobs if cfg.logger}:
         check_server(uri)
     for env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.values():
@@ -193,6 +196,19 @@ def check_matmul_precision(precision: str, accelerator: str) -> None:
         raise ConfigurationError("matmul_precision=tf32 is a number format of GPUs: use float32 on a CPU")
     if precision == "bf16-hidden" and on_cpu and not torch.cpu._is_amx_tile_supported():
         _log.warning("matmul_precision=bf16-hidden: this CPU has no AMX, so bfloat16 is slower than float32 here")
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        ConfigurationError: in the words of Lightning, which looks for them.
+    """
+    try:
+        _call(trainer, accelerator=_accelerator(trainer.accelerator), logger=False, enable_checkpointing=False)
+    except (MisconfigurationException, ValueError) as error:
+        asked = f"trainer.accelerator={trainer.accelerator} trainer.devices={trainer.devices}"
+        raise ConfigurationError(f"{asked}: {str(error).splitlines()[0]}") from error
 
 
 def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:

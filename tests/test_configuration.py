@@ -215,6 +215,7 @@ def test_help_lists_every_option():
         (["algo.hidden_sizes=[64,-1]"], "algo.hidden_sizes=[64,-1]"),
         (["estimator.weight=-0.5"], "estimator.weight=-0.5"),
         (["trainer.devices=0"], "trainer.devices=0"),
+        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp must be one of auto, ddp"),
         (["compile=yes"], "compile=yes must be true, false or 'auto'"),
         (["matmul_precision=bf16"], "matmul_precision=bf16 must be one of float32, bf16-hidden, tf32"),
         (["+env.reset_noise_scale=nan"], "env.reset_noise_scale=nan"),

@@ -9,6 +9,7 @@ from test_configuration import configure
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.training import (
     UPDATES_TO_REPAY_COMPILING,
+    check_devices,
     check_matmul_precision,
     planned_updates,
     resolve_compile,
@@ -25,6 +26,12 @@ def test_compiling_is_as_told_or_where_it_is_repaid():
     assert resolve_compile(True, 1) and not resolve_compile(False, 1e9)
     assert resolve_compile("auto", UPDATES_TO_REPAY_COMPILING)
     assert not resolve_compile("auto", UPDATES_TO_REPAY_COMPILING - 1)
+
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(ConfigurationError, match="^trainer.accelerator=cuda trainer.devices=99: .*$"):
+        check_devices(configure("trainer.accelerator=cuda", "trainer.devices=99").trainer)
+    check_devices(configure("trainer.accelerator=cpu", "trainer.devices=2").trainer)
 
 
 def test_a_precision_without_its_hardware_is_refused_or_warned_of(caplog):

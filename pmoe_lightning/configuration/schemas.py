@@ -260,10 +260,10 @@ class OnPolicySchema(DataSchema):
 @dataclass
 class TrainerSchema:
     _target_: str = MISSING
-    accelerator: str = _one_of("auto", "cpu", "cuda", "gpu", "mps")
+    accelerator: str = _one_of("auto", "cpu", "cuda", "gpu")
     devices: Union[int, str] = _number_or("auto", low=1)  # noqa: UP007
     num_nodes: int = _at_least(1)
-    strategy: str = MISSING
+    strategy: str = _one_of("auto", "ddp")
     deterministic: bool = MISSING
     detect_anomaly: bool = MISSING
     profiler: Optional[str] = _one_of("simple", "advanced", "pytorch")  # noqa: UP045
