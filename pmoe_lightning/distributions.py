@@ -129,12 +129,17 @@ class TanhGaussianMixture(TanhBounds, Distribution):
         """The squashed mean of every component: the candidates of all deterministic rules."""
         return self.squash(self.loc)
 
+    @property
+    def _log_normalizer(self) -> Float[Tensor, "*B K"]:
+        """log sqrt((2 pi)^A |Sigma_k|), of which all samples share one."""
+        return self.scale.log().sum(-1) + _HALF_LOG_2PI * self.loc.shape[-1]
+
     # --- densities of the unsquashed action --------------------------------------------------------------------------
 
     def component_log_prob_unsquashed(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S K"]:
         """log N(u; mu_k, sigma_k) of every component."""
         z = (u.unsqueeze(-2) - self.loc) / self.scale
-        return (-0.5 * z.square() - self.scale.log() - _HALF_LOG_2PI).sum(-1)
+        return -0.5 * z.square().sum(-1) - self._log_normalizer
 
     def log_prob_unsquashed(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """log sum_k w_k N(u; mu_k, sigma_k)."""
@@ -190,7 +195,7 @@ class TanhGaussianMixture(TanhBounds, Distribution):
     def stratum_log_prob_unsquashed(self, u: Float[Tensor, "K *B A"]) -> Float[Tensor, "K *B"]:
         """log N(u_k; mu_k, sigma_k) of a stratified sample: each draw under the component it came from."""
         z = (u - self.loc.movedim(-2, 0)) / self.scale.movedim(-2, 0)
-        return (-0.5 * z.square() - self.scale.movedim(-2, 0).log() - _HALF_LOG_2PI).sum(-1)
+        return -0.5 * z.square().sum(-1) - self._log_normalizer.movedim(-1, 0)
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Float[Tensor, "*S A"]:
         """A pathwise action. Its gradient is that of the chosen component alone: averaged over samples it misses the
