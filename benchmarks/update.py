@@ -112,10 +112,14 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
-        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-            twins = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_() for x in args[-2:]]
-            self.factors.append(tuple(twins))
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+            self.factors.append(tuple(torch.randn_like(x) for x in args[-2:]))
         return func(*args, **(kwargs or {}))
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return sum(2 * first.numel() * second.shape[-1] for first, second in self.factors)
 
     def replay(self, updates: int) -> None:
         for _ in range(updates):
