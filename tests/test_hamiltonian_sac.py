@@ -507,28 +507,6 @@ def test_metropolis_decides_when_sampling_only():
             assert stayed.any() == refuses and not stayed.all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("force", ["raw", "gated"])
-def test_it_acts_compiled_as_it_does_otherwise(force):
-    """As one graph; later changes of the critics reach it, and a copy starts uncompiled."""
-    torch.manual_seed(0)
-    algorithm = sac(transform(force, step_size=0.3), return_log_prob=True)
-    policy, states = algorithm.policy, observations(4)
-    compiled = copy.deepcopy(policy)
-    compiled[-1].compile_evolution()
-    assert copy.deepcopy(compiled)[-1]._compiled is None
-    for change in (1.0, -2.0):
-        for each in (policy, compiled):
-            each[-1].qvalue.parameters_by_name.data.apply_(lambda x, c=change: x.mul_(c))
-        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-            outs = []
-            for each in (policy, compiled):
-                torch.manual_seed(1)
-                outs.append(each(states.clone()))
-        for key in ("action", "action_log_prob", "action_unsquashed"):
-            torch.testing.assert_close(outs[1][key], outs[0][key], rtol=1e-4, atol=1e-4)
-
-
 def test_collectors_hand_the_live_critics_to_their_workers():
     """A worker process acts with the critics it is sent: after a change it acts as the changed policy does."""
     torch.manual_seed(0)

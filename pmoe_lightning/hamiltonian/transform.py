@@ -295,17 +295,6 @@ class EvolveAction(TensorDictModuleBase):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.default_interaction_type = InteractionType.RANDOM
-        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
-
-    def compile_evolution(self) -> None:
-        """Run the tensor part as one compiled graph: many times faster for a few rows, after a minute of compiling.
-
-        Copies and worker processes start uncompiled.
-        """
-        self._compiled = torch.compile(self.evolve, fullgraph=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": None}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         if not self.transform.is_used_in("acting"):
@@ -316,8 +305,7 @@ class EvolveAction(TensorDictModuleBase):
         momentum = self.transform.sample_momentum(action) if explores else torch.zeros_like(action)
         names = [beside(action_key, suffix) for suffix in ("_unsquashed", "_log_prob")]
         drawn = {key: tensordict.get(key, None) for key in names}
-        evolve = self._compiled or self.evolve
-        evolved = evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
+        evolved = self.evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
         tensordict.set(action_key, evolved[0])
         for (key, before), after in zip(drawn.items(), evolved[1:], strict=True):
             if before is not None:
