@@ -20,13 +20,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
-from update import Products
+from update import Products, readable_form
 
 from pmoe_lightning import load_policy, make_env, make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_sac
@@ -63,8 +64,7 @@ class Case(NamedTuple):
 
 #: Each is compared with the first of its list.
 COMPARISONS = [
-    [Case("gaussian"), *(Case("gaussian", force, steps) for force in ("raw", "gated") for steps in (1, 3, 5))],
-    [Case("pmoe"), *(Case("pmoe", "gated", steps) for steps in (1, 3, 5))],
+    *([Case(actor), *(Case(actor, "gated", steps) for steps in (1, 3, 5))] for actor in ("gaussian", "pmoe")),
     [Case("gaussian"), Case("gaussian", safe=True), Case("gaussian", "gated", 3, safe=True)],
 ]
 Timed = Callable[[], None]
@@ -95,20 +95,11 @@ def minibatches() -> TensorDict:
 
 def updating(algorithm: SAC, compiled: bool) -> Timed:
     """What takes ``UPDATES`` updates."""
-    optimizer, batch = algorithm.configure_optimizers(), minibatches()
     if compiled:
-        update = SACUpdate(algorithm.loss, optimizer, tau=algorithm.tau)
-        return lambda: update(batch)
-
-    def readable() -> None:
-        for minibatch in batch.unbind(0):
-            out = algorithm.loss(minibatch)
-            optimizer.zero_grad()
-            sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-            optimizer.step()
-            algorithm.target_updater.step()
-
-    return readable
+        update = SACUpdate(algorithm.loss, algorithm.configure_optimizers(), tau=algorithm.tau)
+    else:
+        update = readable_form(algorithm)
+    return partial(update, minibatches())
 
 
 def stepping(algorithm: SAC, compiled: bool) -> Timed:
