@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.safety import SafePolicy
 from pmoe_lightning.tracking.logger import MLflowLogger
 
 _NOTE = """\
@@ -149,14 +148,14 @@ def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Pa
 
 def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
     description = entry["description"]
-    safe = (module for module in policy.modules() if isinstance(module, SafePolicy))
+    safe = description.get("safe")
     return {
         "env": description["env"]["id"],
         "observation_dim": description["observation_dim"],
         "action_dim": len(description["action_low"]),
         "actor": description["actor"],
         "num_components": next(m.num_components for m in policy.modules() if hasattr(m, "num_components")),
-        "deterministic": all(module.constraint.num_candidates == 1 for module in safe),
+        "deterministic": safe is None or safe.get("num_candidates") == 1,
         "env_frames": entry.get("env_frames"),
         "updates": entry.get("updates"),
     }
