@@ -1,7 +1,7 @@
 """What the Hamiltonian transform costs, and what it brings to soft actor-critic.
 
     python benchmarks/hamiltonian.py cost                     # per update and per environment step, beside no transform
-    python benchmarks/hamiltonian.py cost --compiled          # acting as one compiled graph; compiling takes minutes
+    python benchmarks/hamiltonian.py cost --compiled          # both as compiled graphs; compiling takes minutes
     python benchmarks/hamiltonian.py gain <checkpoint>        # Q gain against step size on a trained critic
     python benchmarks/hamiltonian.py run                      # every learner, three seeds; resumable cell by cell
     python benchmarks/hamiltonian.py run --learners gaussian gaussian_raw --seeds 1
@@ -18,19 +18,26 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
+from update import Products, readable_form
 
 from pmoe_lightning import load_policy, make_env, make_gaussian_actor, make_pmoe_actor
-from pmoe_lightning.algorithms import make_sac
+from pmoe_lightning.algorithms import SAC, make_sac
 from pmoe_lightning.checkpoints import read_checkpoint
+from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation import student_t_interval
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
+from pmoe_lightning.safety import CostConstraint
+from pmoe_lightning.updates import SACUpdate
 
 RESULTS = Path(__file__).parent / "results" / "hamiltonian"
 ENV, FRAMES, EPISODES, EVALUATION_SEED = "Hopper-v5", 30_000, 10, 10_000
@@ -42,80 +49,102 @@ LEARNERS = {
     for suffix, transform in TRANSFORMS.items()
 }
 OBSERVATIONS, ACTIONS, BATCH = 17, 6, 256
+UPDATES, STEPS = 4, 20  # timed at once
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
-def subject(
-    actor: str, force: str, steps: int, compiled: bool = False
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One update on a batch of 256, and one action, of SAC in the sizes of HalfCheetah-v5; no transform for 0 steps."""
+class Case(NamedTuple):
+    """One row: SAC in the sizes of HalfCheetah-v5; no transform for 0 steps."""
+
+    actor: str
+    force: str = "raw"
+    steps: int = 0
+    safe: bool = False
+
+
+#: Each is compared with the first of its list.
+COMPARISONS = [
+    *([Case(actor), *(Case(actor, "gated", steps) for steps in (1, 3, 5))] for actor in ("gaussian", "pmoe")),
+    [Case("gaussian"), Case("gaussian", safe=True), Case("gaussian", "gated", 3, safe=True)],
+]
+Timed = Callable[[], None]
+
+
+def learner(case: Case) -> SAC:
     torch.manual_seed(0)
-    make, estimator = (make_gaussian_actor, Pathwise()) if actor == "gaussian" else (make_pmoe_actor, Frequency())
-    transform = make_hamiltonian_transform(OBSERVATIONS, ACTIONS, force=force, num_leapfrog_steps=steps)
-    policy = make(OBSERVATIONS, [-1.0] * ACTIONS, [1.0] * ACTIONS)
-    sizes = {"observation_dim": OBSERVATIONS, "action_dim": ACTIONS}
-    algorithm = make_sac(policy, estimator, action_transform=transform if steps else None, **sizes)
+    make, estimator = (make_gaussian_actor, Pathwise()) if case.actor == "gaussian" else (make_pmoe_actor, Frequency())
+    transform = make_hamiltonian_transform(OBSERVATIONS, ACTIONS, force=case.force, num_leapfrog_steps=case.steps)
+    return make_sac(
+        make(OBSERVATIONS, [-1.0] * ACTIONS, [1.0] * ACTIONS),
+        estimator,
+        observation_dim=OBSERVATIONS,
+        action_dim=ACTIONS,
+        action_transform=transform if case.steps else None,
+        safety=CostConstraint() if case.safe else None,
+    )
+
+
+def minibatches() -> TensorDict:
+    size = [UPDATES, BATCH]
+    flags = {name: torch.zeros(*size, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
+    after = {"observation": torch.randn(*size, OBSERVATIONS), "reward": torch.randn(*size, 1), **flags}
+    after["cost"] = torch.zeros(*size, 1)
+    root = {"observation": torch.randn(*size, OBSERVATIONS), "action": torch.rand(*size, ACTIONS) * 2 - 1}
+    return TensorDict({**root, "next": TensorDict(after, size)}, size)
+
+
+def updating(algorithm: SAC, compiled: bool) -> Timed:
+    """What takes ``UPDATES`` updates."""
     if compiled:
-        algorithm.policy[-1].compile_evolution()
-    optimizer = algorithm.configure_optimizers()
-    flags = {name: torch.zeros(BATCH, 1, dtype=torch.bool) for name in ("done", "terminated")}
-    after = TensorDict({"observation": torch.randn(BATCH, OBSERVATIONS), "reward": torch.randn(BATCH, 1), **flags})
-    batch = {"observation": torch.randn(BATCH, OBSERVATIONS), "action": torch.rand(BATCH, ACTIONS) * 2 - 1}
-    batch = TensorDict({**batch, "next": after.auto_batch_size_(1)}, batch_size=[BATCH])
-    observation = torch.randn(1, OBSERVATIONS)
-
-    def update() -> None:
-        out = algorithm.loss(batch)
-        optimizer.zero_grad()
-        sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-        optimizer.step()
-        algorithm.target_updater.step()
-
-    @torch.no_grad()
-    def act() -> None:
-        with set_exploration_type(ExplorationType.RANDOM):
-            algorithm.policy(TensorDict({"observation": observation}, batch_size=[1]))
-
-    return update, act
+        update = SACUpdate(algorithm.loss, algorithm.configure_optimizers(), tau=algorithm.tau)
+    else:
+        update = readable_form(algorithm)
+    return partial(update, minibatches())
 
 
-def fastest(functions: list[Callable[[], None]], repeats: int, rounds: int = 15) -> list[float]:
-    """Least CPU milliseconds per call, over rounds in which all take turns."""
+def stepping(algorithm: SAC, compiled: bool) -> Timed:
+    """What takes ``STEPS`` steps of one environment, as training does."""
+    env = make_env("HalfCheetah-v5", num_envs=1, seed=0)
+    frames = {"frames_per_batch": STEPS, "total_frames": -1}
+    options = {"track_traj_ids": False, "use_buffers": False, "auto_register_policy_transforms": False}
+    return RolloutCollector(env, algorithm.policy, **frames, **options, compile=compiled).rollout
+
+
+def operations(update: Timed) -> float:
+    """Of one update's matrix products."""
+    with Products() as products:
+        update()
+    return products.operations / UPDATES
+
+
+def fastest(functions: list[Timed], rounds: int = 15) -> list[float]:
+    """Least CPU milliseconds of a call, over rounds in which all take turns."""
     best = [float("inf")] * len(functions)
     for round_ in range(rounds + 1):  # the first is a warm-up
         for i, function in enumerate(functions):
             start = time.process_time()
-            for _ in range(repeats):
-                function()
+            function()
             if round_:
-                best[i] = min(best[i], 1e3 * (time.process_time() - start) / repeats)
+                best[i] = min(best[i], 1e3 * (time.process_time() - start))
     return best
 
 
-def cost() -> None:
-    """Print one row per number of steps."""
+def cost(compiled: bool) -> None:
+    """Print one row per case: its update and its environment step beside those of no transform."""
+    warnings.filterwarnings("ignore", message="No target network updater")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    counts = [0, 1, 3, 5]
-    print("| actor, force | L | update (ms) | ratio | action (ms) | more by (ms) |")
-    print("|---|---|---|---|---|---|")
-    for actor, force in (("gaussian", "raw"), ("gaussian", "gated"), ("pmoe", "gated")):
-        subjects = [subject(actor, force, steps) for steps in counts]
-        updates, actions = fastest([s[0] for s in subjects], 3), fastest([s[1] for s in subjects], 20)
-        for steps, update, action in zip(counts, updates, actions, strict=True):
-            row = f"| {actor}, {force} | {steps} | {update:.1f} | {update / updates[0]:.2f} "
-            print(f"{row}| {action:.2f} | {action - actions[0]:.2f} |", flush=True)
-
-
-def cost_compiled() -> None:
-    """Print what three steps add to one action, plain and compiled."""
-    torch.set_num_threads(1)
-    for force in ("raw", "gated"):
-        ways = [subject("gaussian", force, 0), subject("gaussian", force, 3), subject("gaussian", force, 3, True)]
-        nothing, plain, compiled = fastest([act for _, act in ways], 20)
-        print(
-            f"{force}: no transform {nothing:.2f} ms, L = 3 {plain - nothing:+.2f}, compiled {compiled - nothing:+.2f}"
-        )
+    print("| actor, force | L | products (GFLOP) | ratio | update (ms) | ratio | step (ms) | more by (ms) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for cases in COMPARISONS:
+        products = [operations(updating(learner(case), compiled=False)) for case in cases]
+        updates = fastest([updating(learner(case), compiled) for case in cases])
+        steps = fastest([stepping(learner(case), compiled) for case in cases])
+        for case, product, update, step in zip(cases, products, updates, steps, strict=True):
+            words = [case.actor, *([case.force] if case.steps else []), *(["safe"] if case.safe else [])]
+            row = f"| {', '.join(words)} | {case.steps} | {product / 1e9:.2f} | {product / products[0]:.2f} "
+            row += f"| {update / UPDATES:.1f} | {update / updates[0]:.2f} "
+            print(f"{row}| {step / STEPS:.2f} | {(step - steps[0]) / STEPS:+.2f} |", flush=True)
 
 
 # -- gain --------------------------------------------------------------------------------------------------------------
@@ -241,7 +270,7 @@ def main() -> None:
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "cost":
-        cost_compiled() if arguments.compiled else cost()
+        cost(arguments.compiled)
     elif arguments.command == "gain":
         gain(arguments.checkpoint)
     elif arguments.command == "run":

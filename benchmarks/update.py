@@ -26,7 +26,7 @@ from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
-from pmoe_lightning.algorithms import make_sac
+from pmoe_lightning.algorithms import SAC, make_sac
 from pmoe_lightning.estimators import (
     Frequency,
     GumbelSoftmax,
@@ -81,7 +81,7 @@ def table_cases() -> list[Case]:
     return cases + [Case("gaussian", "pathwise", components=1, **bf16), Case("pmoe", **bf16)]
 
 
-def make(case: Case) -> Any:
+def make(case: Case) -> SAC:
     """The algorithm of a row, with the same initial networks at every call."""
     torch.manual_seed(0)
     sizes = {"hidden_sizes": (case.width, case.width)}
@@ -112,10 +112,14 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
-        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-            twins = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).normal_() for x in args[-2:]]
-            self.factors.append(tuple(twins))
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+            self.factors.append(tuple(torch.randn_like(x) for x in args[-2:]))
         return func(*args, **(kwargs or {}))
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return sum(2 * first.numel() * second.shape[-1] for first, second in self.factors)
 
     def replay(self, updates: int) -> None:
         for _ in range(updates):
@@ -123,8 +127,8 @@ class Products(TorchDispatchMode):
                 torch.matmul(first, second)
 
 
-def readable_form(case: Case) -> Callable[[TensorDict], None]:
-    algorithm = make(case)
+def readable_form(algorithm: SAC) -> Callable[[TensorDict], None]:
+    """What takes an update for each of the minibatches."""
     optimizer = algorithm.configure_optimizers()
 
     def update(batch: TensorDict) -> None:
@@ -151,7 +155,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     counted = make(case)
     with Products() as products:
         SACUpdate(counted.loss, counted.configure_optimizers(), tau=0.005, compile=False)(batch[:1])
-    readable = readable_form(case)
+    readable = readable_form(make(case))
     forms = {
         "readable_ms": lambda: readable(batch),
         "compiled_ms": lambda: update(batch),

@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
-from pmoe_lightning.networks import Initialization, hidden_linear, initialize, make_mlp
+from pmoe_lightning.networks import Initialization, hidden_linear, hidden_product, initialize, make_mlp
 
 
 class QValueNetwork(nn.Module):
@@ -170,13 +170,13 @@ def stacked_qvalue_at(
         first = first + from_state.view(n, *[1] * missing, *from_state.shape[1:])
         hidden = [activation(first).view(n, -1, width)]
         for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-            hidden.append(activation(torch.baddbmm(bias, hidden[-1], weight.mT)))
+            hidden.append(activation(hidden_product(hidden[-1], weight.mT) + bias))
         values = torch.baddbmm(biases[-1], hidden[-1], weights[-1].mT)
 
         def pullback(cotangent: Tensor) -> Tensor:
             slope = back(cotangent.reshape(n, -1, 1) @ weights[-1], hidden[-1])
             for weight, y in zip(weights[-2:0:-1], hidden[-2::-1], strict=True):
-                slope = back(slope @ weight, y)
+                slope = back(hidden_product(slope, weight), y)
             return (slope @ of_action).sum(0).view(action.shape)
 
         return values.view(n, *batch), pullback

@@ -34,10 +34,17 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
-def hidden_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``F.linear`` between two hidden layers, in the precision that ``set_matmul_precision`` chose."""
+def hidden_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` between two hidden layers, in the precision that ``set_matmul_precision`` chose."""
     if _hidden_products_in_bfloat16:
-        return F.linear(x.bfloat16(), weight.bfloat16()).float() + bias
+        return (x.bfloat16() @ y.bfloat16()).float()
+    return x @ y
+
+
+def hidden_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``F.linear`` between two hidden layers, in the same precision."""
+    if _hidden_products_in_bfloat16:
+        return hidden_product(x, weight.T) + bias
     return F.linear(x, weight, bias)
 
 

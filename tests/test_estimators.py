@@ -209,14 +209,20 @@ def test_number_of_critic_evaluations(row, num_components):
     leaves = random_leaves(5, K=num_components)
     mixture, seen, differentiated = TanhGaussianMixture(*leaves), 0, 0
 
+    def count(slope: Tensor) -> None:
+        nonlocal differentiated
+        differentiated += slope[..., 0].numel()
+
     def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-        nonlocal seen, differentiated
+        nonlocal seen
         assert u.shape == (*log_prob.shape, 2)
         seen += log_prob.numel()
-        differentiated += u.requires_grad * torch.is_grad_enabled() * log_prob.numel()
-        return Evaluation(log_prob, log_prob, -log_prob)
+        u = u.clone()
+        if u.requires_grad:
+            u.register_hook(count)
+        return Evaluation(log_prob + u.sum(-1), log_prob, -log_prob)
 
-    row.estimator(mixture, objective)
+    row.estimator(mixture, objective).loss.sum().backward()
     assert (seen / 5, differentiated / 5) == row.evaluations(num_components)
 
 

@@ -88,7 +88,7 @@ def test_the_map_preserves_volume(force, temperature):
     start = torch.cat(starts(8), -1)
 
     def end(point: Tensor) -> Tensor:
-        positions, momentum, _ = evolve.trajectory(*point.split(A, -1), **at)
+        positions, momentum, *_ = evolve.trajectory(*point.split(A, -1), **at)
         return torch.cat([positions[-1], momentum], -1).detach()
 
     h = 1e-5
@@ -110,9 +110,9 @@ def test_the_map_is_undone_with_the_momentum_turned_round(force, dtype, toleranc
     at["qvalue"] = stacked_qvalue_at(network, parameters, at["observation"])
     at["bounds"] = TanhBounds(at["bounds"].low.to(dtype), at["bounds"].high.to(dtype))
     u, momentum = (value.to(dtype) for value in starts())
-    positions, end_momentum, _ = evolve.trajectory(u, momentum, **at)
+    positions, end_momentum, *_ = evolve.trajectory(u, momentum, **at)
     end = positions[-1]
-    back, back_momentum, _ = evolve.trajectory(end, -end_momentum, **at)
+    back, back_momentum, *_ = evolve.trajectory(end, -end_momentum, **at)
     for there, here in zip(positions, reversed(back), strict=True):
         torch.testing.assert_close(here, there, atol=tolerance, rtol=0)
     torch.testing.assert_close(-back_momentum, momentum, atol=tolerance, rtol=0)

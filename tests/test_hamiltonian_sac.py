@@ -174,23 +174,52 @@ def test_every_estimator_trains_actor_and_transform(estimator):
     assert {"hamiltonian_qvalue_gain", "hamiltonian_acceptance", "hamiltonian_step_size"} <= set(out.keys())
 
 
-def test_frequency_trains_the_very_trajectory_that_won():
-    """Ranked once without a graph, evaluated again with one: the same momentum, so the same cost to the last digit."""
+@pytest.mark.parametrize("reduction", ["min", "mean"])
+def test_the_actor_loss_differentiates_the_critics_at_the_evolved_action(reduction, monkeypatch):
+    """The dynamics' own derivative, taken over, is what a pass of its own through the critics finds, draw for draw."""
+    gradients = []
+    for known in (True, False):
+        torch.manual_seed(0)
+        algorithm = sac(transform("gated", step_size=0.3, critic_reduction=reduction), Frequency())
+        loss = algorithm.loss
+        if not known:
+            evolution = loss._evolution
+
+            def forget(*arguments, evolution=evolution):
+                evolve = evolution(*arguments)
+
+                def evolve_alone(u, log_prob):
+                    u, log_prob, _, diagnostics = evolve(u, log_prob)
+                    return u, log_prob, None, diagnostics
+
+                return evolve_alone
+
+            monkeypatch.setattr(loss, "_evolution", forget)
+        surrogate = loss.estimate(observations(16))
+        surrogate.loss.mean().backward()
+        learned = [*loss.actor_network_params.parameters(), *loss.action_transform.parameters()]
+        gradients.append([surrogate.loss.detach(), *(parameter.grad for parameter in learned)])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_frequency_evolves_every_draw_once():
+    """The K trajectories that are ranked are those that are trained: K (L + 1) evaluations of the critics, no more."""
     torch.manual_seed(0)
     algorithm = sac(transform("normalized", step_size=0.3), Frequency())
     loss, states = algorithm.loss, observations(16)
     distribution = algorithm.actor.get_dist(states.clone())
-    seen, objective = [], loss.objective(states, distribution)
+    passes, action_value = [], loss.action_value(states)
 
-    def watch(u, log_prob):
-        seen.append(objective(u, log_prob))
-        return seen[-1]
+    def watch(action):
+        passes.append(action.shape)
+        return action_value(action)
 
-    loss.estimator(distribution, watch)
-    ranked, winner = seen
-    best = ranked.score.argmax(0, keepdim=True)
-    assert len(best.unique()) > 1
-    torch.testing.assert_close(winner.cost, ranked.cost.gather(0, best).squeeze(0), rtol=1e-6, atol=1e-6)
+    loss.action_value = lambda _: watch
+    loss.actor_value = None
+    surrogate = loss.estimator(distribution, loss.objective(states, distribution))
+    surrogate.loss.mean().backward()
+    assert passes == [(distribution.num_components, 16, A)] * (loss.action_transform.num_leapfrog_steps + 1)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -476,28 +505,6 @@ def test_metropolis_decides_when_sampling_only():
                 torch.manual_seed(1)
                 stayed = (algorithm.policy(states.clone())["action"] == drawn).all(-1)
             assert stayed.any() == refuses and not stayed.all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("force", ["raw", "gated"])
-def test_it_acts_compiled_as_it_does_otherwise(force):
-    """As one graph; later changes of the critics reach it, and a copy starts uncompiled."""
-    torch.manual_seed(0)
-    algorithm = sac(transform(force, step_size=0.3), return_log_prob=True)
-    policy, states = algorithm.policy, observations(4)
-    compiled = copy.deepcopy(policy)
-    compiled[-1].compile_evolution()
-    assert copy.deepcopy(compiled)[-1]._compiled is None
-    for change in (1.0, -2.0):
-        for each in (policy, compiled):
-            each[-1].qvalue.parameters_by_name.data.apply_(lambda x, c=change: x.mul_(c))
-        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-            outs = []
-            for each in (policy, compiled):
-                torch.manual_seed(1)
-                outs.append(each(states.clone()))
-        for key in ("action", "action_log_prob", "action_unsquashed"):
-            torch.testing.assert_close(outs[1][key], outs[0][key], rtol=1e-4, atol=1e-4)
 
 
 def test_collectors_hand_the_live_critics_to_their_workers():

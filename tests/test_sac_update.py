@@ -190,12 +190,11 @@ def test_200_compiled_updates_equal_the_readable_form_with_a_transform_or_a_cons
 
 
 @slow
+@pytest.mark.parametrize("force", [None, "gated"])
 @pytest.mark.parametrize("name", [*ESTIMATORS, *ACTORS])
-def test_200_compiled_updates_equal_the_readable_form(name):
-    if name in ESTIMATORS:
-        run_both(lambda: make(make_pmoe_actor, ESTIMATORS[name]()), 200, compile=True)
-    else:
-        run_both(lambda: make(ACTORS[name], Pathwise()), 200, compile=True)
+def test_200_compiled_updates_equal_the_readable_form(name, force):
+    actor, estimator = (make_pmoe_actor, ESTIMATORS[name]) if name in ESTIMATORS else (ACTORS[name], Pathwise)
+    run_both(lambda: make(actor, estimator(), force=force), 200, compile=True)
 
 
 def test_the_forms_can_take_turns_on_one_optimizer():

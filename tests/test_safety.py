@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from pathlib import Path
 
 import gymnasium
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from pmoe_lightning.evaluation import evaluate_policy
 from pmoe_lightning.hamiltonian import differentiable, make_hamiltonian_transform
 from pmoe_lightning.losses import SafeSACLoss
 from pmoe_lightning.safety import CostConstraint, choose_safe, constrained_value
+from pmoe_lightning.tracking import MLflowLogger, log_policy_model
 
 OBSERVATION_DIM, A, LOW, HIGH, SIZES = 11, 3, [-1.0] * 3, [1.0] * 3, (16, 16)
 hopper = partial(make_env, "Hopper-v5", velocity_limit=0.1)  # which falling forwards exceeds
@@ -321,6 +324,23 @@ def checkpoint_of(algorithm, **constraint) -> dict:
         description["action_transform"]["step_size"] = 0.3
     entry = {"description": description, "state_dict": dict(algorithm.policy.state_dict())}
     return {"policy": entry | {"action_values": algorithm.action_values()}}
+
+
+@pytest.mark.slow
+def test_the_packaged_policy_draws_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    logger = MLflowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    logger.start()
+    uri = log_policy_model(logger, checkpoint_of(sac("raw", num_candidates=6)))
+    logger.finish("FINISHED")
+    assert mlflow.models.get_model_info(uri).metadata["deterministic"] is False
+    folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
+    assert "the same observation can get" in next(folder.rglob("HOW_TO_USE.md")).read_text()
+    policy, actions = mlflow.pyfunc.load_model(uri), []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        actions.append(policy.predict(np.ones((16, OBSERVATION_DIM), np.float32)))
+    assert (actions[0] == actions[2]).all() and (actions[0] != actions[1]).any()
 
 
 @pytest.mark.parametrize("rule", [None, "best_value"])

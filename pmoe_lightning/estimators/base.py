@@ -35,6 +35,8 @@ class Evaluation(NamedTuple):
     """Higher is better: min_i Q_i(s, a). Used only to rank components, never differentiated."""
     diagnostics: Mapping[str, Tensor] = {}
     """Detached quantities worth logging, any shape; an estimator hands them on."""
+    derivative_known: bool = False
+    """Whether the critics' derivative was computed along with the cost, so that none is left for the backward pass."""
 
 
 @runtime_checkable

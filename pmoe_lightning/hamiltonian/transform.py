@@ -63,6 +63,8 @@ class Evolution(NamedTuple):
     """Where the proposal was rejected: u and log_prob are those of the draw."""
     qvalue_gain: Float[Tensor, "*S"]
     """Q(s, a_L) - Q(s, a_0), detached, zero where the draw stays."""
+    qvalue: Float[Tensor, "*S"]
+    """Q(s, a(u)), reduced as for the dynamics; differentiable in u with the dQ/da that they have computed anyway."""
 
 
 class Trajectory(NamedTuple):
@@ -72,8 +74,10 @@ class Trajectory(NamedTuple):
     """u_0 .. u_L."""
     momentum: Float[Tensor, "*S A"]
     """rho_L."""
-    qvalue_gain: Float[Tensor, "*S"]
-    """Q(s, a_L) - Q(s, a_0), detached."""
+    qvalues: tuple[Float[Tensor, "*S"], ...]
+    """Q(s, a_0) .. Q(s, a_L), detached."""
+    slopes: tuple[Float[Tensor, "*S A"], ...]
+    """dQ/da there, detached."""
 
 
 class HamiltonianTransform(nn.Module):
@@ -180,12 +184,10 @@ class HamiltonianTransform(nn.Module):
             metropolis: decide by Metropolis's rule, too.
         """
         momentum = momentum.expand_as(u)
-        positions, end_momentum, gain = self.trajectory(
-            u, momentum, observation=observation, qvalue=qvalue, bounds=bounds, alpha=alpha
-        )
-        end = positions[-1]
+        path = self.trajectory(u, momentum, observation=observation, qvalue=qvalue, bounds=bounds, alpha=alpha)
+        end, gain = path.positions[-1], path.qvalues[-1] - path.qvalues[0]
         hot = self.momentum_scale * self.temperature**0.5
-        heat = kinetic_energy(end_momentum, self.momentum_scale) - kinetic_energy(momentum, hot)
+        heat = kinetic_energy(path.momentum, self.momentum_scale) - kinetic_energy(momentum, hot)
         widening = bounds.log_abs_det_jacobian(end) - bounds.log_abs_det_jacobian(u)
         energy_error = (heat - widening).detach() - gain / alpha
         stays = is_divergent(energy_error)
@@ -194,7 +196,11 @@ class HamiltonianTransform(nn.Module):
         evolved = torch.where(stays.unsqueeze(-1), u, end)
         if self.log_prob == "joint":
             log_prob = torch.where(stays, log_prob, log_prob + heat)
-        return Evolution(evolved, log_prob, energy_error, stays, gain.masked_fill(stays, 0.0))
+        value = torch.where(stays, path.qvalues[0], path.qvalues[-1])
+        slope = torch.where(stays.unsqueeze(-1), path.slopes[0], path.slopes[-1])
+        action = bounds.squash(evolved)
+        value = value + (slope * (action - action.detach())).sum(-1)
+        return Evolution(evolved, log_prob, energy_error, stays, gain.masked_fill(stays, 0.0), value)
 
     def trajectory(
         self,
@@ -208,20 +214,19 @@ class HamiltonianTransform(nn.Module):
     ) -> Trajectory:
         """The trajectory from u and momentum, whatever becomes of its end; arguments as ``forward``'s."""
         observation = observation.expand(*u.shape[:-1], -1)
-        positions: list[Tensor] = []
-        values: list[Tensor] = []
+        visited: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def force(position: Tensor) -> Tensor:
-            value, gradient = self._value_and_gradient(qvalue, bounds.squash(position).detach())
-            positions.append(position)
-            values.append(value)
+            value, slope = self._value_and_gradient(qvalue, bounds.squash(position).detach())
+            visited.append((position, value, slope))
             # The gradient of log_target: the chain rule through a(u), and d/du log(1 - tanh(u)^2) = -2 tanh(u).
-            gradient = _finite(gradient / alpha) * bounds.squash_derivative(position) - 2 * position.tanh()
+            gradient = _finite(slope / alpha) * bounds.squash_derivative(position) - 2 * position.tanh()
             return self.force(observation, position, gradient)
 
         steps, temperature = self.num_leapfrog_steps, self.temperature
         _, momentum = leapfrog(u, momentum, force, self.step_size, steps, temperature=temperature)
-        return Trajectory(tuple(positions), momentum, values[-1] - values[0])
+        positions, qvalues, slopes = zip(*visited, strict=True)
+        return Trajectory(positions, momentum, qvalues, slopes)
 
     @torch.no_grad()
     def _value_and_gradient(self, qvalue: ActionValue, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +241,7 @@ class HamiltonianTransform(nn.Module):
     @torch.no_grad()
     def diagnose(self, u: Float[Tensor, "*S A"], evolution: Evolution, bounds: TanhBounds) -> dict[str, Tensor]:
         """Means over all elements of what became of u: what a loss reports."""
-        _, _, energy_error, stays, gain = evolution
+        energy_error, stays, gain = evolution.energy_error, evolution.stays, evolution.qvalue_gain
         finite = energy_error.isfinite()
         moved = bounds.squash(evolution.u) - bounds.squash(u)
         return {
@@ -290,17 +295,6 @@ class EvolveAction(TensorDictModuleBase):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.default_interaction_type = InteractionType.RANDOM
-        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
-
-    def compile_evolution(self) -> None:
-        """Run the tensor part as one compiled graph: many times faster for a few rows, after a minute of compiling.
-
-        Copies and worker processes start uncompiled.
-        """
-        self._compiled = torch.compile(self.evolve, fullgraph=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": None}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         if not self.transform.is_used_in("acting"):
@@ -311,8 +305,7 @@ class EvolveAction(TensorDictModuleBase):
         momentum = self.transform.sample_momentum(action) if explores else torch.zeros_like(action)
         names = [beside(action_key, suffix) for suffix in ("_unsquashed", "_log_prob")]
         drawn = {key: tensordict.get(key, None) for key in names}
-        evolve = self._compiled or self.evolve
-        evolved = evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
+        evolved = self.evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
         tensordict.set(action_key, evolved[0])
         for (key, before), after in zip(drawn.items(), evolved[1:], strict=True):
             if before is not None:

@@ -111,7 +111,7 @@ class PMOESACLoss(SACLoss):
         next_tensordict = tensordict.get("next")
         distribution = self._distribution(next_tensordict)
         u, log_prob = _draw(distribution, self.estimator.log_prob)
-        u, log_prob, _ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
+        u, log_prob, *_ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
         log_prob = log_prob - distribution.log_abs_det_jacobian(u)
         next_value = self.target_value(next_tensordict, distribution.squash(u)) - self._alpha * log_prob
         bootstrapped = tensordict.clone(False)
@@ -127,10 +127,12 @@ class PMOESACLoss(SACLoss):
         evolve = self._evolution("actor_loss", tensordict, distribution)
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-            u, log_prob, diagnostics = evolve(u, log_prob)
+            u, log_prob, qvalue, diagnostics = evolve(u, log_prob)
             log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-            qvalue = self.actor_value(tensordict, distribution.squash(u))
-            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue, diagnostics)
+            known = qvalue is not None
+            if not known:
+                qvalue = self.actor_value(tensordict, distribution.squash(u))
+            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue, diagnostics, known)
 
         return objective
 
@@ -140,20 +142,22 @@ class PMOESACLoss(SACLoss):
 
     def _evolution(
         self, use: Use, tensordict: TensorDictBase, distribution: TanhGaussianMixture
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]]:
         """Maps unsquashed draws and their log-densities to evolved ones, and says how that went.
 
-        The momentum is drawn here, once: every sample of a state, and every call, evolves with the same.
+        Third comes ``actor_value`` of the evolved actions where evolving them has found it out, otherwise None. The
+        momentum is drawn here, once: every sample of a state, and every call, evolves with the same.
         """
         transform = self.action_transform
         if transform is None or not transform.is_used_in(use):
-            return lambda u, log_prob: (u, log_prob, {})
+            return lambda u, log_prob: (u, log_prob, None, {})
         momentum = transform.sample_momentum(distribution.loc[..., 0, :])
         state = self.state_of(tensordict, distribution)
 
-        def evolve(u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def evolve(u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
             evolution = transform(u, log_prob, momentum, **state)
-            return evolution.u, evolution.log_prob, transform.diagnose(u, evolution, distribution)
+            qvalue = evolution.qvalue if transform.critic_reduction == "min" else None
+            return evolution.u, evolution.log_prob, qvalue, transform.diagnose(u, evolution, distribution)
 
         return evolve
 

@@ -1,7 +1,7 @@
 """The trained policy as an MLflow model: observations in, actions out, without this package.
 
-The deterministic policy, its observation normaliser included, is traced by ``torch.export`` into one graph. Loading it
-needs PyTorch and MLflow only, and executes no code from the file.
+The policy as it is evaluated, its observation normaliser included, is traced by ``torch.export`` into one graph.
+Loading it needs PyTorch and MLflow only, and executes no code from the file.
 """
 
 import json
@@ -29,8 +29,9 @@ from pmoe_lightning.tracking.logger import MLflowLogger
 _NOTE = """\
 # A policy for {env}
 
-It maps observations, float32 [N, {observations}], to deterministic actions, float32 [N, {actions}], in the units of the
+It maps observations, float32 [N, {observations}], to actions, float32 [N, {actions}], in the units of the
 environment. Observations are given as the environment returns them: the normalisation is inside.
+{randomness}
 
     import mlflow, numpy as np
     policy = mlflow.pyfunc.load_model("{uri}")
@@ -39,6 +40,13 @@ environment. Observations are given as the environment returns them: the normali
 The graph runs on the CPU. As a PyTorch module: mlflow.pytorch.load_model("{uri}", device="cpu").
 
 {metadata}
+"""
+
+
+_DETERMINISTIC = "The same observation always gets the same action."
+_DRAWS = """\
+The policy is limited in its cost and chooses among candidates, most of which it draws: the same observation can get
+another action next time. torch.manual_seed repeats them.
 """
 
 
@@ -75,7 +83,7 @@ def log_policy_model(
     metadata: Mapping[str, Any] | None = None,
     name: str = "policy",
 ) -> str:
-    """Package the deterministic policy of a checkpoint and log it with the logger's run. Takes a few seconds.
+    """Package the policy of a checkpoint, as it is evaluated, and log it with the logger's run. Takes a few seconds.
 
     Args:
         logger: names the run and its store.
@@ -141,12 +149,14 @@ def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Pa
 
 def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
     description = entry["description"]
+    safe = description.get("safe")
     return {
         "env": description["env"]["id"],
         "observation_dim": description["observation_dim"],
         "action_dim": len(description["action_low"]),
         "actor": description["actor"],
         "num_components": next(m.num_components for m in policy.modules() if hasattr(m, "num_components")),
+        "deterministic": safe is None or safe.get("num_candidates") == 1,
         "env_frames": entry.get("env_frames"),
         "updates": entry.get("updates"),
     }
@@ -158,5 +168,6 @@ def _note(facts: Mapping[str, Any], uri: str) -> str:
         observations=facts["observation_dim"],
         actions=facts["action_dim"],
         uri=uri,
+        randomness=_DETERMINISTIC if facts["deterministic"] else _DRAWS,
         metadata=json.dumps(dict(facts), indent=2, default=str),
     )
