@@ -90,9 +90,11 @@ def _check_algorithm_and_data(cfg: DictConfig) -> None:
 
 def _check_frames(cfg: DictConfig) -> None:
     data = cfg.data
-    if data.frames_per_batch % data.num_envs:
+    if data.frames_per_batch % (data.num_envs * max(data.num_workers, 1)):
+        workers = f" times data.num_workers={data.num_workers}" if data.num_workers else ""
         raise ConfigurationError(
-            f"data.frames_per_batch={data.frames_per_batch} must be a multiple of data.num_envs={data.num_envs}"
+            f"data.frames_per_batch={data.frames_per_batch} must be a multiple of "
+            f"data.num_envs={data.num_envs}{workers}"
         )
     if data.frames_per_epoch < data.frames_per_batch:
         raise ConfigurationError(
