@@ -119,6 +119,7 @@ class WorkerCollector(MultiSyncCollector):
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
         """End the workers, within ten seconds."""
         atexit.unregister(self.shutdown)
+        self._weights.shutdown()  # left to the end of Python, it waits for threads that no longer run
         super().shutdown(*args, **kwargs)
         torch.set_num_threads(self._num_threads)
 
