@@ -27,7 +27,7 @@ from torchrl.envs.utils import ExplorationType
 
 from pmoe_lightning.data import OffPolicyData
 from pmoe_lightning.data.collection import CollectedData
-from pmoe_lightning.data.workers import WorkerCollector, _make_worker
+from pmoe_lightning.data.workers import Worker, WorkerCollector
 from pmoe_lightning.envs import make_env, with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.normalization import RewardScaler
@@ -53,7 +53,7 @@ def workers(make: MakeEnv, policy: TensorDictModuleBase, **changes: Any) -> Work
 def alone(make: MakeEnv, policy: TensorDictModuleBase, worker: int, train: Callable[[], None]) -> list[TensorDictBase]:
     """The first rollouts of one worker, collected in this process, training in between."""
     settings = {"frames_per_batch": FRAMES, "exploration_type": ExplorationType.RANDOM, "use_buffers": False}
-    collector = _make_worker(
+    collector = Worker(
         make,
         policy=policy,
         worker_idx=worker,

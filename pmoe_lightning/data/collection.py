@@ -7,7 +7,7 @@ collected only when the training loop asks for it: never ahead, because data col
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -22,7 +22,14 @@ from pmoe_lightning.data.workers import WorkerCollector
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
 
+if TYPE_CHECKING:
+    from pmoe_lightning.data.cluster import ClusterCollector
+
 __all__ = ["CollectedData", "CollectorLoader"]
+
+
+#: What a data module collects with: three ways to the same rollouts.
+Source = Union[RolloutCollector, WorkerCollector, "ClusterCollector"]
 
 
 class CollectedData(LightningDataModule, ABC):
@@ -30,7 +37,7 @@ class CollectedData(LightningDataModule, ABC):
 
     The collector is made at the first iteration, when the policy is on its device; environments stay on the CPU. It
     always acts with the newest weights: in this process with the policy object itself, or in ``num_workers`` processes
-    of its own as :class:`WorkerCollector` does.
+    of its own as :class:`WorkerCollector` and :class:`ClusterCollector` do.
 
     A Lightning epoch ends at the next multiple of ``frames_per_epoch``. The run ends at ``total_frames``: no iteration
     starts once they are reached, and the trainer is told to stop. Iterations are never cut short: if ``total_frames``
@@ -58,6 +65,7 @@ class CollectedData(LightningDataModule, ABC):
         frames_per_batch: environment steps of a collector iteration, over all environments and processes.
         num_envs: number of environments stepped together, in each worker; in each process without workers.
         num_workers: processes that collect for this one; 0: it collects itself.
+        backend: where they are: ``process``, on this machine, or ``ray``, on the nodes of a Ray cluster.
         seed: environment i receives ``seed + i``.
         compile: act with a compiled policy.
 
@@ -76,6 +84,7 @@ class CollectedData(LightningDataModule, ABC):
         frames_per_batch: int,
         num_envs: int,
         num_workers: int,
+        backend: str,
         seed: int,
         compile: bool,
     ) -> None:
@@ -91,12 +100,14 @@ class CollectedData(LightningDataModule, ABC):
                 raise ConfigurationError(f"data.{name}={value} must be at least 1")
         if num_workers < 0:
             raise ConfigurationError(f"data.num_workers={num_workers} must not be negative")
+        if backend not in ("process", "ray"):
+            raise ConfigurationError(f"data.backend={backend} must be process or ray")
         if frames_per_epoch < frames_per_batch:
             raise ConfigurationError(
                 f"data.frames_per_epoch={frames_per_epoch} must not be smaller than "
                 f"data.frames_per_batch={frames_per_batch}"
             )
-        self.num_envs, self.num_workers = num_envs, num_workers
+        self.num_envs, self.num_workers, self.backend = num_envs, num_workers, backend
         self.frames_per_batch = frames_per_batch
         CollectedData.check_processes(self, 1)  # what a subclass adds is not there yet
         self.make_env, self.policy, self.compile = make_env, policy, compile
@@ -105,7 +116,7 @@ class CollectedData(LightningDataModule, ABC):
         self.episodes = 0
         self.breakdowns = 0
         self.violations: int | None = None
-        self.collector: RolloutCollector | WorkerCollector | None = None
+        self.collector: Source | None = None
         self._iterations: Iterator[TensorDictBase] | None = None
         self._finished_episodes: list[tuple[float, ...]] = []
         self._experience: dict[str, Any] | None = None
@@ -191,7 +202,7 @@ class CollectedData(LightningDataModule, ABC):
             following.set("reward", following.get("reward").masked_fill(broken, 0.0))
             rollout.set("unusable", broken)
 
-    def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector | WorkerCollector:
+    def _make_collector(self, init_random_frames: int = 0) -> Source:
         make_env = with_memory(self.make_env, self.policy)
         settings = {
             "frames_per_batch": self.frames_per_batch // self.world_size,
@@ -200,7 +211,7 @@ class CollectedData(LightningDataModule, ABC):
         }
         if self.num_workers:
             sizes = {"num_workers": self.num_workers, "num_envs": self.num_envs}
-            return WorkerCollector(make_env, self.policy, seed=self.seed, **sizes, **settings)
+            return _workers_on(self.backend)(make_env, self.policy, seed=self.seed, **sizes, **settings)
         devices = {}
         if self.device.type != "cpu":
             devices = {"policy_device": self.device, "env_device": "cpu", "storing_device": "cpu"}
@@ -305,6 +316,14 @@ class CollectorLoader:
             batch = data.make_batch(data.collect())
             if batch is not None:
                 yield batch
+
+
+def _workers_on(backend: str) -> "type[WorkerCollector] | type[ClusterCollector]":
+    if backend == "process":
+        return WorkerCollector
+    from pmoe_lightning.data.cluster import ClusterCollector  # Ray is an extra
+
+    return ClusterCollector
 
 
 def round_up(frames: int, multiple: int) -> int:

@@ -49,6 +49,7 @@ class OnPolicyData(CollectedData):
         frames_per_batch: int = 2048,
         num_envs: int = 1,
         num_workers: int = 0,
+        backend: str = "process",
         normalizer: ObservationNormalizer | None = None,
         reward_scaler: RewardScaler | None = None,
         seed: int = 0,
@@ -62,6 +63,7 @@ class OnPolicyData(CollectedData):
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
             num_workers=num_workers,
+            backend=backend,
             seed=seed,
             compile=compile,
         )

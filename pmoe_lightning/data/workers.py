@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,12 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.errors import RunError, describe_end
-from pmoe_lightning.networks import matmul_precision, set_matmul_precision
+from pmoe_lightning.networks import MatmulPrecision, matmul_precision, set_matmul_precision
 
-__all__ = ["WorkerCollector"]
+__all__ = ["Worker", "WorkerCollector", "seeded_environments"]
 
 #: What the training process alone answers. Ctrl-C, a batch system and `timeout` send them to all of its processes.
 _LEFT_TO_TRAINING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-_TRAJECTORIES = ("collector", "traj_ids")
 
 
 class WorkerCollector(MultiSyncCollector):
@@ -70,8 +70,8 @@ class WorkerCollector(MultiSyncCollector):
                 super().__init__(
                     [make_env] * num_workers,
                     policy,
-                    create_env_kwargs=[{"num_envs": num_envs, "seed": seed + w * num_envs} for w in range(num_workers)],
-                    collector_class=partial(_make_worker, seed=seed, compile=compile, precision=matmul_precision()),
+                    create_env_kwargs=seeded_environments(num_workers, num_envs, seed),
+                    collector_class=partial(Worker, seed=seed, compile=compile, precision=matmul_precision()),
                     weight_sync_schemes={"policy": self._weights},
                     frames_per_batch=frames_per_batch,
                     total_frames=-1,
@@ -137,13 +137,39 @@ class WorkerCollector(MultiSyncCollector):
             raise
 
 
-class _Worker(RolloutCollector):
-    """The collector of one worker process."""
+class Worker(RolloutCollector):
+    """The collector of one worker, whose process it makes like the training process, but for its random numbers.
+
+    Args:
+        make_env: called with ``create_env_kwargs``.
+        seed: of all workers.
+        worker_idx: which of them this is.
+        precision: for ``set_matmul_precision``.
+        **settings: as for ``RolloutCollector``.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[..., EnvBase],
+        *,
+        seed: int,
+        worker_idx: int,
+        precision: MatmulPrecision,
+        **settings: Any,
+    ) -> None:
+        set_matmul_precision(precision)
+        torch.set_flush_denormal(True)
+        # Python's and NumPy's are for environments that draw from them.
+        of_python, of_numpy, of_torch = np.random.SeedSequence((seed, worker_idx)).generate_state(3).tolist()
+        random.seed(of_python)
+        np.random.seed(of_numpy)
+        torch.manual_seed(of_torch)
+        super().__init__(make_env, worker_idx=worker_idx, track_traj_ids=False, **settings)
 
     def rollout(self) -> TensorDictBase:
         rollout = super().rollout()
-        # By this entry the training process counts the frames.
-        return rollout.set(_TRAJECTORIES, torch.zeros(rollout.shape, dtype=torch.int64))
+        # By this entry MultiSyncCollector counts the frames.
+        return rollout.set(("collector", "traj_ids"), torch.zeros(rollout.shape, dtype=torch.int64))
 
     def experience(self) -> dict[str, Any]:
         return {**super().experience(), "random_states": capture_random_states()}
@@ -153,23 +179,15 @@ class _Worker(RolloutCollector):
         restore_random_states(experience["random_states"])
 
 
-def _make_worker(
-    make_env: Callable[..., EnvBase], *, worker_idx: int, seed: int, compile: bool, precision: str, **settings: Any
-) -> _Worker:
-    """Called in its process, which becomes like the training process, but for its random numbers."""
-    set_matmul_precision(precision)
-    torch.set_flush_denormal(True)
-    # Python's and NumPy's are for environments that draw from them.
-    of_python, of_numpy, of_torch = np.random.SeedSequence((seed, worker_idx)).generate_state(3).tolist()
-    random.seed(of_python)
-    np.random.seed(of_numpy)
-    torch.manual_seed(of_torch)
-    return _Worker(make_env, compile=compile, track_traj_ids=False, worker_idx=worker_idx, **settings)
+def seeded_environments(num_workers: int, num_envs: int, seed: int) -> list[dict[str, int]]:
+    """What each worker's environments are made with."""
+    return [{"num_envs": num_envs, "seed": seed + worker * num_envs} for worker in range(num_workers)]
 
 
 @contextmanager
 def _without_signals() -> Iterator[None]:
     """Processes started in here never get the signals; this one gets them afterwards."""
+    resource_tracker.ensure_running()  # as it starts, it lets signals through again
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINING)
     try:
         yield
