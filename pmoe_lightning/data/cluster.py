@@ -7,6 +7,7 @@ import math
 import secrets
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,6 +16,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors.distributed import RayCollector
@@ -29,7 +31,7 @@ __all__ = ["ClusterCollector"]
 
 _START_SECONDS = 120.0
 #: Ray starts a worker that is lost anew, wherever there is a node, and repeats what it was asked.
-_OUTLIVES_ITS_NODE = {"max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": "SPREAD"}
+_OUTLIVES_ITS_NODE = {"max_restarts": -1, "max_task_retries": -1}
 
 
 class ClusterCollector(RayCollector):
@@ -64,13 +66,14 @@ class ClusterCollector(RayCollector):
         shared |= {"use_buffers": False, "return_same_td": True, "auto_register_policy_transforms": False}
         self._live = policy
         with _ray_errors(), _own_sigterm():
+            if not ray.is_initialized():
+                ray.init(include_dashboard=False, logging_level=logging.WARNING)
             super().__init__(
                 [make_env] * num_workers,
                 deepcopy(policy).to("cpu"),
                 collector_class=_Actor,
                 collector_kwargs=[{**shared, "create_env_kwargs": each} for each in environments],
-                remote_configs=_OUTLIVES_ITS_NODE,
-                ray_init_config={"include_dashboard": False, "logging_level": logging.WARNING},
+                remote_configs=[{**_OUTLIVES_ITS_NODE, "scheduling_strategy": node} for node in _places(num_workers)],
                 weight_sync_schemes={},
                 sync=True,
                 frames_per_batch=frames_per_batch,
@@ -115,9 +118,18 @@ class ClusterCollector(RayCollector):
         self.collected_frames = experience["collected_frames"]
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """End the workers, and the cluster if it was started here."""
+        """End the workers. A cluster that was started here ends with the process."""
         self.closed = True
         super().shutdown(*args, **kwargs)
+
+
+def _places(number: int) -> list[NodeAffinitySchedulingStrategy]:
+    """The nodes for so many workers, in proportion to their cores; others where one of them is lost."""
+    cores = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
+    placed: Counter[str] = Counter()
+    for _ in range(number):
+        placed[max(cores, key=lambda node: cores[node] / (placed[node] + 1))] += 1
+    return [NodeAffinitySchedulingStrategy(node, soft=True) for node in placed.elements()]
 
 
 class _Actor(Worker):
