@@ -6,15 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from tensordict import assert_close
+from test_collector import POLICIES
 from test_devices import wait_for
 from test_resume import LAST
+from test_workers import FRAMES, alone, change_everything, trained_between
 
 from pmoe_lightning.configuration import compose_jobs, normalise_argv, validate
+from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import ConfigurationError
 
 WORDS = ["algo=sac", "env=Hopper-v5", "data=ray", "data.num_workers=3", "data.frames_per_batch=48", "callbacks=minimal"]
@@ -42,6 +47,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
 @pytest.fixture
 def cluster() -> Iterator:
     """Three nodes on this machine, each as if it had one core."""
+    import ray
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -49,6 +55,7 @@ def cluster() -> Iterator:
     for _ in range(2):
         cluster.add_node(**node)
     yield cluster
+    ray.shutdown()
     cluster.shutdown()
 
 
@@ -84,3 +91,25 @@ def test_a_run_outlives_one_of_three_nodes(cluster, store, tmp_path, clean_envir
     assert len(everything) == len(everything.unique(dim=0)) == 4800
     runs = MlflowClient(f"sqlite:///{store}").search_runs(["1"])
     assert [run.info.status for run in runs] == ["FINISHED"]
+
+
+@pytest.mark.slow
+def test_actors_yield_what_their_collectors_would_here_with_the_live_policy(cluster, monkeypatch):
+    from pmoe_lightning.data.cluster import ClusterCollector
+
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    torch.manual_seed(0)
+    policy = POLICIES["sac-gated-safe"]()
+    initial = {key: value.clone() for key, value in policy.state_dict().items()}
+    make, train = partial(make_env, "Hopper-v5"), partial(change_everything, policy)
+    sizes = {"num_workers": 2, "num_envs": 2, "frames_per_batch": 2 * FRAMES, "init_random_frames": 0, "seed": 7}
+    collector = ClusterCollector(make, policy, compile=False, **sizes)
+    together = trained_between(collector, train)
+    experience, expected = collector.experience(), next(iter(collector))
+    collector.load_experience(experience)
+    assert_close(next(iter(collector)), expected, rtol=0, atol=0)  # resumed exactly
+    collector.shutdown()
+    for worker in range(2):
+        policy.load_state_dict(initial)
+        for actual, alone_here in zip(together, alone(make, policy, worker, train), strict=True):
+            assert_close(actual[2 * worker : 2 * worker + 2], alone_here, rtol=0, atol=1e-5)

@@ -98,7 +98,7 @@ class ClusterCollector(RayCollector):
 
     def iterator(self) -> Iterator[TensorDictBase]:
         while True:
-            with _ray_errors():
+            with self._attended():
                 weights = ray.put(TensorDict.from_module(self._live).data.cpu())
                 at_random = self.collected_frames < self._random_frames
                 asked = [actor.collect.remote(weights, at_random) for actor in self.remote_collectors]
@@ -108,12 +108,12 @@ class ClusterCollector(RayCollector):
 
     def experience(self) -> dict[str, Any]:
         """What every worker needs to go on exactly."""
-        with _ray_errors():
+        with self._attended():
             return {"workers": self.map_fn("experience"), "collected_frames": self.collected_frames}
 
     def load_experience(self, experience: dict[str, Any]) -> None:
         """Go on from an :meth:`experience`."""
-        with _ray_errors():
+        with self._attended():
             self.map_fn("load_experience", [(worker,) for worker in experience["workers"]])
         self.collected_frames = experience["collected_frames"]
 
@@ -121,6 +121,16 @@ class ClusterCollector(RayCollector):
         """End the workers. A cluster that was started here ends with the process."""
         self.closed = True
         super().shutdown(*args, **kwargs)
+
+    @contextmanager
+    def _attended(self) -> Iterator[None]:
+        """No worker outlives an error."""
+        try:
+            with _ray_errors():
+                yield
+        except BaseException:
+            self.shutdown()
+            raise
 
 
 def _places(number: int) -> list[NodeAffinitySchedulingStrategy]:
