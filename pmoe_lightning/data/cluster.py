@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import signal
 import warnings
@@ -67,7 +68,10 @@ class ClusterCollector(RayCollector):
         self._live = policy
         with _ray_errors(), _own_sigterm():
             if not ray.is_initialized():
-                ray.init(include_dashboard=False, logging_level=logging.WARNING)
+                # Told nothing, Ray would look for the last cluster of this machine first, dead or alive.
+                address = os.environ.get("RAY_ADDRESS", "local")
+                options = {} if address != "local" else {"include_dashboard": False}
+                ray.init(address, logging_level=logging.WARNING, **options)
             super().__init__(
                 [make_env] * num_workers,
                 deepcopy(policy).to("cpu"),
