@@ -1,5 +1,7 @@
 """Errors that a user can mend. Their message is one line: what was wrong, where, and what to do."""
 
+import signal
+
 
 class ConfigurationError(ValueError):
     """The request itself is wrong (unknown key, impossible value, incompatible pair); commands exit with 2."""
@@ -11,3 +13,8 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """A number that must be finite is NaN or infinite, and was kept out of environment, replay and weights."""
+
+
+def describe_end(code: int) -> str:
+    """How a process ended, from its exit code, which is minus a signal where one killed it."""
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"

@@ -34,6 +34,13 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
+def matmul_precision() -> MatmulPrecision:
+    """What :func:`set_matmul_precision` chose."""
+    if _hidden_products_in_bfloat16:
+        return "bf16-hidden"
+    return "tf32" if torch.get_float32_matmul_precision() == "high" else "float32"
+
+
 def hidden_product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` between two hidden layers, in the precision that ``set_matmul_precision`` chose."""
     if _hidden_products_in_bfloat16:

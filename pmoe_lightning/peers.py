@@ -7,7 +7,6 @@ Lightning without a word, its MLflow run still open.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from types import TracebackType
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from pmoe_lightning.errors import RunError
+from pmoe_lightning.errors import RunError, describe_end
 
 _POLL_SECONDS = 0.2
 #: How long a process may take to notice by itself, in a reduction that fails, and to close what it has open.
@@ -64,7 +63,9 @@ class PeerWatch:
             children: list[subprocess.Popen] = getattr(self.trainer.strategy.launcher, "procs", [])
             for rank, child in enumerate(children, start=1):
                 if child.poll():
-                    self._reason = f"training process {rank} of {self.trainer.world_size} {_how(child.returncode)}"
+                    self._reason = (
+                        f"training process {rank} of {self.trainer.world_size} {describe_end(child.returncode)}"
+                    )
                     self._death.set()
                     if not self._leaves():
                         self._end(children)
@@ -98,10 +99,6 @@ class PeerWatch:
 
 def _is_contact_loss(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def _how(code: int) -> str:
-    return f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
 
 
 def _dismiss_other_observer() -> None:

@@ -155,15 +155,16 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         **shared,
         **options,
     )
+    environments = cfg.data.num_envs * max(cfg.data.num_workers, 1)
     if on_policy:
         scaled = cfg.data.normalize_reward
-        shared["reward_scaler"] = RewardScaler(cfg.data.num_envs, gamma=cfg.algo.gamma) if scaled else None
+        shared["reward_scaler"] = RewardScaler(environments, gamma=cfg.algo.gamma) if scaled else None
     data = _call(
         cfg.data,
         make_env=make_env,
         policy=algorithm.policy,
         total_frames=cfg.total_frames,
-        seed=cfg.seed + rank * cfg.data.num_envs,
+        seed=cfg.seed + rank * environments,
         compile=compile,
         **shared,
     )

@@ -53,6 +53,7 @@ def refusal(*words: str) -> str:
         (["env=Hopper-v5"], ["env.id=Hopper-v5"]),
         (["env=dm_control/cheetah-run-v0"], ["env.id=dm_control/cheetah-run-v0"]),
         (["env=gymnasium"], ["env=gymnasium"]),
+        (["data=ray", "data.num_workers=2"], ["data.backend=ray", "data.num_workers=2"]),
         (["--cfg", "job", "--package", "env"], ["--cfg", "job", "--package", "env"]),
         (["env=Hopper-v5,Ant-v5"], ["env.id=Hopper-v5,Ant-v5"]),
         (["overrides=env=Hopper-v5"], ["env.id=Hopper-v5"]),

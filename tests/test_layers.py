@@ -48,7 +48,7 @@ ALLOWED = {
     "peers": {"errors"},
     "algorithms": MATHS | {"errors", "updates"},
     "envs": {"errors"},
-    "data": {"checkpoints", "compilation", "envs", "errors", "normalization"},
+    "data": {"checkpoints", "compilation", "envs", "errors", "lazy", "networks", "normalization"},
     "evaluation": {"envs", "errors"},
     "checkpoints": {
         "hamiltonian",

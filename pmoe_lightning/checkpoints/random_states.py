@@ -15,7 +15,7 @@ def capture_random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": {**legacy, "state": {**legacy["state"], "key": torch.from_numpy(words.astype(np.int64))}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 

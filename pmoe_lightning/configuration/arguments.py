@@ -22,6 +22,7 @@ def normalise_argv(arguments: Sequence[str]) -> list[str]:
     * ``--key value`` becomes ``key=value``: how ``mlflow run -P key=value`` passes what MLproject does not declare.
     * ``overrides=a=1 b=2`` becomes ``a=1 b=2``: one MLflow parameter that carries any number of overrides.
     * ``env=Hopper-v5`` becomes ``env.id=Hopper-v5`` unless conf/env holds such a file.
+    * ``data=ray`` becomes ``data.backend=ray``, because it goes with every kind of data.
     * ``callbacks.nonfinite=skip`` becomes ``callbacks.nonfinite.mode=skip``.
     * Flags move in front of the overrides, which Hydra reads in one piece: ``algo=sac -m seed=1,2`` is as good.
     * Empty values of algo, env, total_frames, seed and overrides are dropped: a script may pass them always.
@@ -61,6 +62,8 @@ def _spell_out(word: str) -> str:
     key, _, value = word.partition("=")
     if key == "callbacks.nonfinite":
         return f"{key}.mode={value}"
+    if word == "data=ray":
+        return "data.backend=ray"
     if key != "env" or not value or set(value.split(",")) & set(group_options()["env"]):
         return word
     return f"env.id={value}"

@@ -240,6 +240,8 @@ class DataSchema:
     frames_per_batch: int = _at_least(1)
     frames_per_epoch: int = _at_least(1)
     num_envs: int = _at_least(1)
+    num_workers: int = _at_least(0)
+    backend: str = _one_of("process", "ray")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from importlib.util import find_spec
 from math import isfinite
 from typing import Any
 
@@ -86,13 +87,16 @@ def _check_algorithm_and_data(cfg: DictConfig) -> None:
         )
     if dataclasses.is_dataclass(data):
         _check_frames(cfg)
+        _check_backend(cfg)
 
 
 def _check_frames(cfg: DictConfig) -> None:
     data = cfg.data
-    if data.frames_per_batch % data.num_envs:
+    if data.frames_per_batch % (data.num_envs * max(data.num_workers, 1)):
+        workers = f" times data.num_workers={data.num_workers}" if data.num_workers else ""
         raise ConfigurationError(
-            f"data.frames_per_batch={data.frames_per_batch} must be a multiple of data.num_envs={data.num_envs}"
+            f"data.frames_per_batch={data.frames_per_batch} must be a multiple of "
+            f"data.num_envs={data.num_envs}{workers}"
         )
     if data.frames_per_epoch < data.frames_per_batch:
         raise ConfigurationError(
@@ -110,6 +114,15 @@ def _check_frames(cfg: DictConfig) -> None:
                 f"data.buffer_size={data.buffer_size} must hold data.batch_size={data.batch_size}, "
                 f"data.init_random_frames={data.init_random_frames} and data.frames_per_batch={data.frames_per_batch}"
             )
+
+
+def _check_backend(cfg: DictConfig) -> None:
+    if cfg.data.backend != "ray":
+        return
+    if not cfg.data.num_workers:
+        raise ConfigurationError("data.backend=ray collects with workers alone: set data.num_workers")
+    if find_spec("ray") is None:
+        raise ConfigurationError('data.backend=ray needs Ray: pip install "pmoe-lightning[ray]"')
 
 
 def _check_algorithm_and_actor(cfg: DictConfig) -> None:

@@ -4,41 +4,48 @@ One item of the loader is one collector iteration (or the few it takes until the
 collected only when the training loop asks for it: never ahead, because data collected ahead is data of a stale policy.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from lightning.pytorch import LightningDataModule
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.data.workers import WorkerCollector
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
 
+if TYPE_CHECKING:
+    from pmoe_lightning.data.cluster import ClusterCollector
+
 __all__ = ["CollectedData", "CollectorLoader"]
 
-_log = logging.getLogger(__name__)
+
+#: What a data module collects with: three ways to the same rollouts.
+Source = Union[RolloutCollector, WorkerCollector, "ClusterCollector"]
 
 
 class CollectedData(LightningDataModule, ABC):
     """A data module whose training data are collected with the policy being trained.
 
-    The collector is made at the first iteration, when the policy is on its device; environments stay on the CPU. The
-    collector holds the policy object itself, so it always acts with the newest weights.
+    The collector is made at the first iteration, when the policy is on its device; environments stay on the CPU. It
+    always acts with the newest weights: in this process with the policy object itself, or in ``num_workers`` processes
+    of its own as :class:`WorkerCollector` and :class:`ClusterCollector` do.
 
     A Lightning epoch ends at the next multiple of ``frames_per_epoch``. The run ends at ``total_frames``: no iteration
     starts once they are reached, and the trainer is told to stop. Iterations are never cut short: if ``total_frames``
     is not a multiple of ``frames_per_batch``, up to ``frames_per_batch - 1`` frames more are collected, and counted.
 
-    With P training processes each has ``num_envs`` environments and collects its share of the frames. Every other
-    number is that of all processes together, so that P processes with n environments do what one does with P n.
+    With P training processes, or W workers in each, every one has ``num_envs`` environments and collects its share of
+    the frames. Every other number is that of all together, so that P W workers with n environments do what one process
+    does with P W n.
 
     Attributes:
         env_frames: environment steps taken, over all environments, warm-up included.
@@ -56,7 +63,9 @@ class CollectedData(LightningDataModule, ABC):
         total_frames: environment steps of the whole run.
         frames_per_epoch: environment steps of a Lightning epoch.
         frames_per_batch: environment steps of a collector iteration, over all environments and processes.
-        num_envs: number of environments stepped together, in each process.
+        num_envs: number of environments stepped together, in each worker; in each process without workers.
+        num_workers: processes that collect for this one; 0: it collects itself.
+        backend: where they are: ``process``, on this machine, or ``ray``, on the nodes of a Ray cluster.
         seed: environment i receives ``seed + i``.
         compile: act with a compiled policy.
 
@@ -74,6 +83,8 @@ class CollectedData(LightningDataModule, ABC):
         frames_per_epoch: int,
         frames_per_batch: int,
         num_envs: int,
+        num_workers: int,
+        backend: str,
         seed: int,
         compile: bool,
     ) -> None:
@@ -87,24 +98,25 @@ class CollectedData(LightningDataModule, ABC):
         for name, value in sizes.items():
             if value < 1:
                 raise ConfigurationError(f"data.{name}={value} must be at least 1")
-        if frames_per_batch % num_envs:
-            raise ConfigurationError(
-                f"data.frames_per_batch={frames_per_batch} must be a multiple of data.num_envs={num_envs}: "
-                f"use {round_up(frames_per_batch, num_envs)}"
-            )
+        if num_workers < 0:
+            raise ConfigurationError(f"data.num_workers={num_workers} must not be negative")
+        if backend not in ("process", "ray"):
+            raise ConfigurationError(f"data.backend={backend} must be process or ray")
         if frames_per_epoch < frames_per_batch:
             raise ConfigurationError(
                 f"data.frames_per_epoch={frames_per_epoch} must not be smaller than "
                 f"data.frames_per_batch={frames_per_batch}"
             )
+        self.num_envs, self.num_workers, self.backend = num_envs, num_workers, backend
+        self.frames_per_batch = frames_per_batch
+        CollectedData.check_processes(self, 1)  # what a subclass adds is not there yet
         self.make_env, self.policy, self.compile = make_env, policy, compile
-        self.total_frames, self.frames_per_epoch = total_frames, frames_per_epoch
-        self.frames_per_batch, self.num_envs, self.seed = frames_per_batch, num_envs, seed
+        self.total_frames, self.frames_per_epoch, self.seed = total_frames, frames_per_epoch, seed
         self.env_frames = 0
         self.episodes = 0
         self.breakdowns = 0
         self.violations: int | None = None
-        self.collector: RolloutCollector | None = None
+        self.collector: Source | None = None
         self._iterations: Iterator[TensorDictBase] | None = None
         self._finished_episodes: list[tuple[float, ...]] = []
         self._experience: dict[str, Any] | None = None
@@ -120,6 +132,11 @@ class CollectedData(LightningDataModule, ABC):
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
+    def environments(self) -> int:
+        """The number of environments of this training process: the rows of its rollouts."""
+        return self.num_envs * max(self.num_workers, 1)
+
+    @property
     def world_size(self) -> int:
         """The number of training processes; each collects its own share of the frames."""
         return 1 if self.trainer is None else self.trainer.world_size
@@ -130,10 +147,13 @@ class CollectedData(LightningDataModule, ABC):
         Raises:
             ConfigurationError: with the number that is not a multiple.
         """
-        if self.frames_per_batch % (self.num_envs * number):
+        together = self.environments * number
+        if self.frames_per_batch % together:
+            workers = f" in each of {self.num_workers} workers" if self.num_workers else ""
+            processes = f" on each of {number} processes" if number > 1 else ""
             raise ConfigurationError(
-                f"data.frames_per_batch={self.frames_per_batch} must be a multiple of data.num_envs={self.num_envs} "
-                f"on each of {number} processes: use {round_up(self.frames_per_batch, self.num_envs * number)}"
+                f"data.frames_per_batch={self.frames_per_batch} must be a multiple of data.num_envs={self.num_envs}"
+                f"{workers}{processes}: use {round_up(self.frames_per_batch, together)}"
             )
 
     def setup(self, stage: str) -> None:
@@ -143,7 +163,7 @@ class CollectedData(LightningDataModule, ABC):
     @property
     def simulated_by_mujoco(self) -> bool:
         """Whether the environments are MuJoCo's, whose instabilities are part of life."""
-        return self.collector is not None and getattr(self.collector.env, "is_mujoco", False)
+        return self.collector is not None and self.collector.is_mujoco
 
     def train_dataloader(self) -> "CollectorLoader":
         return CollectorLoader(self)
@@ -182,22 +202,29 @@ class CollectedData(LightningDataModule, ABC):
             following.set("reward", following.get("reward").masked_fill(broken, 0.0))
             rollout.set("unusable", broken)
 
-    def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector:
+    def _make_collector(self, init_random_frames: int = 0) -> Source:
+        make_env = with_memory(self.make_env, self.policy)
+        settings = {
+            "frames_per_batch": self.frames_per_batch // self.world_size,
+            "init_random_frames": init_random_frames,
+            "compile": self.compile,
+        }
+        if self.num_workers:
+            sizes = {"num_workers": self.num_workers, "num_envs": self.num_envs}
+            return _workers_on(self.backend)(make_env, self.policy, seed=self.seed, **sizes, **settings)
         devices = {}
         if self.device.type != "cpu":
             devices = {"policy_device": self.device, "env_device": "cpu", "storing_device": "cpu"}
         return RolloutCollector(
-            with_memory(self.make_env, self.policy)(num_envs=self.num_envs, seed=self.seed),
+            make_env(num_envs=self.num_envs, seed=self.seed),
             self.policy,
-            frames_per_batch=self.frames_per_batch // self.world_size,
             total_frames=-1,
-            init_random_frames=init_random_frames,
             exploration_type=ExplorationType.RANDOM,
             track_traj_ids=False,
             use_buffers=False,  # a preallocated rollout would make up what random warm-up frames lack
             return_same_td=True,  # no copy: every rollout has storage of its own
             auto_register_policy_transforms=False,
-            compile=self.compile,
+            **settings,
             **devices,
         )
 
@@ -218,6 +245,10 @@ class CollectedData(LightningDataModule, ABC):
             counted = (cost > 0) & ~rollout.get(("next", "reward")).isnan()
             self.violations = (self.violations or 0) + int(counted.sum())
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the environments: an error ends a run without :meth:`teardown`."""
+        self.teardown("fit")
+
     def teardown(self, stage: str) -> None:
         """Close the environments. A later fit starts new episodes and goes on counting."""
         if self.collector is not None:
@@ -237,9 +268,7 @@ class CollectedData(LightningDataModule, ABC):
         if self.collector.closed:
             raise RunError("a rollout was cut short by an error: not saved, the last checkpoint is kept")
         return {
-            "root": self.collector._carrier.to_dict(),
-            "collected_frames": self.collector._frames,
-            "simulators": self.collector.env.simulator_state(),
+            **self.collector.experience(),
             "finished_episodes": list(self._finished_episodes),
             "counters": self.state_dict(),
             "random_states": capture_random_states(),
@@ -253,13 +282,7 @@ class CollectedData(LightningDataModule, ABC):
         if self._experience is None:
             return
         experience, self._experience = self._experience, None
-        env, root = self.collector.env, TensorDict(experience["root"], batch_size=self.collector.env.batch_size)
-        lost = env.load_simulator_state(experience["simulators"])
-        if lost.any():
-            _log.warning("resumed environments that cannot be captured start a new episode: %s", env.envs[0])
-            root = env.reset(root.set("_reset", lost))
-        self.collector._carrier.update(root)
-        self.collector._frames = experience["collected_frames"]
+        self.collector.load_experience(experience)
         self._finished_episodes = [tuple(episode) for episode in experience["finished_episodes"]]
         # What Lightning has loaded by now is the first process's.
         self.load_state_dict(experience["counters"])
@@ -293,6 +316,14 @@ class CollectorLoader:
             batch = data.make_batch(data.collect())
             if batch is not None:
                 yield batch
+
+
+def _workers_on(backend: str) -> "type[WorkerCollector] | type[ClusterCollector]":
+    if backend == "process":
+        return WorkerCollector
+    from pmoe_lightning.data.cluster import ClusterCollector  # Ray is an extra
+
+    return ClusterCollector
 
 
 def round_up(frames: int, multiple: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from pmoe_lightning.envs import GymnasiumEnv
 
 __all__ = ["RolloutCollector"]
 
+_log = logging.getLogger(__name__)
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -27,7 +29,7 @@ class RolloutCollector(Collector):
     Under the same seed it yields what ``Collector`` yields, key by key and draw by draw. ``Collector`` builds nested
     TensorDicts at every step and stacks them at the end; here the environments write into arrays of the whole rollout,
     the policy reads from there, and what it writes is stacked once. All but ``rollout`` is inherited: iteration,
-    warm-up, weights, state, shutdown. With another environment, a policy that names no keys, or an option that concerns
+    warm-up, weights, shutdown. With another environment, a policy that names no keys, or an option that concerns
     single steps (``track_traj_ids``, ``use_buffers``, ``replay_buffer`` ...), so is ``rollout``.
 
     Args:
@@ -47,6 +49,29 @@ class RolloutCollector(Collector):
             and not (self._use_buffers or self.track_traj_ids or self.reset_at_each_iter or self.set_truncated)
             and not (self.replay_buffer is not None or self.interruptor or self.compact_obs or self.pre_collect_hook)
         )
+
+    @property
+    def is_mujoco(self) -> bool:
+        """Whether the environments are MuJoCo's."""
+        return getattr(self.env, "is_mujoco", False)
+
+    def experience(self) -> dict[str, Any]:
+        """What the next rollout depends on beside policy and random generators, as plain values and tensors."""
+        return {
+            "root": self._carrier.to_dict(),
+            "collected_frames": self._frames,
+            "simulators": self.env.simulator_state(),
+        }
+
+    def load_experience(self, experience: dict[str, Any]) -> None:
+        """Go on from an :meth:`experience`. Environments that could not be captured start a new episode."""
+        root = TensorDict(experience["root"], batch_size=self.env.batch_size)
+        lost = self.env.load_simulator_state(experience["simulators"])
+        if lost.any():
+            _log.warning("resumed environments that cannot be captured start a new episode: %s", self.env.envs[0])
+            root = self.env.reset(root.set("_reset", lost))
+        self._carrier.update(root)
+        self._frames = experience["collected_frames"]
 
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:

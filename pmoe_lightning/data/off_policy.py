@@ -11,8 +11,7 @@ from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.data.collection import CollectedData, round_up
-from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.data.collection import CollectedData, Source, round_up
 from pmoe_lightning.errors import ConfigurationError
 
 __all__ = ["OffPolicyData"]
@@ -56,6 +55,8 @@ class OffPolicyData(CollectedData):
         frames_per_epoch: int,
         frames_per_batch: int = 16,
         num_envs: int = 1,
+        num_workers: int = 0,
+        backend: str = "process",
         init_random_frames: int = 1000,
         buffer_size: int = 1_000_000,
         batch_size: int = 256,
@@ -70,6 +71,8 @@ class OffPolicyData(CollectedData):
             frames_per_epoch=frames_per_epoch,
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
+            num_workers=num_workers,
+            backend=backend,
             seed=seed,
             compile=compile,
         )
@@ -123,7 +126,7 @@ class OffPolicyData(CollectedData):
         share = self.batch_size // self.world_size
         return self.buffer.sample(updates * share).view(updates, share)
 
-    def _make_collector(self, init_random_frames: int = 0) -> RolloutCollector:
+    def _make_collector(self, init_random_frames: int = 0) -> Source:
         # A run that goes on without its experience refills its buffer with the policy it has already learned.
         refills = self.env_frames > 0 and self._experience is None
         return super()._make_collector(init_random_frames=0 if refills else self.warm_up // self.world_size)

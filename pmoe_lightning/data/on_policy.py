@@ -19,7 +19,7 @@ _LEFT_OUT = ("done", "terminated", "truncated", ("next", "episode_return"), ("ne
 
 
 class OnPolicyData(CollectedData):
-    """Yields one rollout [N, T] per collector iteration, T = frames_per_batch / num_envs, collected by the live policy.
+    """Yields one rollout [N, T] per collector iteration, T = frames_per_batch / N, collected by the live policy.
 
     A rollout holds observation, action, whatever else the policy writes (action_unsquashed, action_log_prob,
     observation_normalized) and next: observation, reward, done, terminated, truncated. ``next.observation`` is the true
@@ -48,6 +48,8 @@ class OnPolicyData(CollectedData):
         frames_per_epoch: int,
         frames_per_batch: int = 2048,
         num_envs: int = 1,
+        num_workers: int = 0,
+        backend: str = "process",
         normalizer: ObservationNormalizer | None = None,
         reward_scaler: RewardScaler | None = None,
         seed: int = 0,
@@ -60,12 +62,15 @@ class OnPolicyData(CollectedData):
             frames_per_epoch=frames_per_epoch,
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
+            num_workers=num_workers,
+            backend=backend,
             seed=seed,
             compile=compile,
         )
-        if reward_scaler is not None and len(reward_scaler.discounted_return) != num_envs:
+        if reward_scaler is not None and len(reward_scaler.discounted_return) != self.environments:
             raise ConfigurationError(
-                f"data.num_envs={num_envs}, but the RewardScaler is made for {len(reward_scaler.discounted_return)}"
+                f"{self.environments} environments, but the RewardScaler is made for "
+                f"{len(reward_scaler.discounted_return)}"
             )
         self.normalizer, self.reward_scaler = normalizer, reward_scaler
 
