@@ -63,6 +63,7 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
             devices that this machine does not have.
         RunError: the tracking server does not answer.
     """
+    quieten()
     for cfg in jobs:
         check_matmul_precision(cfg.matmul_precision, _accelerator(cfg.trainer.accelerator))
     for trainer in {OmegaConf.to_yaml(cfg.trainer, resolve=True): cfg.trainer for cfg in jobs}.values():

@@ -119,7 +119,7 @@ def test_another_number_of_processes_cannot_go_on(run_module, tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_dies_takes_the_other_with_it(rank, start, tmp_path):
     process = start(*PPO, "total_frames=1_000_000", "data.frames_per_epoch=256", "hydra.run.dir=run")
     wait_for(tmp_path / "run" / LAST, process)
@@ -137,7 +137,8 @@ def test_a_process_that_dies_takes_the_other_with_it(rank, start, tmp_path):
         assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_two_machines_train_together_and_end_together(killed, start, tmp_path):
     """The same command on each, which know of each other by an address alone: here both are this one."""
     with socket.socket() as free:
