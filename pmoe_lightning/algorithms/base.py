@@ -148,7 +148,6 @@ class AbstractAlgorithm(LightningModule, ABC):
             "description": self.policy_description,
             "state_dict": dict(self.policy.state_dict()),
             "action_values": self.action_values(),
-            "updates": self.updates,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -159,7 +158,8 @@ class AbstractAlgorithm(LightningModule, ABC):
             checkpoint["experience"] = gather_objects(data.experience())
             checkpoint["metrics"] = {"sums": dict(self._sums), "counts": dict(self._counts)}
         checkpoint["updates"] = self.updates
-        checkpoint["policy"] = self.policy_state() | {"env_frames": data.env_frames if data else 0}
+        progress = {"env_frames": data.env_frames if data else 0, "updates": self.updates}
+        checkpoint["policy"] = self.policy_state() | progress
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates = checkpoint["updates"]
