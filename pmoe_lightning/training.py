@@ -289,7 +289,7 @@ def _prepare_process(cfg: DictConfig) -> None:
 
 def quieten() -> None:
     """Silence what libraries say to their own developers."""
-    for chatty in ("lightning.pytorch", "torchrl", "alembic", "mlflow", "OpenGL"):
+    for chatty in ("lightning.pytorch", "pytorch_lightning", "torchrl", "alembic", "mlflow", "OpenGL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for meant_for_others in (
         "The number of training batches",  # Lightning's own logging interval, which is not used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import random
 import sys
@@ -133,6 +134,13 @@ def check_all(refuse: Callable[[list[str]], str], cases: list[list[str]]) -> Non
 
 def test_bad_configurations_are_refused_in_one_line(refuse):
     check_all(refuse, drawn(50))
+
+
+def test_a_refusal_is_one_line_where_mlflow_has_imported_lightning_under_its_other_name(refuse, caplog):
+    for module in ("lightning.pytorch", "mlflow.pytorch"):  # the second imports pytorch_lightning, which then prints
+        importlib.import_module(module)
+    assert "Nothing-v0" in refuse(["env.id=Nothing-v0"])
+    assert not caplog.messages
 
 
 @pytest.mark.slow
