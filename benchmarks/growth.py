@@ -30,7 +30,7 @@ def with_environments(num_envs: int) -> tuple[float, float]:
     marks = RESULTS.parent / "runs" / f"growth-{num_envs}-{time.time_ns()}.marks"
     marks.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("speed.py")), "one", "ppo", "gaussian", str(num_envs)]
-    process = subprocess.Popen([*command, str(marks), "float32"], env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(marks)], env=environment(), stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"PPO with {num_envs} environments failed")

@@ -10,9 +10,9 @@ median over the windows of all rounds, start-up and compilation left out; the in
     python benchmarks/speed.py run --algo ppo --script cleanrl=../cleanrl/cleanrl/ppo_continuous_action.py
     python benchmarks/speed.py table
 
-Learners: ``gaussian`` and ``pmoe`` (ours, as a user starts them; ``matmul_precision`` is passed on with
-``--precision``), ``sb3`` (Stable-Baselines3), ``sbx`` (its JAX form), ``torchrl`` (``torchrl_recipe.py``), and scripts
-in the manner of CleanRL, given by path, which are timed from outside: the difference between a long and a short run.
+Learners: ``gaussian`` and ``pmoe`` (ours, as a user starts them), the same with ``matmul_precision=bf16-hidden``,
+``sb3`` (Stable-Baselines3), ``sbx`` (its JAX form), ``torchrl`` (``torchrl_recipe.py``), and scripts in the manner of
+CleanRL, given by path, which are timed from outside: the difference between a long and a short run.
 The peers are not dependencies of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
 """
 
@@ -34,7 +34,13 @@ from lightning.pytorch import Callback
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed"
 ENV = "HalfCheetah-v5"
-LEARNERS = ("gaussian", "pmoe", "sb3", "sbx", "torchrl")
+OURS = {
+    "gaussian": ["actor=gaussian"],
+    "pmoe": ["actor=pmoe"],
+    "gaussian_bf16": ["actor=gaussian", "matmul_precision=bf16-hidden"],
+    "pmoe_bf16": ["actor=pmoe", "matmul_precision=bf16-hidden"],
+}
+LEARNERS = (*OURS, "sb3", "sbx", "torchrl")
 FRAMES = {"ppo": 24_576, "sac": 4_000}
 WINDOW = {"ppo": 2048, "sac": 500}
 #: Before these frames there are random actions, compilation and first uses.
@@ -58,12 +64,12 @@ class Marks(Callback):
         self.mark(trainer.datamodule.env_frames)
 
 
-def ours(algo: str, actor: str, num_envs: int, marks: Path, precision: str) -> None:
+def ours(algo: str, learner: str, num_envs: int, marks: Path) -> None:
     """Train as a user would, with the callbacks and the logger off and the marks on."""
     from pmoe_lightning.train import main
 
-    sys.argv[1:] = [f"experiment=peers_{algo}", f"actor={actor}", f"env.id={ENV}", "logger=none", "compile=true"]
-    sys.argv[1:] += [f"data.num_envs={num_envs}", f"total_frames={FRAMES[algo]}", f"matmul_precision={precision}"]
+    sys.argv[1:] = [f"experiment=peers_{algo}", *OURS[learner], f"env.id={ENV}", "logger=none", "compile=true"]
+    sys.argv[1:] += [f"data.num_envs={num_envs}", f"total_frames={FRAMES[algo]}"]
     sys.argv[1:] += [f"hydra.run.dir={marks.with_suffix('')}", "+callbacks.marks._target_=speed.Marks"]
     sys.argv[1:] += [f"+callbacks.marks.path={marks}", f"+callbacks.marks.every_frames={WINDOW[algo]}"]
     main()
@@ -101,7 +107,7 @@ def stable_baselines(package: str, algo: str, num_envs: int, marks: Path) -> Non
     model.learn(FRAMES[algo], callback=Recorder())
 
 
-def train_one(algo: str, learner: str, num_envs: int, marks: Path, precision: str) -> None:
+def train_one(algo: str, learner: str, num_envs: int, marks: Path) -> None:
     if learner in ("sb3", "sbx"):
         stable_baselines(learner, algo, num_envs, marks)
     elif learner == "torchrl":
@@ -109,7 +115,7 @@ def train_one(algo: str, learner: str, num_envs: int, marks: Path, precision: st
 
         torchrl_recipe.train(algo, ENV, num_envs, FRAMES[algo], Marks(str(marks), WINDOW[algo]).mark)
     else:
-        ours(algo, learner, num_envs, marks, precision)
+        ours(algo, learner, num_envs, marks)
 
 
 def windows(marks: Path, algo: str) -> list[dict[str, float]]:
@@ -161,11 +167,9 @@ def run(options: argparse.Namespace) -> None:
                     rows = [time_script(scripts[learner], options.algo, num_envs)]
                 else:
                     command = [sys.executable, __file__, "one", options.algo, learner, str(num_envs), str(marks)]
-                    command += [options.precision]
                     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
                     rows = windows(marks, options.algo)
-                shown = learner if options.precision == "float32" else f"{learner} {options.precision}"
-                head = {"algo": options.algo, "learner": shown, "num_envs": num_envs, "round": i}
+                head = {"algo": options.algo, "learner": learner, "num_envs": num_envs, "round": i}
                 append([head | row for row in rows])
                 cpu = statistics.median(row["cpu"] for row in rows)
                 print(f"{name}: {1 / cpu:,.0f} frames per CPU second", flush=True)
@@ -211,10 +215,9 @@ def main() -> None:
     runner.add_argument("--learners", nargs="*", choices=LEARNERS, default=list(LEARNERS))
     runner.add_argument("--script", nargs="*", default=[], metavar="NAME=PATH")
     runner.add_argument("--rounds", type=int, default=3)
-    runner.add_argument("--precision", default="float32")
     commands.add_parser("table", help="print what was measured")
     one = commands.add_parser("one", help="train once, in this process; used by run")
-    for name in ("algo", "learner", "num_envs", "marks", "precision"):
+    for name in ("algo", "learner", "num_envs", "marks"):
         one.add_argument(name)
     options = parser.parse_args()
     if options.command == "run":
@@ -222,7 +225,7 @@ def main() -> None:
     elif options.command == "table":
         table()
     else:
-        train_one(options.algo, options.learner, int(options.num_envs), Path(options.marks), options.precision)
+        train_one(options.algo, options.learner, int(options.num_envs), Path(options.marks))
 
 
 if __name__ == "__main__":
