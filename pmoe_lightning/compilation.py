@@ -24,27 +24,63 @@ _log = logging.getLogger(__name__)
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-def compile_tensors(function: Function, examples: Sequence[Tensor], name: str) -> Function:
-    """``function`` for arguments of the shapes, types and devices of ``examples``; compiled before this returns.
+def compile_tensors(function: Function, state: Sequence[Tensor], examples: Sequence[Tensor], name: str) -> Function:
+    """``function`` for arguments of these shapes, types and devices; compiled before this returns.
 
     The program writes into its arguments where the function does. It draws its random numbers from PyTorch's generator
-    in the order of the function, so the same seed gives the same draws. Neither the examples nor the generator are
+    in the order of the function, so the same seed gives the same draws. Neither the arguments nor the generator are
     touched here. The program has to be called without gradients; gradients may be taken inside the function.
+
+    On a GPU the program is recorded as a CUDA graph.
 
     Args:
         function: takes tensors, returns a tuple of tensors, depends on no other tensor that ever changes.
-        examples: its arguments; their values do not matter.
+        state: its first arguments, which are the same tensors from call to call, such as parameters.
+        examples: its other arguments; their values do not matter.
         name: what is compiled, for the log, where the seconds it took are shown.
     """
     start = time.monotonic()
-    examples = [example.detach() for example in examples]
+    examples = [example.detach() for example in (*state, *examples)]
+    on_gpu = examples[0].device.type == "cuda"
     graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
     # Written in Python, the code around the kernels takes as long as a small network's kernels.
-    options = {"fallback_random": True, "cpp_wrapper": examples[0].device.type == "cpu"}
+    options = {"fallback_random": True, "cpp_wrapper": not on_gpu}
     with torch.no_grad():
         program = torch._inductor.compile(graph, examples, options=options)
     _log.info("compiled %s in %.0f s", name, time.monotonic() - start)
-    return program
+    return _CudaGraph(program, len(state)) if on_gpu else program
+
+
+class _CudaGraph:
+    """A program whose kernels are launched all at once, because each of them is shorter than its own launch.
+
+    A first call runs the program as it is, which makes ready what cannot be made while recording; the second records
+    it. Both happen again where the state has moved in memory, as when a checkpoint was loaded. The other arguments are
+    copied to where the recording reads them, and its results from where it writes them.
+    """
+
+    def __init__(self, program: Function, state: int) -> None:
+        self._program, self._state = program, state
+        self._addresses: list[int] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        addresses = [tensor.data_ptr() for tensor in tensors[: self._state]]
+        if addresses != self._addresses:
+            self._addresses, self._graph = addresses, None
+            return self._program(*tensors)
+        if self._graph is None:
+            self._record(tensors)
+        for own, given in zip(self._inputs, tensors[self._state :], strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return tuple(output.clone() for output in self._outputs)
+
+    def _record(self, tensors: Sequence[Tensor]) -> None:
+        self._inputs = [tensor.clone() for tensor in tensors[self._state :]]
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = self._program(*tensors[: self._state], *self._inputs)
 
 
 class ModuleState:

@@ -77,14 +77,15 @@ def readable_step(algorithm: OnPolicyAlgorithm, optimizer: torch.optim.Optimizer
     return {name: value.detach() for name, value in out.items()} | {"gradient_norm": norm.detach()}
 
 
-def run_both(name: str, passes: int, *, compile: bool) -> tuple[float, float]:
+def run_both(name: str, passes: int, *, compile: bool, device: str = "cpu") -> tuple[float, float]:
     """Step both forms from the same start; returns their largest difference, and how far they have gone."""
     torch.manual_seed(0)
     readable = ALGORITHMS[name]()
+    data = transitions(readable).to(device)
+    readable.to(device)
     readable.max_grad_norm, norms = 2.4, []
     fast = copy.deepcopy(readable)
     start = {key: value.clone() for key, value in readable.loss.named_parameters()}
-    data = transitions(readable)
     adams = readable.configure_optimizers(), fast.configure_optimizers()
     update = OnPolicyUpdate(fast.loss, adams[1], max_grad_norm=fast.max_grad_norm, compile=compile)
     for i in range(passes):
@@ -119,8 +120,11 @@ def test_two_hundred_updates_are_those_of_the_loss_module(name: str) -> None:
     "name",
     ["pathwise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("frequency", "gumbel_softmax", "dac"))],
 )
-def test_compiled_updates_are_those_of_the_loss_module(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_compiled_updates_are_those_of_the_loss_module(
+    name: str, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "pmoe_lightning.compilation"):
-        difference, distance = run_both(name, passes=20, compile=True)
+        difference, distance = run_both(name, passes=20, compile=True, device=device)
     assert distance > 0.05 and difference < 1e-2 * distance
     assert len(caplog.records) == 1 and "compiled the update of" in caplog.text  # once, and said so

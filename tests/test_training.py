@@ -34,6 +34,11 @@ def test_devices_that_are_not_there_are_refused():
     check_devices(configure("trainer.accelerator=cpu", "trainer.devices=2").trainer)
 
 
+def test_a_gpu_is_asked_for_by_name():
+    trainer = configure("trainer=gpu", "trainer.devices=4").trainer
+    assert (trainer.accelerator, trainer.devices) == ("gpu", 4)
+
+
 def test_a_precision_without_its_hardware_is_refused_or_warned_of(caplog):
     with pytest.raises(ConfigurationError, match="matmul_precision=tf32"):
         check_matmul_precision("tf32", "cpu")

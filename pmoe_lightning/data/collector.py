@@ -121,8 +121,8 @@ class RolloutCollector(Collector):
                 with state.replaced(tensors[: len(state.tensors)]):
                     return self._act(*tensors[len(state.tensors) :])
 
-            examples = [*state.tensors, *(values.to(self._acts_on) for values in inputs)]
-            program = compile_tensors(act, examples, "the acting policy")
+            examples = [values.to(self._acts_on) for values in inputs]
+            program = compile_tensors(act, state.tensors, examples, "the acting policy")
             live = [tensor.detach() for tensor in state.tensors]
             self._policy_program = lambda *inputs: program(*live, *inputs)
         return self._policy_program

@@ -75,13 +75,13 @@ class AbstractUpdate(ABC):
         """
         self._columns = list(minibatches.keys(include_nested=True, leaves_only=True))
         module = [tensor.detach() for tensor in self._module.tensors]
-        annealed = [getattr(self.estimator, name) for name in self._annealed]
+        annealed = [getattr(self.estimator, name).to(module[0].device) for name in self._annealed]
         adam = [moments(self.optimizer, group["params"]) for group in self.optimizer.param_groups]
         stacks = [minibatches.get(key) for key in self._columns]
         stacks.append(self._factors([own.step[0] for own in adam], len(minibatches)))
         memory = list(chain.from_iterable(column for own in adam for column in own))
         rows = zip(*(stack.unbind() for stack in stacks), strict=True)
-        out = torch.stack([self._step([*module, *annealed, *columns], memory, row) for *columns, row in rows])
+        out = torch.stack([self._step(module, memory, [*annealed, *columns], factors) for *columns, factors in rows])
         entries = out.split([shape.numel() for shape in self._entries.values()], 1)
         shapes = self._entries.items()
         return {name: entry.view(-1, *shape) for (name, shape), entry in zip(shapes, entries, strict=True)}
@@ -90,20 +90,21 @@ class AbstractUpdate(ABC):
         groups = zip(self.optimizer.param_groups, steps, strict=True)
         return torch.stack([step_factors(group, step, num_steps) for group, step in groups], 1)
 
-    def _step(self, inputs: list[Tensor], memory: list[Tensor], factors: Tensor) -> Tensor:
+    def _step(self, module: list[Tensor], memory: list[Tensor], inputs: list[Tensor], factors: Tensor) -> Tensor:
+        state = [*module, *memory]
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self._run(self.update, "the update", [*inputs, *memory, factors])[0]
-        *gradients, values = self._run(self.gradients, "the gradient", inputs)
+            return self._run(self.update, "the update", state, [*inputs, factors])[0]
+        *gradients, values = self._run(self.gradients, "the gradient", module, inputs)
         average_over_processes(gradients)
-        module = inputs[: len(self._module.tensors)]
-        (norm,) = self._run(self.step, "the optimizer step", [*module, *gradients, *memory, factors])
+        (norm,) = self._run(self.step, "the optimizer step", state, [*gradients, factors])
         return torch.cat([values, norm])
 
     def update(self, *tensors: Tensor) -> tuple[Tensor]:
         """Change parameters and optimizer state by one minibatch; returns all diagnostics in one tensor."""
-        rest = len(tensors) - 1 - len(Moments._fields) * len(self._trained)
-        *gradients, values = self.gradients(*tensors[:rest])
-        (norm,) = self.step(*tensors[: len(self._module.tensors)], *gradients, *tensors[rest:])
+        module = len(self._module.tensors)
+        state = module + len(Moments._fields) * len(self._trained)
+        *gradients, values = self.gradients(*tensors[:module], *tensors[state:-1])
+        (norm,) = self.step(*tensors[:state], *gradients, tensors[-1])
         return (torch.cat([values, norm]),)
 
     def gradients(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -128,14 +129,15 @@ class AbstractUpdate(ABC):
         *remaining, factors = tensors
         remaining = iter(remaining)
         module = list(islice(remaining, len(self._module.tensors)))
-        gradients = [next(remaining) for _ in self._trained]
+        memory = iter(list(islice(remaining, len(Moments._fields) * len(self._trained))))
+        gradients = list(remaining)
         norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
         if self.max_grad_norm is not None:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
             gradients = [gradient * scale for gradient in gradients]
         of_groups = iter(gradients)
         for group, places, row in zip(self.optimizer.param_groups, self._groups, factors.unbind(), strict=True):
-            own = Moments(*(list(islice(remaining, len(places))) for _ in Moments._fields))
+            own = Moments(*(list(islice(memory, len(places))) for _ in Moments._fields))
             parameters, slopes = [module[i] for i in places], list(islice(of_groups, len(places)))
             adam_(parameters, slopes, own, row, norm.isfinite(), betas=group["betas"], eps=group["eps"])
         self.follow(module)
@@ -145,12 +147,12 @@ class AbstractUpdate(ABC):
     def follow(self, module: list[Tensor]) -> None:
         """Change in place what follows the trained tensors of the module, such as target networks."""
 
-    def _run(self, function: Function, name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, function: Function, name: str, state: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if not self.compiles:
-            return function(*tensors)
+            return function(*state, *inputs)
         if name not in self._programs:
-            self._programs[name] = compile_tensors(function, tensors, f"{name} of {type(self.loss).__name__}")
-        return self._programs[name](*tensors)
+            self._programs[name] = compile_tensors(function, state, inputs, f"{name} of {type(self.loss).__name__}")
+        return self._programs[name](*state, *inputs)
 
     @contextmanager
     def _replaced(self, module: Sequence[Tensor], annealed: Sequence[Tensor]) -> Iterator[None]:
