@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.estimators import Frequency, Marginalized
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.updates import OnPolicyUpdate, SACUpdate
 from pmoe_lightning.updates.processes import (
     average_over_processes,
@@ -57,12 +59,13 @@ def part(batch: TensorDict, rank: int, parts: int) -> TensorDict:
     return torch.stack(batch.unbind(0)).chunk(parts, 1)[rank].contiguous()
 
 
-def sac_by_lightning(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+def sac_by_lightning(rank: int = 0, parts: int = 1, *, force: str | None = None) -> dict[str, torch.Tensor]:
     """The loss module itself, stepped by Lightning, whose strategy averages the gradients."""
     torch.manual_seed(0)
     actor = make_pmoe_actor(sac.OBSERVATION_DIM, sac.LOW, sac.HIGH, hidden_sizes=(12, 8))
     sizes = {"observation_dim": sac.OBSERVATION_DIM, "action_dim": sac.A, "hidden_sizes": (12, 8)}
-    algorithm = make_sac(actor, Marginalized(), lr=1e-3, tau=sac.TAU, **sizes)
+    transform = make_hamiltonian_transform(sac.OBSERVATION_DIM, sac.A, force=force) if force else None
+    algorithm = make_sac(actor, Marginalized(), action_transform=transform, lr=1e-3, tau=sac.TAU, **sizes)
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -77,8 +80,8 @@ def sac_by_lightning(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
     return dict(algorithm.loss.state_dict())
 
 
-def sac_update(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
-    loss, optimizer = sac.make()
+def sac_update(rank: int = 0, parts: int = 1, *, force: str | None = None) -> dict[str, torch.Tensor]:
+    loss, optimizer = sac.make(force=force)
     update = SACUpdate(loss, optimizer, tau=sac.TAU, compile=False)
     with PartOfTheDraws(sac.B, rank, parts):
         update(part(sac.minibatches(FEW_UPDATES), rank, parts))
@@ -99,7 +102,13 @@ def ppo_update(rank: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
     return dict(algorithm.loss.state_dict())
 
 
-TRAININGS = (sac_by_lightning, sac_update, ppo_update)
+TRAININGS = {
+    "sac-by-lightning": sac_by_lightning,
+    "sac-by-lightning-gated": partial(sac_by_lightning, force="gated"),
+    "sac": sac_update,
+    "sac-gated": partial(sac_update, force="gated"),
+    "ppo": ppo_update,
+}
 
 
 def in_process(rank: int, folder: Path) -> None:
@@ -114,7 +123,7 @@ def in_process(rank: int, folder: Path) -> None:
             "means": tensors,
             "largest": largest_over_processes(3 - rank, None),
             "gathered": gather_objects({"rank": rank}),
-            **{alone.__name__: alone(rank, 2) for alone in TRAININGS},
+            **{name: training(rank, 2) for name, training in TRAININGS.items()},
         },
         folder / f"{rank}.pt",
     )
@@ -134,16 +143,16 @@ def test_what_processes_share(processes):
         assert found["gathered"] == ([{"rank": 0}, {"rank": 1}] if rank == 0 else [{"rank": 1}])
 
 
-@pytest.mark.parametrize("alone", TRAININGS)
-def test_two_processes_learn_what_one_does_from_all_the_data(alone, processes):
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_learn_what_one_does_from_all_the_data(name, processes):
     """Bit for bit the same in both, and in float64 to 1e-9 what one process makes of the whole minibatches."""
-    first, second = (found[alone.__name__] for found in processes)
+    first, second = (found[name] for found in processes)
     torch.set_default_dtype(torch.float64)
     try:
-        whole = alone()
+        whole = TRAININGS[name]()
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, value in whole.items():
+    for key, value in whole.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            assert torch.equal(first[name], second[name]), name
-            torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-9)
+            assert torch.equal(first[key], second[key]), key
+            torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-9)
