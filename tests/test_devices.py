@@ -93,7 +93,15 @@ def test_compiled_processes_learn_what_readable_ones_do(words, start, tmp_path):
     torch.testing.assert_close(compiled["state_dict"], readable["state_dict"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("words", [pytest.param(SAC, marks=pytest.mark.slow), PPO], ids=["sac", "ppo"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        PPO,
+        pytest.param(SAC, marks=pytest.mark.slow),
+        pytest.param([*PPO, "data.num_workers=2", "data.num_envs=1"], marks=pytest.mark.slow),
+    ],
+    ids=["ppo", "sac", "ppo-with-workers"],
+)
 def test_a_stopped_run_of_two_processes_goes_on_exactly(words, start, tmp_path):
     """SIGTERM to the first process alone; both stop after the same iteration, and both go on as they would have."""
     words = [*words, "total_frames=1920", "data.frames_per_epoch=640"]

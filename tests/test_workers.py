@@ -47,7 +47,7 @@ def closing() -> Iterator[Callable]:
 
 def workers(make: MakeEnv, policy: TensorDictModuleBase, **changes: Any) -> WorkerCollector:
     sizes = {"num_workers": 2, "num_envs": 2, "frames_per_batch": 2 * FRAMES, "init_random_frames": 0, "seed": 7}
-    return WorkerCollector(make, policy, compile=False, **(sizes | changes))
+    return WorkerCollector(make, policy, **(sizes | {"compile": False} | changes))
 
 
 def alone(make: MakeEnv, policy: TensorDictModuleBase, worker: int, train: Callable[[], None]) -> list[TensorDictBase]:
@@ -99,6 +99,22 @@ def test_workers_yield_what_their_collectors_would_here_with_the_live_policy(nam
         for actual, expected in zip(together, alone(make, policy, worker, train), strict=True):
             assert_close(actual[2 * worker : 2 * worker + 2], expected, rtol=0, atol=1e-5)  # float32, other memory
     assert not torch.equal(together[0][:2]["action"], together[0][2:]["action"])
+
+
+@pytest.mark.slow
+def test_workers_act_with_a_compiled_policy_that_is_the_live_one(closing):
+    """Six steps at a time: rounding differs in the last digit, and a simulator multiplies such differences."""
+    torch.manual_seed(0)
+    policy = POLICIES["sac-gated-safe"]()
+    initial = {key: value.clone() for key, value in policy.state_dict().items()}
+    make = with_memory(partial(make_env, "Hopper-v5"), policy)
+    collected = []
+    for compile in (True, False):
+        policy.load_state_dict(initial)
+        collector = closing(workers(make, policy, frames_per_batch=24, compile=compile))
+        collected.append(trained_between(collector, partial(change_everything, policy)))
+    for compiled, readable in zip(*collected, strict=True):
+        assert_close(compiled, readable, rtol=1e-3, atol=1e-3)
 
 
 def test_every_frame_of_every_worker_is_counted_once(closing):
