@@ -228,14 +228,17 @@ def read() -> dict[str, dict[int, dict]]:
 
 
 def table(found: dict[str, dict[int, dict]]) -> None:
-    """Every seed, the mean with its 95 % interval over seeds (Student's t), and the difference to no transform."""
+    """Every seed, the mean and the difference to no transform, each with its 95 % interval over seeds (Student's t)."""
     print(f"| learner | {ENV}, {FRAMES:,} frames: return, seed by seed | mean | 95 % interval | against no transform |")
     print("|---|---|---|---|---|")
     for learner, cells in found.items():
         values = {seed: cells[seed]["mean"] for seed in sorted(cells)}
         plain = found.get(learner.split("_")[0], {})
         pairs = [value - plain[seed]["mean"] for seed, value in values.items() if seed in plain]
-        versus = "" if "_" not in learner or not pairs else f"{sum(pairs) / len(pairs):+.0f}"
+        versus = ""
+        if "_" in learner and len(pairs) > 1:
+            low, high = student_t_interval(pairs)
+            versus = f"{sum(pairs) / len(pairs):+.0f} ({low:+.0f} to {high:+.0f})"
         mean, (low, high) = sum(values.values()) / len(values), student_t_interval(list(values.values()))
         seeds = ", ".join(f"{value:.0f}" for value in values.values())
         print(f"| {learner} | {seeds} | {mean:.0f} | {low:.0f} to {high:.0f} | {versus} |")
