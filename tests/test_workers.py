@@ -46,8 +46,9 @@ def closing() -> Iterator[Callable]:
 
 
 def workers(make: MakeEnv, policy: TensorDictModuleBase, **changes: Any) -> WorkerCollector:
-    sizes = {"num_workers": 2, "num_envs": 2, "frames_per_batch": 2 * FRAMES, "init_random_frames": 0, "seed": 7}
-    return WorkerCollector(make, policy, **(sizes | {"compile": False} | changes))
+    settings = {"num_workers": 2, "num_envs": 2, "seed": 7, "compile": False}
+    frames = {"frames_per_batch": 2 * FRAMES, "init_random_frames": 0}
+    return WorkerCollector(make, policy, **(settings | frames | changes))
 
 
 def alone(make: MakeEnv, policy: TensorDictModuleBase, worker: int, train: Callable[[], None]) -> list[TensorDictBase]:

@@ -56,6 +56,9 @@ class AbstractUpdate(ABC):
         #: Where the tensors of each group of the optimizer are among those of the module.
         self._groups = [self.positions(group["params"]) for group in optimizer.param_groups]
         self._trained = list(chain(*self._groups))
+        #: Of the tensors that last from call to call: the module's come first, then what Adam remembers.
+        self._num_module = len(self._module.tensors)
+        self._num_state = self._num_module + len(Moments._fields) * len(self._trained)
         self._programs: dict[str, Function] = {}
         self._columns: list[str | tuple[str, ...]] = []
         self._entries: dict[str, torch.Size] = {}
@@ -101,10 +104,8 @@ class AbstractUpdate(ABC):
 
     def update(self, *tensors: Tensor) -> tuple[Tensor]:
         """Change parameters and optimizer state by one minibatch; returns all diagnostics in one tensor."""
-        module = len(self._module.tensors)
-        state = module + len(Moments._fields) * len(self._trained)
-        *gradients, values = self.gradients(*tensors[:module], *tensors[state:-1])
-        (norm,) = self.step(*tensors[:state], *gradients, tensors[-1])
+        *gradients, values = self.gradients(*tensors[: self._num_module], *tensors[self._num_state : -1])
+        (norm,) = self.step(*tensors[: self._num_state], *gradients, tensors[-1])
         return (torch.cat([values, norm]),)
 
     def gradients(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -126,11 +127,9 @@ class AbstractUpdate(ABC):
 
     def step(self, *tensors: Tensor) -> tuple[Tensor]:
         """Clip the gradients, take Adam's step for every group, and what follows it; returns the norm, [1]."""
-        *remaining, factors = tensors
-        remaining = iter(remaining)
-        module = list(islice(remaining, len(self._module.tensors)))
-        memory = iter(list(islice(remaining, len(Moments._fields) * len(self._trained))))
-        gradients = list(remaining)
+        module = list(tensors[: self._num_module])
+        memory = iter(tensors[self._num_module : self._num_state])
+        *gradients, factors = tensors[self._num_state :]
         norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
         if self.max_grad_norm is not None:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
