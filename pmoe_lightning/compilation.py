@@ -42,13 +42,24 @@ def compile_tensors(function: Function, state: Sequence[Tensor], examples: Seque
     start = time.monotonic()
     examples = [example.detach() for example in (*state, *examples)]
     on_gpu = examples[0].device.type == "cuda"
-    graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    decompositions = {} if on_gpu else {torch.ops.aten.addmm.default: _product_then_bias}
+    graph = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
     # Written in Python, the code around the kernels takes as long as a small network's kernels.
     options = {"fallback_random": True, "cpp_wrapper": not on_gpu}
     with torch.no_grad():
         program = torch._inductor.compile(graph, examples, options=options)
     _log.info("compiled %s in %.0f s", name, time.monotonic() - start)
     return _CudaGraph(program, len(state)) if on_gpu else program
+
+
+def _product_then_bias(bias: Tensor, x: Tensor, y: Tensor, **factors: float) -> Tensor:
+    """x y + bias as two operations. On a CPU ``addmm`` copies the bias to every row first, a pass over memory; a sum of
+    its own is taken along with the activation that follows. ``aten.add`` the compiler would turn into ``addmm`` again.
+    """
+    if factors:
+        return NotImplemented
+    product = x @ y
+    return torch.ops.prims.add(product, bias.expand_as(product))
 
 
 class _CudaGraph:

@@ -1,12 +1,13 @@
-"""Action-value and value networks as TensorDict modules, and the forward pass of several critics side by side."""
+"""Action-value and value networks as TensorDict modules, and the forward pass of several critics at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -91,39 +92,91 @@ def _value_layers(
     return layers.append(output)
 
 
+Linear = Callable[[Float[Tensor, "N I"], Float[Tensor, "O I"], Float[Tensor, "O"]], Float[Tensor, "N O"]]
+
+
 def stacked_qvalue(
     weights: Sequence[Float[Tensor, "Q _ _"]],
     biases: Sequence[Float[Tensor, "Q _"]],
     activation: Callable[[Tensor], Tensor],
     observation: Float[Tensor, "*B O"],
     action: Float[Tensor, "*S A"],
+    linear: Linear = hidden_linear,
 ) -> Float[Tensor, "Q *S"]:
-    """Q_1..Q_n(s, a) of n critics of one shape side by side, at actions [*S, *B, A] of the states [*B].
+    """Q_1..Q_n(s, a) of n critics of one shape, at actions [*S, *B, A] of the states [*B].
 
-    The same numbers as ``torch.vmap`` over the critics at repeated states. The first layers are one wide product, whose
-    state part is taken once for all actions of a state; hidden layers are a product each, because batched products are
-    slower on a CPU; a last layer of one output is no matrix product at all.
+    The same numbers as ``torch.vmap`` over the critics at repeated states, but one critic after the other, because
+    batched products are slower on a CPU and one critic's layers fit into its cache. The states' part of a first layer
+    is computed once for all actions of a state; a last layer of one output is no matrix product at all.
 
     Args:
         weights, biases: of every linear layer of a ``QValueNetwork``, first to last, critics along the first dimension.
         activation: between layers.
         observation, action: the inputs; the sample dimensions of the actions come first.
+        linear: how a hidden layer is computed; see ``KnownProducts``.
     """
-    width = weights[0].shape[1]
-    first, bias = weights[0].flatten(0, 1), biases[0].flatten()
     # Matrices throughout: products of tensors with more dimensions would be batched.
     states, actions = (value.reshape(-1, value.shape[-1]) for value in (observation, action))
-    if len(states) == len(actions):
-        x = F.linear(torch.cat([states, actions], -1), first, bias)
-    else:
-        of_state, of_action = first.split([states.shape[-1], actions.shape[-1]], -1)
-        x = F.linear(actions, of_action).unflatten(0, (-1, len(states))) + F.linear(states, of_state, bias)
     values = []
-    for critic, h in enumerate(activation(x).view(len(actions), -1).split(width, -1)):
-        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-            h = activation(hidden_linear(h, weight[critic], bias[critic]))
-        values.append((h * weights[-1][critic, 0]).sum(-1) + biases[-1][critic, 0])
+    for critic in range(len(weights[0])):
+        (first, bias), *hidden, (last, offset) = ((w[critic], b[critic]) for w, b in zip(weights, biases, strict=True))
+        if len(states) == len(actions):
+            h = activation(F.linear(torch.cat([states, actions], -1), first, bias))
+        else:
+            of_state, of_action = first.split([states.shape[-1], actions.shape[-1]], -1)
+            x = F.linear(actions, of_action).unflatten(0, (-1, len(states))) + F.linear(states, of_state, bias)
+            h = activation(x).flatten(0, 1)
+        for layer in hidden:
+            h = activation(linear(h, *layer))
+        values.append((h * last[0]).sum(-1) + offset[0])
     return torch.stack(values).view(-1, *action.shape[:-1])
+
+
+class KnownProducts:
+    """Computes hidden layers for K samples of each state, and again, with no new product, for one of these samples.
+
+    Ranking K actions takes K evaluations of the critics. That of the best is among them: only its derivative is new.
+
+    Example:
+        >>> known = KnownProducts()
+        >>> qvalue = stacked_qvalue(weights, biases, relu, observation, actions, known)           # [Q, K, *B]
+        >>> best = qvalue.min(0).values.argmax(0)                                                 # [*B]
+        >>> qvalue = stacked_qvalue(weights, biases, relu, observation, of_best, known.of(best))  # [Q, *B]
+    """
+
+    def __init__(self) -> None:
+        self._products: list[Tensor] = []
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        self._products.append(hidden_linear(x, weight, bias))
+        return self._products[-1]
+
+    def of(self, sample: Int[Tensor, "*B"]) -> Linear:
+        """The same layers in the same order for one sample of each state; a derivative reaches the input alone."""
+        products = iter(self._products)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            of_all = next(products).detach().unflatten(0, (-1, sample.numel()))
+            return _KnownProduct.apply(x, weight, of_all.take_along_dim(sample.view(1, -1, 1), 0).squeeze(0))
+
+        return linear
+
+
+class _KnownProduct(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, product: Tensor) -> Tensor:
+        return product.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return hidden_product(slope, weight), None, None
 
 
 def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:

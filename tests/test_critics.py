@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict, from_modules
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pmoe_lightning import critics
 from pmoe_lightning.critics import QValueNetwork, make_qvalue_network, make_value_network
@@ -22,9 +23,9 @@ def stack(num_critics: int, **arguments) -> tuple[QValueNetwork, TensorDict]:
     return networks[0], from_modules(*networks, as_module=True)
 
 
-def stacked(network, parameters, observation, action):
+def stacked(network, parameters, observation, action, *linear):
     layers = critics.stacked_layers(network, parameters)
-    return critics.stacked_qvalue(*layers, network.layers[1], observation, action)
+    return critics.stacked_qvalue(*layers, network.layers[1], observation, action, *linear)
 
 
 def through_vmap(network, parameters, observation, action):
@@ -52,6 +53,25 @@ def test_stacked_pass_equals_vmap(num_critics, batch):
         results.append([values, *torch.autograd.grad((weights * values).sum(), leaves)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
+
+
+def test_one_of_the_samples_is_evaluated_again_without_a_hidden_product():
+    """Value and derivative are those of its own evaluation; the forward pass takes the first layers' products alone."""
+    network, parameters = stack(2, hidden_sizes=(8, 6, 4))
+    observation = torch.randn(B, OBSERVATION, dtype=torch.float64)
+    actions = torch.randn(K, B, A, dtype=torch.float64)
+    sample = torch.arange(B) % K
+    action = actions[sample, torch.arange(B)].requires_grad_()
+    known = critics.KnownProducts()
+    stacked(network, parameters, observation, actions, known)
+    with FlopCounterMode(display=False) as counter:
+        value = stacked(network, parameters, observation, action, known.of(sample))
+    assert counter.get_total_flops() == 2 * 2 * B * (OBSERVATION + A) * 8
+    expected = stacked(network, parameters, observation, action)
+    torch.testing.assert_close(value, expected)
+    weights = torch.randn_like(value)
+    slopes = [torch.autograd.grad((weights * values).sum(), action)[0] for values in (value, expected)]
+    torch.testing.assert_close(*slopes)
 
 
 @pytest.mark.parametrize("samples", [(K,), (K, 2), (1,)], ids=str)

@@ -15,6 +15,7 @@ from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.critics import make_qvalue_network, make_value_network
 from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
+from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.losses import PMOEPPOLoss, PMOESACLoss
 
 OBSERVATION_DIM, A, B = 3, 2, 16
@@ -156,6 +157,30 @@ def test_each_sac_loss_reaches_only_its_own_parameters(estimator):
         value.backward(retain_graph=True)
         reached = {parameter.split(".")[0] for parameter in touched(loss)}
         assert reached == {owners[name]}, name
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["stacked", "vmap"])
+def test_the_objective_tells_one_sample_as_if_it_were_asked_about_it_alone(foreign, monkeypatch):
+    """Cost, log-density and the derivative of the action: that of the winner, which Frequency asks for."""
+    torch.manual_seed(0)
+    if foreign:
+        monkeypatch.setattr(PMOESACLoss, "stacks_qvalues", False)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
+    loss, states = sac_loss(actor, critics(), estimator=Frequency()), transitions()
+    distribution = actor.get_dist(states)
+    objective = loss.objective(states, distribution)
+    u = distribution.rsample_components().detach().requires_grad_()
+    log_prob = distribution.stratum_log_prob_unsquashed(u).detach()
+    evaluation = objective(u, log_prob)
+    best = evaluation.score.argmax(0)
+    alone = objective(take_sample(u, best), take_sample(log_prob, best))
+    slopes = []
+    for told in (evaluation.of(best), alone):
+        torch.testing.assert_close(told.cost, take_sample(evaluation.cost, best))
+        torch.testing.assert_close(told.log_prob, alone.log_prob)
+        slopes.append(torch.autograd.grad(told.cost.sum(), u, retain_graph=True)[0])
+    assert (slopes[0] != 0).any(-1).sum() == B
+    torch.testing.assert_close(*slopes)
 
 
 def test_the_frequency_loss_reaches_only_a_detached_router():

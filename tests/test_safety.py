@@ -205,6 +205,19 @@ def test_the_actor_pays_the_multiplier_for_cost():
     assert losses[1] != losses[0]
 
 
+def test_one_sample_pays_what_it_pays_alone():
+    """The cost critics too give again what they gave for all samples."""
+    loss, states = sac(multiplier_init=2.0).loss, transitions()
+    distribution = loss.actor_network.get_dist(states)
+    objective = loss.objective(states, distribution)
+    u = distribution.rsample_components().detach().requires_grad_()
+    evaluation = objective(u, torch.zeros(u.shape[:-1]))
+    second = torch.ones(len(states), dtype=torch.int64)
+    told, alone = evaluation.of(second), objective(u[1], torch.zeros(len(states)))
+    torch.testing.assert_close(told.cost, alone.cost)
+    torch.testing.assert_close(*(torch.autograd.grad(found.cost.sum(), u)[0] for found in (told, alone)))
+
+
 def test_the_multiplier_rises_above_the_limit_and_falls_to_zero_below():
     """With critics that predict c / (1 - gamma_c) everywhere, the constraint compares c with the limit."""
     algorithm = sac(gamma=0.5, cost_limit=0.4, multiplier_init=0.02, lr_multiplier=1e-2)

@@ -13,10 +13,10 @@ Sample dimensions come first, as in ``torch.distributions``: u [*S, *B, A], dens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pmoe_lightning.distributions import TanhGaussianMixture
@@ -35,8 +35,21 @@ class Evaluation(NamedTuple):
     """Higher is better: min_i Q_i(s, a). Used only to rank components, never differentiated."""
     diagnostics: Mapping[str, Tensor] = {}
     """Detached quantities worth logging, any shape; an estimator hands them on."""
-    derivative_known: bool = False
-    """Whether the critics' derivative was computed along with the cost, so that none is left for the backward pass."""
+    choose: Callable[[Int[Tensor, "*B"]], Evaluation] | None = None
+    """``of``, where an objective can tell one sample of each state for less than its share of a derivative of all."""
+
+    def of(self, sample: Int[Tensor, "*B"]) -> Evaluation:
+        """What the objective says of one sample of each state, of K along the first dimension."""
+        if self.choose is not None:
+            return self.choose(sample)
+        cost, log_prob, score = (take_sample(value, sample) for value in self[:3])
+        return Evaluation(cost, log_prob, score)
+
+
+def take_sample(values: Float[Tensor, "K *B *C"], sample: Int[Tensor, "*B"]) -> Float[Tensor, "*B *C"]:
+    """The values of one sample of each state."""
+    trailing = [1] * (values.ndim - 1 - sample.ndim)
+    return values.take_along_dim(sample.view(1, *sample.shape, *trailing), 0).squeeze(0)
 
 
 @runtime_checkable

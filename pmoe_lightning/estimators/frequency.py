@@ -72,13 +72,8 @@ class Frequency(AbstractEstimator):
         winner = self._rank(evaluation)
         if self.backpropagate == "all":
             expected_cost, entropy_term = self._reduce(evaluation.cost), evaluation.log_prob.mean(0)
-        elif evaluation.derivative_known or distribution.num_components == 1:
-            expected_cost, entropy_term = _take(evaluation.cost, winner), _take(evaluation.log_prob, winner)
         else:
-            # Asking again for the winner alone is one backward pass through the critics instead of K.
-            u_winner = u.gather(0, winner[None, ..., None].expand(1, *u.shape[1:])).squeeze(0)
-            evaluation = objective(u_winner, _take(log_prob, winner))
-            expected_cost, entropy_term = evaluation.cost, evaluation.log_prob
+            expected_cost, entropy_term, *_ = evaluation.of(winner)
         routing = self._regression(distribution, winner)
         return Surrogate(
             expected_cost,
@@ -115,10 +110,6 @@ class Frequency(AbstractEstimator):
 
     def _reduce(self, values: Float[Tensor, "K *B"]) -> Float[Tensor, "*B"]:
         return values.mean(0) if self.reduction == "mean" else values.sum(0)
-
-
-def _take(values: Float[Tensor, "K *B"], winner: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    return values.gather(0, winner.unsqueeze(0)).squeeze(0)
 
 
 def _frequencies(winner: Int[Tensor, "*B"], num_components: int) -> Float[Tensor, "K"]:

@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 
-from pmoe_lightning.critics import QValueEnsemble, QValueNetwork, stacked_layers, stacked_qvalue, stacked_qvalue_at
+from pmoe_lightning.critics import (
+    KnownProducts,
+    Linear,
+    QValueEnsemble,
+    QValueNetwork,
+    stacked_layers,
+    stacked_qvalue,
+    stacked_qvalue_at,
+)
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate
+from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction, HamiltonianTransform, differentiable
 from pmoe_lightning.hamiltonian.transform import Use
+from pmoe_lightning.networks import hidden_linear
 
 
 class PMOESACLoss(SACLoss):
@@ -78,7 +88,7 @@ class PMOESACLoss(SACLoss):
 
     @property
     def stacks_qvalues(self) -> bool:
-        """Whether the critics are of the kind that is evaluated side by side rather than through ``vmap``."""
+        """Whether the critics are those of ``make_qvalue_network``, which need no ``vmap``."""
         network = self.qvalue_network
         return isinstance(network, ValueOperator) and isinstance(network.module, QValueNetwork)
 
@@ -88,14 +98,18 @@ class PMOESACLoss(SACLoss):
         return TensorDict({key: values.unsqueeze(-1)}, batch_size=values.shape)
 
     def qvalues(
-        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], parameters: TensorDictParams
+        self,
+        tensordict: TensorDictBase,
+        action: Float[Tensor, "*S A"],
+        parameters: TensorDictParams,
+        linear: Linear = hidden_linear,
     ) -> Float[Tensor, "Q *S"]:
         """Q_i(s, a) of every critic at actions [*S, *B, A]; the states [*B] repeat over the sample dimensions."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         if self.stacks_qvalues:
             network = self.qvalue_network.module
             layers = stacked_layers(network, parameters["module"])
-            return stacked_qvalue(*layers, network.layers[1], tensordict.get(*state_keys), action)
+            return stacked_qvalue(*layers, network.layers[1], tensordict.get(*state_keys), action, linear)
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}
         entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}
@@ -128,17 +142,27 @@ class PMOESACLoss(SACLoss):
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
             u, log_prob, qvalue, diagnostics = evolve(u, log_prob)
+            products = KnownProducts()
+
+            def choose(sample: Tensor) -> Evaluation:
+                of_sample = None if qvalue is None else take_sample(qvalue, sample)
+                return evaluate(take_sample(u, sample), take_sample(log_prob, sample), of_sample, products.of(sample))
+
+            return evaluate(u, log_prob, qvalue, products)._replace(diagnostics=diagnostics, choose=choose)
+
+        def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor | None, linear: Linear) -> Evaluation:
+            if qvalue is None:
+                qvalue = self.actor_value(tensordict, distribution.squash(u), linear)
             log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-            known = qvalue is not None
-            if not known:
-                qvalue = self.actor_value(tensordict, distribution.squash(u))
-            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue, diagnostics, known)
+            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
         return objective
 
-    def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
+    def actor_value(
+        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear = hidden_linear
+    ) -> Float[Tensor, "*S"]:
         """What the actor is to maximise besides its entropy: min_i Q_i(s, a), with frozen critics."""
-        return self.qvalues(tensordict, action, frozen(self.qvalue_network_params)).min(0).values
+        return self.qvalues(tensordict, action, frozen(self.qvalue_network_params), linear).min(0).values
 
     def _evolution(
         self, use: Use, tensordict: TensorDictBase, distribution: TanhGaussianMixture

@@ -12,9 +12,10 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
-from pmoe_lightning.critics import QValueEnsemble
+from pmoe_lightning.critics import Linear, QValueEnsemble
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
 from pmoe_lightning.losses.sac import PMOESACLoss, frozen
+from pmoe_lightning.networks import hidden_linear
 from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues, constrained_value
 
 
@@ -79,9 +80,11 @@ class SafeSACLoss(PMOESACLoss):
         """The price of cost, not negative, without a gradient."""
         return self.multiplier.detach().clamp_min(0.0)
 
-    def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
-        cost = self.qvalues(tensordict, action, frozen(self.cost_network_params)).max(0).values
-        return super().actor_value(tensordict, action) - self.nu * cost
+    def actor_value(
+        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear = hidden_linear
+    ) -> Float[Tensor, "*S"]:
+        cost = self.qvalues(tensordict, action, frozen(self.cost_network_params), linear).max(0).values
+        return super().actor_value(tensordict, action, linear) - self.nu * cost
 
     def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
         next_tensordict.set(self.tensor_keys.action, action)  # for the cost's own target
