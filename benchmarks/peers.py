@@ -7,7 +7,9 @@ with seeds of their own. A finished cell is one JSON file, so an interrupted run
     python benchmarks/peers.py run --algo sac --learner gaussian --seeds 1 2 3 4 5
     python benchmarks/peers.py table
 
-Learners: ``sb3`` (Stable-Baselines3), ``gaussian`` (ours, one component), ``pmoe`` (ours, four components).
+Learners: ``sb3`` (Stable-Baselines3), ``gaussian`` (ours, one component), ``pmoe`` (ours, four components), and three
+forms of ``gaussian`` that are to learn the same: ``gaussian_readable`` (never compiled), ``gaussian_compiled``,
+``gaussian_bf16`` (compiled, hidden products in bfloat16).
 Stable-Baselines3 is not a dependency of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
 """
 
@@ -26,6 +28,13 @@ EPISODES = 10
 EVALUATION_SEED = 10_000
 # How a mixture can act besides by max_weight, the mean of its likeliest component.
 OTHER_RULES = ("sample_component", "best_value", "sample")
+OURS = {
+    "gaussian": ["actor=gaussian"],
+    "pmoe": ["actor=pmoe"],
+    "gaussian_readable": ["actor=gaussian", "compile=false"],
+    "gaussian_compiled": ["actor=gaussian", "compile=true"],
+    "gaussian_bf16": ["actor=gaussian", "compile=true", "matmul_precision=bf16-hidden"],
+}
 RESULTS = Path(__file__).parent / "results" / "peers"
 # 97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number of seeds n.
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -63,17 +72,17 @@ def train_sb3(algo: str, env_id: str, seed: int) -> dict:
     return {"mean": float(np.mean(returns)), "returns": returns, "version": sb3.__version__}
 
 
-def train_ours(algo: str, actor: str, env_id: str, seed: int) -> dict:
+def train_ours(algo: str, learner: str, env_id: str, seed: int) -> dict:
     """Train and evaluate through the commands a user types."""
-    folder = RESULTS.parent / "runs" / f"{algo}-{actor}-{seed}"
-    command = [sys.executable, "-m", "pmoe_lightning.train", f"experiment=peers_{algo}", f"actor={actor}"]
+    folder = RESULTS.parent / "runs" / f"{algo}-{learner}-{seed}"
+    command = [sys.executable, "-m", "pmoe_lightning.train", f"experiment=peers_{algo}", *OURS[learner]]
     command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo]}", f"hydra.run.dir={folder}"]
     command += ["logger=none"]
     subprocess.run(command, check=True)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     answer = judge(checkpoint, "max_weight")
     result = {"mean": answer["mean"], "returns": answer["returns"]}
-    if actor == "pmoe":
+    if learner == "pmoe":
         result["other_rules"] = {rule: judge(checkpoint, rule)["mean"] for rule in OTHER_RULES}
     return result
 
@@ -132,7 +141,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
     runner.add_argument("--algo", choices=sorted(FRAMES), required=True)
-    runner.add_argument("--learner", choices=["sb3", "gaussian", "pmoe"], required=True)
+    runner.add_argument("--learner", choices=["sb3", *OURS], required=True)
     runner.add_argument("--env", default="HalfCheetah-v5")
     runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     commands.add_parser("table")
