@@ -52,6 +52,14 @@ class StopAfterIteration(Callback):
             self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        # What belongs to the end of an epoch, evaluation and best checkpoint, would not be made up for.
+        if not trainer.datamodule.epoch_is_over:
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
         asked = self._asked
         if trainer.world_size > 1:
             asked = largest_over_processes(asked, trainer.strategy.root_device)

@@ -124,6 +124,31 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_exactly(number, clean_envir
     assert sorted(os.listdir(last.parent)) == ["last.ckpt", "last.previous.ckpt"]
 
 
+def test_a_stop_in_the_last_iteration_of_an_epoch_comes_after_its_evaluation(train, tmp_path, monkeypatch):
+    words = [*SAC, "env=Pendulum-v1", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
+    words += ["+env.max_episode_steps=50", "logger=none", "callbacks=[evaluation,checkpoint_last]"]
+    words += ["callbacks.evaluation.episodes=1"]
+    train(*words, "hydra.run.dir=whole")
+    collect = CollectedData.collect
+
+    def stopped_while_collecting(self):
+        if self.env_frames == 304:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CollectedData, "collect", stopped_while_collecting)
+        train(*words, "hydra.run.dir=stopped", code=143)
+    assert read_checkpoint(tmp_path / "stopped" / LAST)["policy"]["env_frames"] == 320
+    train(*words, "resume=stopped")
+    assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")) == []
+    histories = []
+    for run in ("whole", "stopped"):
+        callbacks = read_checkpoint(tmp_path / run / LAST)["callbacks"]
+        histories += [state["history"][:, :2] for state in callbacks.values() if "history" in state]
+    assert histories[0][:, 0].tolist() == [0, 160, 320, 480] and torch.equal(*histories)
+
+
 SLURM = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "here"}
 SLURM |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NODELIST": "here"}
 

@@ -112,7 +112,7 @@ class CollectedData(LightningDataModule, ABC):
         CollectedData.check_processes(self, 1)  # what a subclass adds is not there yet
         self.make_env, self.policy, self.compile = make_env, policy, compile
         self.total_frames, self.frames_per_epoch, self.seed = total_frames, frames_per_epoch, seed
-        self.env_frames = 0
+        self.env_frames = self.epoch_end = 0
         self.episodes = 0
         self.breakdowns = 0
         self.violations: int | None = None
@@ -164,6 +164,11 @@ class CollectedData(LightningDataModule, ABC):
     def simulated_by_mujoco(self) -> bool:
         """Whether the environments are MuJoCo's, whose instabilities are part of life."""
         return self.collector is not None and self.collector.is_mujoco
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the frames of the Lightning epoch under way have been collected."""
+        return self.env_frames >= self.epoch_end
 
     def train_dataloader(self) -> "CollectorLoader":
         return CollectorLoader(self)
@@ -312,7 +317,8 @@ class CollectorLoader:
         data = self.data
         # From the counter alone, because Lightning abandons the iterator at the last batch of an epoch.
         epoch_end = (data.env_frames // data.frames_per_epoch + 1) * data.frames_per_epoch
-        while data.env_frames < min(epoch_end, data.total_frames):
+        data.epoch_end = min(epoch_end, data.total_frames)
+        while not data.epoch_is_over:
             batch = data.make_batch(data.collect())
             if batch is not None:
                 yield batch

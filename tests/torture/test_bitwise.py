@@ -23,7 +23,7 @@ from pmoe_lightning.data.collection import CollectedData
 
 pytestmark = pytest.mark.torture
 
-STOPS = 3
+STOPS = 20
 FRAMES = {"sac": 1280, "ppo": 2560}
 BATCH = {"sac": 16, "ppo": 64}
 ENVS = ["Pendulum-v1", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5"]
@@ -32,6 +32,8 @@ CASES = [(algo, env, "none") for algo in TINY for env in ENVS] + [("sac", "HalfC
 WATCHED = ["callbacks=[nonfinite,metrics,evaluation,mixture,checkpoint_last]", "callbacks.metrics.every_frames=100"]
 WATCHED += ["callbacks.mixture.every_frames=100", "callbacks.evaluation.episodes=1", "data.frames_per_epoch=320"]
 WATCHED += ["+env.max_episode_steps=70", "logger.flush_seconds=1000"]
+# What a checkpoint says of its MLflow run: the two are in stores of their own.
+NAMES = {"run": None}
 
 
 def stop_at(frames: int) -> None:
@@ -83,7 +85,7 @@ def stop_and_resume(algo: str, env: str, transform: str, folder: Path, store: Pa
     extra = resumed.keys() - expected.keys()
     return {
         "stops": stops,
-        "tensors_and_values_that_differ": differing(state_of(whole / "run"), state_of(parts / "run")),
+        "tensors_and_values_that_differ": differing(*(state_of(place / "run") | NAMES for place in (whole, parts))),
         "points": sum(map(len, expected.values())),
         "points_missing_or_different": sum(resumed.get(point) != values for point, values in expected.items()),
         # A stop measures the mixture once more, where it stops.

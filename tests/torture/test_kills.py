@@ -30,10 +30,14 @@ pytestmark = pytest.mark.torture
 KILLS = 50
 INTERVAL = 64  # frames between two saves
 WRITES = 0.001  # seconds a slowed writer dwells in each of the few hundred pieces of a checkpoint
-# The buffer is small enough to go round many times.
 ENDLESS = ["callbacks=[nonfinite,metrics,checkpoint_last]", "logger=none", f"data.frames_per_epoch={INTERVAL}"]
 ENDLESS += ["env=Pendulum-v1"]
 
+# The replay buffer is small enough to go round many times.
+SHORT_OF_A_SAVE = {
+    "sac": ["data.buffer_size=512", "data.init_random_frames=32"],
+    "ppo": ["data.frames_per_batch=32"],
+}
 AUTO = ["resume=auto", "hydra.run.dir=run"]
 
 
@@ -87,8 +91,8 @@ def kill_once(words: list[str], folder: Path, temporary: Path, rng: random.Rando
 def kill_again_and_again(algo: str, temporary: Path, folder: Path, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     words = [*TINY[algo], *SMALL, *ENDLESS, f"seed={seed}"]
-    # Saves follow updates, so the first interval must not be all warm-up.
-    words += ["data.buffer_size=512", "data.init_random_frames=32"] if algo == "sac" else []
+    # Saves follow updates: a first interval must not be all warm-up, nor the rollout that PPO begins its statistics by.
+    words += SHORT_OF_A_SAVE[algo]
     moments = ["save"] * 20 + ["start"] * 5 + ["training"] * (KILLS - 25)
     rng.shuffle(moments)
     figures = {"kills": 0, "inside_a_save": 0, "unreadable": 0, "most_frames_lost": 0, "orphan_bytes_left_by_kills": 0}
