@@ -37,10 +37,14 @@ class Task(NamedTuple):
 
 TASKS = {
     "PPO, HalfCheetah-v5": Task(
-        ["experiment=peers_ppo", "env.id=HalfCheetah-v5", "data.num_envs=8", "total_frames=200000"], 8_192, 500.0
+        ["experiment=peers_ppo", "env.id=HalfCheetah-v5", "data.num_envs=8", "total_frames=200000"],
+        8_192,
+        500.0,
     ),
-    "SAC, HalfCheetah-v5": Task(
-        ["experiment=peers_sac", "env.id=HalfCheetah-v5", "data.num_envs=2", "total_frames=20000"], 2_000, 100.0
+    "SAC, Pendulum-v1": Task(
+        ["experiment=pendulum_sac", "callbacks=minimal", "data.num_envs=2", "callbacks.metrics.every_frames=1000"],
+        2_000,
+        -250.0,
     ),
 }
 
@@ -65,7 +69,7 @@ def measure(task: Task, devices: int) -> dict[str, float]:
     """One training; the time and the frames to the return are infinite where it is not reached."""
     path = RESULTS.parent / "runs" / f"pace-{time.time_ns()}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    words = [*task.words, "actor=gaussian", "logger=none", "compile=true", "callbacks.metrics.every_frames=2000"]
+    words = [*task.words, "actor=gaussian", "logger=none", "compile=true"]
     words += ["trainer.accelerator=cpu", f"trainer.devices={devices}", f"hydra.run.dir={path}.run"]
     words += ["+callbacks.pace._target_=scaling.Pace", f"+callbacks.pace.path={path}"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
