@@ -163,6 +163,8 @@ class KnownProducts:
 
 
 class _KnownProduct(torch.autograd.Function):
+    """x W^T + b, given that value: only its derivative by x is taken."""
+
     generate_vmap_rule = True
 
     @staticmethod

@@ -49,6 +49,7 @@ class CollectedData(LightningDataModule, ABC):
 
     Attributes:
         env_frames: environment steps taken, over all environments, warm-up included.
+        epoch_end: the ``env_frames`` at which the Lightning epoch under way ends.
         episodes: episodes finished.
         breakdowns: transitions left out because the simulator broke down in them.
         violations: steps with a cost; None where the environment writes no cost.

@@ -36,10 +36,10 @@ class Evaluation(NamedTuple):
     diagnostics: Mapping[str, Tensor] = {}
     """Detached quantities worth logging, any shape; an estimator hands them on."""
     choose: Callable[[Int[Tensor, "*B"]], Evaluation] | None = None
-    """``of``, where an objective can tell one sample of each state for less than its share of a derivative of all."""
+    """What ``of`` asks, where an objective knows a cheaper way than to differentiate all samples."""
 
     def of(self, sample: Int[Tensor, "*B"]) -> Evaluation:
-        """What the objective says of one sample of each state, of K along the first dimension."""
+        """What the objective says of one sample of each state, out of the K along the first dimension."""
         if self.choose is not None:
             return self.choose(sample)
         cost, log_prob, score = (take_sample(value, sample) for value in self[:3])
