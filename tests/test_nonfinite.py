@@ -167,14 +167,21 @@ def test_the_run_stops_for_an_environment_but_not_for_mujoco():
     assert data.breakdowns == 1 and data.env_frames == 96
 
 
-def test_an_action_that_is_not_finite_is_never_taken():
+@pytest.mark.parametrize("value", VALUES)
+def test_an_action_that_is_not_finite_is_never_taken(value):
+    """Nor brought within the bounds: replay would remember it as it was."""
     env = make_env("Pendulum-v1", num_envs=3, seed=0)
     root = env.reset()
-    with pytest.raises(NonFiniteError, match=r"the policy's action for environment 1 is not finite: \[nan\]"):
-        env.step(root.set("action", torch.tensor([[0.0], [float("nan")], [0.0]])))
+    with pytest.raises(NonFiniteError, match=rf"the policy's action for environment 1 is not finite: \[{value}\]"):
+        env.step(root.set("action", torch.tensor([[0.0], [value], [0.0]])))
 
 
 # ------------------------------------------------------------------ what comes from the update
+
+
+def iterations(trainer: Trainer) -> int:
+    """Those before the one under way, in all epochs."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
 class Poison(Callback):
@@ -184,7 +191,7 @@ class Poison(Callback):
         self.target, self.value, self.iteration, self.before = target, value, iteration, {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: TensorDictBase, batch_idx: int) -> None:
-        if batch_idx != self.iteration:
+        if iterations(trainer) != self.iteration:
             return
         self.before = tensors_of(pl_module)
         kind, _, name = self.target.partition(" ")

@@ -186,10 +186,10 @@ class GymnasiumEnv(EnvBase):
 
     def _step_envs(self, action: np.ndarray, carried: Arrays, outcome: Arrays) -> list[int]:
         """Step all environments into ``outcome``; returns those whose episodes ended."""
+        if not np.isfinite(action).all():  # before the bounds make an infinite one harmless here, but not in replay
+            i = int(np.flatnonzero(~np.isfinite(action).all(-1))[0])
+            raise NonFiniteError(f"the policy's action for environment {i} is not finite: {action[i].tolist()}")
         actions = np.minimum(np.maximum(action, self._action_low), self._action_high)
-        if not np.isfinite(actions).all():
-            i = int(np.flatnonzero(~np.isfinite(actions).all(-1))[0])
-            raise NonFiniteError(f"the policy's action for environment {i} is not finite: {actions[i].tolist()}")
         observation, reward, done, terminated, truncated, episode_return, episode_length = (
             outcome[key] for key in _STEPPED
         )

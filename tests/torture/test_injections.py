@@ -13,7 +13,7 @@ import torch
 from cells import cell
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_nonfinite import VALUES, Poison, data_for, is_finite, pendulum, ppo, sac, sick_env, tensors_of
+from test_nonfinite import VALUES, Poison, data_for, is_finite, iterations, pendulum, ppo, sac, sick_env, tensors_of
 
 from pmoe_lightning.callbacks import NonFiniteGuard
 from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
@@ -33,7 +33,7 @@ class PoisonWeight(Callback):
         self.name, self.value, self.iteration = name, value, iteration
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.iteration:
+        if iterations(trainer) == self.iteration:
             with torch.no_grad():
                 dict(pl_module.loss.named_parameters())[self.name].view(-1)[0] = self.value
 
@@ -45,7 +45,7 @@ class PoisonAction(Callback):
         self.value, self.iteration = value, iteration
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.iteration:
+        if iterations(trainer) == self.iteration:
             pl_module.policy.register_forward_hook(
                 lambda module, inputs, output: output.set("action", torch.full_like(output["action"], self.value))
             )
