@@ -12,10 +12,9 @@ import pytest
 import torch
 from cells import cell
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from test_nonfinite import VALUES, Poison, data_for, is_finite, iterations, pendulum, ppo, sac, sick_env, tensors_of
 
-from pmoe_lightning.callbacks import NonFiniteGuard
+from pmoe_lightning.callbacks import LastCheckpoint, NonFiniteGuard
 from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from pmoe_lightning.errors import NonFiniteError
 
@@ -74,7 +73,7 @@ def inject(make_algorithm: Any, tensor: str, value: float, iteration: int, rng: 
     else:
         callbacks = [PoisonWeight(rng.choice(trained), value, iteration)]
     data = data_for(algorithm, make, frames_per_batch=16, frames_per_epoch=32, total_frames=192)
-    saver = ModelCheckpoint(folder, filename="last", save_on_exception=True, enable_version_counter=False)
+    saver = LastCheckpoint(folder, filename="last", save_on_exception=True, enable_version_counter=False)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
