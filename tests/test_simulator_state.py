@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from test_resume import differing
 
 import pmoe_lightning.envs  # noqa: F401  (registers MultiGoal-v0)
 from pmoe_lightning.envs.simulator_state import capture, restore
@@ -28,9 +29,10 @@ def test_a_restored_environment_steps_on_exactly(id, tmp_path):
     env = gymnasium.make(id, disable_env_checker=True)
     env.reset(seed=3)
     rng = np.random.default_rng(0)
-    for _ in range(45):
+    for _ in range(46):
         _step(env, rng)
-    torch.save(capture(env), tmp_path / "state.pt")
+    state = capture(env)
+    torch.save(state, tmp_path / "state.pt")
     actions_from_here = rng.bit_generator.state
     expected = [_step(env, rng) for _ in range(80)]
 
@@ -38,6 +40,7 @@ def test_a_restored_environment_steps_on_exactly(id, tmp_path):
     other.reset(seed=4)
     _step(other, rng)
     restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert differing(state, capture(other)) == [], "something else than state was captured"
     rng.bit_generator.state = actions_from_here
     assert [_step(other, rng) for _ in range(80)] == expected
 

@@ -25,8 +25,9 @@ State = dict[str, Any]
 _IGNORED = (gymnasium.Space, gymnasium.envs.registration.EnvSpec, gymnasium.Env, np.random.Generator)
 _IGNORED_NAMES = ("_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs", "_cached_spec", "metadata", "_metadata")
 _IGNORED_NAMES += ("model", "data", "mujoco_renderer", "observation_structure", "screen", "clock", "surf", "viewer")
-# Scratch of the constraint solver: its shapes depend on the contacts, and every step computes it anew.
-_SOLVER_PREFIXES = ("efc_", "iefc_", "efm_")
+# Scratch of the constraint solver, which every step computes anew: its shapes depend on the contacts, or it is of the
+# islands of bodies in contact, and what lies behind their last entry is whatever was in that memory.
+_SOLVER_PREFIXES = ("efc_", "iefc_", "efm_", "iacc", "ifrc_")
 
 
 def capture(env: gymnasium.Env) -> State | None:
