@@ -1,9 +1,10 @@
 """Speed side by side: environment frames per second of training, end to end, each learner in a process of its own.
 
 Every learner trains on the same task with the same sizes and the same number of updates per frame (those of
-Stable-Baselines3's defaults), on one thread, and notes its process CPU time and wall-clock time every few hundred
-frames. Learners take turns, round by round, so that a busy machine slows all of them. What is compared is the
-median over the windows of all rounds, start-up and compilation left out; the interval is that of the rounds' medians.
+Stable-Baselines3's defaults), on one core, because JAX does not heed being asked for one thread. It notes its process
+CPU time and wall-clock time every few hundred frames. Learners take turns, round by round, so that a busy machine slows
+all of them. What is compared is the median over the windows of all rounds, start-up and compilation left out; the
+interval is that of the rounds' medians.
 
     python benchmarks/speed.py run --algo ppo --num-envs 1 8 --rounds 5
     python benchmarks/speed.py run --algo sac --learners gaussian sb3 --rounds 3
@@ -156,6 +157,8 @@ def environment() -> dict[str, str]:
 def run(options: argparse.Namespace) -> None:
     """Fill the table, round by round; what is there already stays."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if hasattr(os, "sched_setaffinity"):  # Linux; whatever is started below inherits it
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     scripts = dict(pair.split("=", 1) for pair in options.script)
     for i in range(options.rounds):
         for num_envs in options.num_envs:
