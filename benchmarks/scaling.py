@@ -28,21 +28,24 @@ FIELDS = ("task", "devices", "round", "frames_per_second", "seconds", "frames")
 
 
 class Task(NamedTuple):
-    """What is trained, the frames before the clock starts, and the mean training return to reach."""
+    """What is trained in how many environments, the frames before the clock starts, and the mean return to reach."""
 
     words: list[str]
+    num_envs: int
     warm_up: int
     enough: float
 
 
 TASKS = {
     "PPO, HalfCheetah-v5": Task(
-        ["experiment=peers_ppo", "env.id=HalfCheetah-v5", "data.num_envs=8", "total_frames=200000"],
+        ["experiment=peers_ppo", "env.id=HalfCheetah-v5", "total_frames=200000"],
+        8,
         8_192,
         500.0,
     ),
     "SAC, Pendulum-v1": Task(
-        ["experiment=pendulum_sac", "callbacks=minimal", "data.num_envs=2", "callbacks.metrics.every_frames=1000"],
+        ["experiment=pendulum_sac", "callbacks=minimal", "callbacks.metrics.every_frames=1000"],
+        2,
         2_000,
         -250.0,
     ),
@@ -71,6 +74,7 @@ def measure(task: Task, devices: int) -> dict[str, float]:
     path.parent.mkdir(parents=True, exist_ok=True)
     words = [*task.words, "actor=gaussian", "logger=none", "compile=true"]
     words += ["trainer.accelerator=cpu", f"trainer.devices={devices}", f"hydra.run.dir={path}.run"]
+    words.append(f"data.num_envs={task.num_envs // devices}")  # of each process, unlike all other numbers
     words += ["+callbacks.pace._target_=scaling.Pace", f"+callbacks.pace.path={path}"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
