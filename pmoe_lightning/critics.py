@@ -101,7 +101,7 @@ def stacked_qvalue(
     activation: Callable[[Tensor], Tensor],
     observation: Float[Tensor, "*B O"],
     action: Float[Tensor, "*S A"],
-    linear: Linear = hidden_linear,
+    linear: Linear | None = None,
 ) -> Float[Tensor, "Q *S"]:
     """Q_1..Q_n(s, a) of n critics of one shape, at actions [*S, *B, A] of the states [*B].
 
@@ -113,8 +113,9 @@ def stacked_qvalue(
         weights, biases: of every linear layer of a ``QValueNetwork``, first to last, critics along the first dimension.
         activation: between layers.
         observation, action: the inputs; the sample dimensions of the actions come first.
-        linear: how a hidden layer is computed; see ``KnownProducts``.
+        linear: how a hidden layer is computed where not by ``hidden_linear``; see ``KnownProducts``.
     """
+    linear = linear or hidden_linear
     # Matrices throughout: products of tensors with more dimensions would be batched.
     states, actions = (value.reshape(-1, value.shape[-1]) for value in (observation, action))
     values = []

@@ -27,7 +27,6 @@ from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalize
 from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction, HamiltonianTransform, differentiable
 from pmoe_lightning.hamiltonian.transform import Use
-from pmoe_lightning.networks import hidden_linear
 
 
 class PMOESACLoss(SACLoss):
@@ -102,7 +101,7 @@ class PMOESACLoss(SACLoss):
         tensordict: TensorDictBase,
         action: Float[Tensor, "*S A"],
         parameters: TensorDictParams,
-        linear: Linear = hidden_linear,
+        linear: Linear | None = None,
     ) -> Float[Tensor, "Q *S"]:
         """Q_i(s, a) of every critic at actions [*S, *B, A]; the states [*B] repeat over the sample dimensions."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
@@ -159,7 +158,7 @@ class PMOESACLoss(SACLoss):
         return objective
 
     def actor_value(
-        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear = hidden_linear
+        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None
     ) -> Float[Tensor, "*S"]:
         """What the actor is to maximise besides its entropy: min_i Q_i(s, a), with frozen critics."""
         return self.qvalues(tensordict, action, frozen(self.qvalue_network_params), linear).min(0).values

@@ -15,7 +15,6 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from pmoe_lightning.critics import Linear, QValueEnsemble
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
 from pmoe_lightning.losses.sac import PMOESACLoss, frozen
-from pmoe_lightning.networks import hidden_linear
 from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues, constrained_value
 
 
@@ -81,7 +80,7 @@ class SafeSACLoss(PMOESACLoss):
         return self.multiplier.detach().clamp_min(0.0)
 
     def actor_value(
-        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear = hidden_linear
+        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None
     ) -> Float[Tensor, "*S"]:
         cost = self.qvalues(tensordict, action, frozen(self.cost_network_params), linear).max(0).values
         return super().actor_value(tensordict, action, linear) - self.nu * cost
