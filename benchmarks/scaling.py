@@ -3,9 +3,9 @@
     python benchmarks/scaling.py run --rounds 3      # one thread each, in turns
     python benchmarks/scaling.py table
 
-The clock starts when the first frames are done, start-up and compilation left out. All numbers of the configuration are
-of all processes together (docs/configuration.md), so both learn the same task with the same minibatches, and a second
-process can only save time. Results: ``results/scaling/scaling.csv``.
+The clock starts when the first frames are done, start-up and compilation left out. All numbers of the configuration but
+``data.num_envs`` are of all processes together (docs/configuration.md), so both learn the same task with the same
+minibatches, and a second process can only save time. Results: ``results/scaling/scaling.csv``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback
-from speed import environment
+from speed import append, environment
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
-FIELDS = ("task", "devices", "round", "frames_per_second", "seconds", "frames")
+MEASURED = ("frames_per_second", "seconds", "frames")
 
 
 class Task(NamedTuple):
@@ -91,17 +91,11 @@ def measure(task: Task, devices: int) -> dict[str, float]:
 
 def run(rounds: int, names: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "scaling.csv"
     for i in range(rounds):
         for name in names:
             for devices in (1, 2):
                 row = {"task": name, "devices": devices, "round": i, **measure(TASKS[name], devices)}
-                new = not path.exists()
-                with path.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                append(RESULTS / "scaling.csv", [row])
                 print(row, flush=True)
 
 
@@ -114,7 +108,7 @@ def table() -> None:
     print("| task | processes | rounds | frames per second | seconds to the return | frames to it |")
     print("|---|---|---|---|---|---|")
     for (task, devices), rows in cells.items():
-        speed, seconds, frames = (statistics.median(float(row[key]) for row in rows) for key in FIELDS[3:])
+        speed, seconds, frames = (statistics.median(float(row[key]) for row in rows) for key in MEASURED)
         reach = f"{task}, to {TASKS[task].enough:.0f}"
         print(f"| {reach} | {devices} | {len(rows)} | {speed:,.0f} | {seconds:,.0f} | {frames:,.0f} |")
 

@@ -46,7 +46,6 @@ FRAMES = {"ppo": 24_576, "sac": 4_000}
 WINDOW = {"ppo": 2048, "sac": 500}
 #: Before these frames there are random actions, compilation and first uses.
 WARM_UP = {"ppo": 8_192, "sac": 1_500}
-FIELDS = ("algo", "learner", "num_envs", "round", "frames", "cpu", "wall")
 
 
 class Marks(Callback):
@@ -173,16 +172,15 @@ def run(options: argparse.Namespace) -> None:
                     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
                     rows = windows(marks, options.algo)
                 head = {"algo": options.algo, "learner": learner, "num_envs": num_envs, "round": i}
-                append([head | row for row in rows])
+                append(RESULTS / "speed.csv", [head | row for row in rows])
                 cpu = statistics.median(row["cpu"] for row in rows)
                 print(f"{name}: {1 / cpu:,.0f} frames per CPU second", flush=True)
 
 
-def append(rows: list[dict]) -> None:
-    path = RESULTS / "speed.csv"
+def append(path: Path, rows: list[dict]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, rows[0].keys())
         if new:
             writer.writeheader()
         writer.writerows(rows)
