@@ -154,12 +154,13 @@ def environment() -> dict[str, str]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Fill the table, round by round; what is there already stays."""
+    """Add rounds to what was measured."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     if hasattr(os, "sched_setaffinity"):  # Linux; whatever is started below inherits it
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     scripts = dict(pair.split("=", 1) for pair in options.script)
-    for i in range(options.rounds):
+    first = 1 + max((int(row["round"]) for row in measured()), default=-1)
+    for i in range(first, first + options.rounds):
         for num_envs in options.num_envs:
             for learner in (*options.learners, *scripts):
                 name = f"{options.algo}-{learner}-{num_envs}-{time.time_ns()}"
@@ -177,6 +178,12 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{name}: {1 / cpu:,.0f} frames per CPU second", flush=True)
 
 
+def measured() -> list[dict[str, str]]:
+    """The rows of earlier runs."""
+    path = RESULTS / "speed.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
 def append(path: Path, rows: list[dict]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -189,10 +196,9 @@ def append(path: Path, rows: list[dict]) -> None:
 def table() -> None:
     """Median frames per second, the interval of the rounds' medians, and the ratio to Stable-Baselines3."""
     cells: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    with (RESULTS / "speed.csv").open() as file:
-        for row in csv.DictReader(file):
-            key = (row["algo"], int(row["num_envs"]), row["learner"])
-            cells[key][row["round"]].append((float(row["cpu"]), float(row["wall"])))
+    for row in measured():
+        key = (row["algo"], int(row["num_envs"]), row["learner"])
+        cells[key][row["round"]].append((float(row["cpu"]), float(row["wall"])))
     print("| algorithm | environments | learner | frames per CPU second | rounds | frames per second | of sb3 |")
     print("|---|---|---|---|---|---|---|")
     medians = {

@@ -1,10 +1,12 @@
 """Where the time of a training run goes: the share of environment, policy, updates and all the rest.
 
-    python benchmarks/time_shares.py algo=ppo actor=gaussian data.num_envs=8 total_frames=100000 ~callbacks.evaluation
+    python benchmarks/time_shares.py algo=ppo
+    python benchmarks/time_shares.py algo=sac actor=gaussian total_frames=5000
 
-Runs the train command with the words given, times its parts by process CPU time and prints a row of a table. Start-up,
-compilation and the first ``WARM_UP`` batches are left out. What remains of ``Trainer.fit`` is called "Lightning,
-logging": loops, callbacks, progress and the tracking store, evaluation too unless it is dropped as above.
+Runs the train command with the words given, times its parts by process CPU time, all threads, and prints a row of a
+table. Start-up, compilation and the first ``WARM_UP`` batches are left out. "evaluation" is the evaluations and, at the
+end, the film and the packaging of the policy. What remains of ``Trainer.fit`` is called "Lightning, logging": loops,
+callbacks with their figures and checkpoints, progress and the tracking store.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
+from pmoe_lightning.callbacks import Evaluation, FinalPolicy
 from pmoe_lightning.data.collection import CollectedData
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.data.off_policy import OffPolicyData
@@ -38,8 +41,10 @@ class Stopwatch:
 
     def timed(self, name: str, function: Callable) -> Callable:
         def call(*arguments: Any, **named: Any) -> Any:
-            start = time.process_time()
+            start, before = time.process_time(), self.seconds.copy()
             result = function(*arguments, **named)
+            if name == "evaluation":  # whose steps are not those of training
+                self.seconds = before
             self.seconds[name] += time.process_time() - start
             return result
 
@@ -50,10 +55,10 @@ class Stopwatch:
 
     def batch_ends(self, trainer: Trainer, *_: Any) -> None:
         self.batches += 1
-        self.end, self.frames = time.process_time(), trainer.datamodule.env_frames
+        self.frames = trainer.datamodule.env_frames
         if self.batches == WARM_UP:
             self.seconds.clear()
-            self.start, self.first_frames = self.end, self.frames
+            self.start, self.first_frames = time.process_time(), self.frames
 
 
 def instrument(watch: Stopwatch) -> None:
@@ -63,6 +68,8 @@ def instrument(watch: Stopwatch) -> None:
     watch.watch(OnPolicyData, "make_batch", "make_batch")
     watch.watch(OffPolicyData, "make_batch", "make_batch")
     watch.watch(OnPolicyAlgorithm, "_epoch", "updates")
+    watch.watch(Evaluation, "on_train_epoch_end", "evaluation")
+    watch.watch(FinalPolicy, "on_train_end", "evaluation")
     policy_step = RolloutCollector._policy_step
     RolloutCollector._policy_step = lambda self, inputs: watch.timed("policy", policy_step(self, inputs))
     for algorithm in AbstractAlgorithm.__subclasses__():
@@ -74,6 +81,7 @@ def instrument(watch: Stopwatch) -> None:
         marks.on_train_batch_end = watch.batch_ends
         trainer.callbacks.append(marks)
         plain_fit(trainer, *arguments, **named)
+        watch.end = time.process_time()
 
     Trainer.fit = fit
 
@@ -89,7 +97,8 @@ def report(watch: Stopwatch) -> None:
         "normalisation, buffer": data - s["rollout"],
         "advantages, metrics": s["training_step"] - updates,
         "updates": updates,
-        "Lightning, logging": total - data - s["training_step"],
+        "evaluation": s["evaluation"],
+        "Lightning, logging": total - data - s["training_step"] - s["evaluation"],
     }
     frames = watch.frames - watch.first_frames
     print("| us per frame | " + " | ".join(shares) + " |")

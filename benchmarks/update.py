@@ -1,9 +1,10 @@
-"""Milliseconds of one SAC update: readable, compiled, and the matrix products alone.
+"""Milliseconds and memory of one SAC update: readable, compiled, and the matrix products alone.
 
 The three are taken in turns in one process and in its CPU time, so that a busy machine slows all of them. The floor
 multiplies matrices of the sizes, layouts and number formats that the update itself multiplies, and does nothing else.
+Memory is what an update allocates at most at once, beside parameters, optimizer state and minibatch.
 
-    python benchmarks/update.py table       # every actor, estimator and precision at HalfCheetah's sizes
+    python benchmarks/update.py table       # every actor, estimator, transform and precision at HalfCheetah's sizes
     python benchmarks/update.py growth      # with K, the width of the networks and the batch; one figure each
 
 Each row compiles for about half a minute. Results: benchmarks/results/update/.
@@ -18,11 +19,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
@@ -36,6 +39,7 @@ from pmoe_lightning.estimators import (
     Pathwise,
     ScoreFunction,
 )
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.networks import set_matmul_precision
 from pmoe_lightning.updates import SACUpdate
 
@@ -69,6 +73,7 @@ class Case(NamedTuple):
     actor: str = "pmoe"
     estimator: str = "frequency"
     precision: str = "float32"
+    force: str = ""  # of the Hamiltonian transform; "" is none
     components: int = 4
     width: int = 256
     batch: int = 256
@@ -77,8 +82,9 @@ class Case(NamedTuple):
 def table_cases() -> list[Case]:
     cases = [Case(actor, "pathwise", components=1) for actor in ACTORS if actor != "pmoe"]
     cases += [Case("pmoe", estimator) for estimator in ESTIMATORS if estimator != "pathwise"]
-    bf16 = {"precision": "bf16-hidden"}
-    return cases + [Case("gaussian", "pathwise", components=1, **bf16), Case("pmoe", **bf16)]
+    gaussian = Case("gaussian", "pathwise", components=1)
+    others = [{"force": "raw"}, {"force": "normalized"}, {"force": "gated"}, {"precision": "bf16-hidden"}]
+    return cases + [case._replace(**other) for other in others for case in (gaussian, Case())]
 
 
 def make(case: Case) -> SAC:
@@ -89,7 +95,8 @@ def make(case: Case) -> SAC:
     bounds = [-1.0] * ACTION_DIM, [1.0] * ACTION_DIM
     actor = ACTORS[case.actor](OBSERVATION_DIM, *bounds, **sizes, **components)
     dims = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM}
-    return make_sac(actor, ESTIMATORS[case.estimator](), **dims, **sizes)
+    transform = make_hamiltonian_transform(*dims.values(), force=case.force) if case.force else None
+    return make_sac(actor, ESTIMATORS[case.estimator](), action_transform=transform, **dims, **sizes)
 
 
 def minibatches(updates: int, batch: int) -> TensorDict:
@@ -142,8 +149,17 @@ def readable_form(algorithm: SAC) -> Callable[[TensorDict], None]:
     return update
 
 
+def peak_memory(update: Callable[[], None]) -> float:
+    """MiB that the call holds at its peak, of what it allocates itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        update()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / 2**20
+
+
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Median milliseconds per update of the three, and their ratios."""
+    """Median milliseconds per update of the three, their ratios, and the memory of the first two."""
     set_matmul_precision(case.precision)
     updates = max(1, 16 * 256 // case.batch)
     batch = minibatches(updates, case.batch)
@@ -167,13 +183,17 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             start = time.process_time()
             form()
             times[name].append((time.process_time() - start) / updates * 1000)
+    memory = {
+        "readable_MiB": peak_memory(lambda: readable(batch[:1])),
+        "compiled_MiB": peak_memory(lambda: update(batch[:1])),
+    }
     set_matmul_precision("float32")
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     ratios = {
         "readable/compiled": medians["readable_ms"] / medians["compiled_ms"],
         "compiled/floor": medians["compiled_ms"] / medians["floor_ms"],
     }
-    return {**case._asdict(), **medians, **ratios, "compile_s": compile_seconds}
+    return {**case._asdict(), **medians, **ratios, **memory, "compile_s": compile_seconds}
 
 
 def growth_cases(name: str) -> Iterator[Case]:
@@ -187,12 +207,7 @@ def run(name: str, cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     rows = []
     for case in cases:
         rows.append(measure(case, rounds))
-        print(
-            "  ".join(
-                f"{key} {value:.2f}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
-            ),
-            flush=True,
-        )
+        print("  ".join(f"{key} {_text(value)}" for key, value in rows[-1].items()), flush=True)
         with (RESULTS / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
@@ -200,16 +215,23 @@ def run(name: str, cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _text(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def draw(name: str, rows: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for key in ("readable_ms", "compiled_ms", "floor_ms"):
-        axes.plot([row[name] for row in rows], [row[key] for row in rows], marker="o", label=key.removesuffix("_ms"))
-    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds per update")
-    axes.legend()
-    figure.savefig(RESULTS / f"growth_{name}.svg")
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    forms = {"ms": ("readable", "compiled", "floor"), "MiB": ("readable", "compiled")}
+    labels = ("milliseconds per update", "MiB allocated by an update")
+    for axes, (unit, names), label in zip(figure.subplots(1, 2), forms.items(), labels, strict=True):
+        for form in names:
+            axes.plot([row[name] for row in rows], [row[f"{form}_{unit}"] for row in rows], "o-", label=form)
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(RESULTS / f"growth_{name}.png", dpi=120)
 
 
 def main() -> None:

@@ -264,7 +264,8 @@ def _state_panels(
         _draw_components(axes, modes[state, :, 0][None], modes[state, :, 1][None], weights[state][None], **spreads)
         _declutter(axes)
         axes.set_title(f"state {state + 1}", fontsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        for axis in (axes.xaxis, axes.yaxis):  # every label drawn takes time
+            axis.set_major_locator(MaxNLocator(5))
         if state % columns == 0:
             axes.set_ylabel("action dimension 1")
         if state + columns >= num_states:

@@ -285,7 +285,9 @@ class MLflowLogger(MLFlowLogger):
     def log_figure(self, name: str, figure: "Figure", step: int | None = None) -> None:
         """Queue a matplotlib figure as ``figures/<name>[_<step>].png``; it is drawn here and may be closed after."""
         picture = BytesIO()
-        figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
+        # To find its edges a figure is drawn a second time; one that arranges itself has none to find.
+        edges = None if figure.get_layout_engine() else "tight"
+        figure.savefig(picture, format="png", dpi=120, bbox_inches=edges)
         suffix = "" if step is None else f"_{step:09d}"
         self._log_bytes(picture.getvalue(), f"figures/{name}{suffix}.png")
 
