@@ -1,6 +1,6 @@
 """Milliseconds and memory of one SAC update: readable, compiled, and the matrix products alone.
 
-The three are taken in turns in one process and in its CPU time, so that a busy machine slows all of them. The floor
+All are taken in turns in one process and in its CPU time, so that a busy machine slows all of them. The floor
 multiplies matrices of the sizes, layouts and number formats that the update itself multiplies, and does nothing else.
 Memory is what an update allocates at most at once, beside parameters, optimizer state and minibatch.
 
@@ -19,6 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,42 +159,56 @@ def peak_memory(update: Callable[[], None]) -> float:
     return max(accumulate(event.nbytes() for event in events)) / 2**20
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Median milliseconds per update of the three, their ratios, and the memory of the first two."""
+class Timed(NamedTuple):
+    """One row, ready to be timed."""
+
+    case: Case
+    updates: int  # of one call
+    forms: dict[str, Callable[[], None]]
+    compile_seconds: float
+
+    def milliseconds(self, form: str) -> float:
+        """CPU time of one update, in one call."""
+        set_matmul_precision(self.case.precision)
+        start = time.process_time()
+        self.forms[form]()
+        return (time.process_time() - start) / self.updates * 1000
+
+
+def prepare(case: Case) -> Timed:
     set_matmul_precision(case.precision)
     updates = max(1, 16 * 256 // case.batch)
     batch = minibatches(updates, case.batch)
-    algorithm = make(case)
+    algorithm, counted, readable = make(case), make(case), readable_form(make(case))
     update = SACUpdate(algorithm.loss, algorithm.configure_optimizers(), tau=0.005)
     start = time.process_time()
     update(batch[:1])
-    compile_seconds = time.process_time() - start
-    counted = make(case)
+    seconds = time.process_time() - start
     with Products() as products:
         SACUpdate(counted.loss, counted.configure_optimizers(), tau=0.005, compile=False)(batch[:1])
-    readable = readable_form(make(case))
-    forms = {
-        "readable_ms": lambda: readable(batch),
-        "compiled_ms": lambda: update(batch),
-        "floor_ms": lambda: products.replay(updates),
-    }
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = time.process_time()
-            form()
-            times[name].append((time.process_time() - start) / updates * 1000)
-    memory = {
-        "readable_MiB": peak_memory(lambda: readable(batch[:1])),
-        "compiled_MiB": peak_memory(lambda: update(batch[:1])),
-    }
-    set_matmul_precision("float32")
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    ratios = {
-        "readable/compiled": medians["readable_ms"] / medians["compiled_ms"],
-        "compiled/floor": medians["compiled_ms"] / medians["floor_ms"],
-    }
-    return {**case._asdict(), **medians, **ratios, **memory, "compile_s": compile_seconds}
+    forms = {"readable": partial(readable, batch), "compiled": partial(update, batch)}
+    return Timed(case, updates, forms | {"floor": partial(products.replay, updates)}, seconds)
+
+
+def measure(rows: list[Timed], rounds: int) -> list[dict[str, Any]]:
+    """Median milliseconds per update of the three, their ratios, and the memory of the first two."""
+    times = [{form: [] for form in row.forms} for row in rows]
+    for _ in range(rounds + 1):  # the first is a warm-up
+        for row, own in zip(rows, times, strict=True):
+            for form, values in own.items():
+                values.append(row.milliseconds(form))
+    medians = [{form: statistics.median(values[1:]) for form, values in own.items()} for own in times]
+    return list(map(_summary, rows, medians))
+
+
+def _summary(row: Timed, medians: dict[str, float]) -> dict[str, Any]:
+    set_matmul_precision(row.case.precision)
+    found = row.case._asdict() | {f"{form}_ms": value for form, value in medians.items()}
+    for form, other in (("readable", "compiled"), ("compiled", "floor")):
+        found[f"{form}/{other}"] = medians[form] / medians[other]
+    for form in ("readable", "compiled"):
+        found[f"{form}_MiB"] = peak_memory(row.forms[form])
+    return found | {"compile_s": row.compile_seconds}
 
 
 def growth_cases(name: str) -> Iterator[Case]:
@@ -202,21 +217,16 @@ def growth_cases(name: str) -> Iterator[Case]:
 
 
 def run(name: str, cases: list[Case], rounds: int) -> list[dict[str, Any]]:
-    """Measure the rows, print them and write them after each, so that a stopped run keeps what it has."""
+    """Measure the rows in turns, print and write them."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for case in cases:
-        rows.append(measure(case, rounds))
-        print("  ".join(f"{key} {_text(value)}" for key, value in rows[-1].items()), flush=True)
-        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+    rows = measure([prepare(case) for case in cases], rounds)
+    for row in rows:
+        print("  ".join(f"{key} {f'{value:.2f}' if isinstance(value, float) else value}" for key, value in row.items()))
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
     return rows
-
-
-def _text(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def draw(name: str, rows: list[dict[str, Any]]) -> None:
