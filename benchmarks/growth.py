@@ -22,7 +22,7 @@ from speed import RESULTS, environment, windows
 
 POINTS = {"environments": (1, 2, 4, 8, 16, 32, 64), "buffer": (10_000, 30_000, 100_000, 300_000, 1_000_000)}
 AXES = {"environments": "environments", "buffer": "transitions in the replay buffer"}
-TIMES = {"environments": "us of CPU per frame of PPO", "buffer": "us of CPU per frame stored and minibatch drawn"}
+TIMES = {"environments": "us of CPU per frame of PPO", "buffer": "us of CPU per frame and minibatch"}
 
 
 def with_environments(num_envs: int) -> tuple[float, float]:
@@ -80,6 +80,8 @@ def draw(what: str, rows: list[tuple[int, float, float]]) -> None:
     for axes, column, label in zip(figure.subplots(1, 2), (1, 2), (TIMES[what], "peak memory, MiB"), strict=True):
         axes.plot([row[0] for row in rows], [row[column] for row in rows], "o-")
         axes.set(xscale="log", xlabel=AXES[what], ylabel=label, ylim=(0, None))
+        axes.minorticks_off()
+        axes.set_xticks([row[0] for row in rows], [f"{row[0]:,}" for row in rows])
         axes.grid(alpha=0.3)
     figure.savefig(RESULTS / f"growth_{what}.png", dpi=120)
 

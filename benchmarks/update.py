@@ -239,6 +239,9 @@ def draw(name: str, rows: list[dict[str, Any]]) -> None:
         for form in names:
             axes.plot([row[name] for row in rows], [row[f"{form}_{unit}"] for row in rows], "o-", label=form)
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.set_xticks([row[name] for row in rows], [row[name] for row in rows])
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(RESULTS / f"growth_{name}.png", dpi=120)
