@@ -7,7 +7,7 @@ Memory is what an update allocates at most at once, beside parameters, optimizer
     python benchmarks/update.py table       # every actor, estimator, transform and precision at HalfCheetah's sizes
     python benchmarks/update.py growth      # with K, the width of the networks and the batch; one figure each
 
-Each row compiles for about half a minute. Results: benchmarks/results/update/.
+Each row compiles for about a minute the first time. Results: benchmarks/results/update/.
 """
 
 from __future__ import annotations

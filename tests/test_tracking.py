@@ -286,6 +286,18 @@ def test_artifacts(logger: MLflowLogger, tmp_path: Path) -> None:
         assert read_artifact(logger, f"figures/{name}.png", tmp_path).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("layout", "is_wider"), [(None, True), ("constrained", False)])
+def test_a_figure_is_logged_whole(logger: MLflowLogger, tmp_path: Path, layout: str | None, is_wider: bool) -> None:
+    """What lies beside the figure belongs to it, unless the figure arranges itself; 6.4 inches are 768 pixels."""
+    figure = matplotlib.figure.Figure(layout=layout)
+    figure.text(0.0, 0.5, "within")
+    figure.text(1.2, 0.5, "beside")
+    logger.log_figure("text", figure)
+    assert logger.flush()
+    width = int.from_bytes(read_artifact(logger, "figures/text.png", tmp_path)[16:20], "big")
+    assert width > 768 if is_wider else width == 768
+
+
 def test_a_failed_upload_is_a_warning(logger: MLflowLogger, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logger.log_artifact(tmp_path / "missing.ckpt")
     logger.log_metrics({"a": 1.0}, step=3)
