@@ -211,6 +211,7 @@ def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:
     import imageio.v2 as imageio
 
     root = env.reset()
+    _coarsen_shadows(env)
     frame = _render(env)
     fps = env.envs[0].metadata.get("render_fps") or 30
     try:
@@ -227,6 +228,16 @@ def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:
                 frame = _render(env)
     except (OSError, ImportError) as error:
         raise RunError(f"cannot write the video {path}: {_line(error)}; is imageio[ffmpeg] installed?") from error
+
+
+def _coarsen_shadows(env: GymnasiumEnv) -> None:
+    """Let MuJoCo compute shadows on 1024 x 1024 points, twice as finely as the picture, and not on 4096 x 4096.
+
+    Without a GPU these take half of the time of a film.
+    """
+    model = getattr(env.envs[0].unwrapped, "model", None)
+    if hasattr(model, "vis"):
+        model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, 1024)
 
 
 def _render(env: GymnasiumEnv) -> Any:

@@ -23,7 +23,7 @@ from tensordict import TensorDict
 
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.checkpoints.files import write_checkpoint
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import Request, main, parse
 from pmoe_lightning.evaluation import evaluate_policy, record_video, student_t_interval
@@ -127,6 +127,19 @@ def test_video_ends_with_the_episode(tmp_path: Path) -> None:
         policy, "Pendulum-v1", tmp_path / "film.mp4", max_frames=50, env_kwargs={"max_episode_steps": 4}
     )
     assert imageio_ffmpeg.count_frames_and_secs(path)[0] == 4
+
+
+def test_a_film_is_drawn_with_coarser_shadows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def picture(env: GymnasiumEnv) -> np.ndarray:  # no machine need be able to render
+        sizes.append(env.envs[0].unwrapped.model.vis.quality.shadowsize)
+        return np.zeros((480, 480, 3), np.uint8)
+
+    monkeypatch.setattr("pmoe_lightning.evaluation._render", picture)
+    policy = load_policy(make_policy("HalfCheetah-v5")[1])
+    record_video(policy, "HalfCheetah-v5", tmp_path / "film.mp4", max_frames=2)
+    assert set(sizes) == {1024}
 
 
 def test_a_machine_that_cannot_render_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
