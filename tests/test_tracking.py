@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +293,15 @@ def test_a_figure_is_logged_whole(logger: MLflowLogger, tmp_path: Path, layout: 
     figure = matplotlib.figure.Figure(layout=layout)
     figure.text(0.0, 0.5, "within")
     figure.text(1.2, 0.5, "beside")
+    canvas, dpi, expected = figure.canvas, figure.dpi, BytesIO()
     logger.log_figure("text", figure)
     assert logger.flush()
-    width = int.from_bytes(read_artifact(logger, "figures/text.png", tmp_path)[16:20], "big")
+    picture = read_artifact(logger, "figures/text.png", tmp_path)
+    width = int.from_bytes(picture[16:20], "big")
     assert width > 768 if is_wider else width == 768
+    assert (figure.canvas, figure.dpi) == (canvas, dpi), "the figure is no longer its owner's"
+    figure.savefig(expected, format="png", dpi=120, bbox_inches="tight" if is_wider else None)
+    assert picture == expected.getvalue()
 
 
 def test_a_failed_upload_is_a_warning(logger: MLflowLogger, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

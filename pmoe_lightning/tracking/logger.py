@@ -284,12 +284,8 @@ class MLflowLogger(MLFlowLogger):
     @rank_zero_only
     def log_figure(self, name: str, figure: "Figure", step: int | None = None) -> None:
         """Queue a matplotlib figure as ``figures/<name>[_<step>].png``; it is drawn here and may be closed after."""
-        picture = BytesIO()
-        # To find its edges a figure is drawn a second time; one that arranges itself has none to find.
-        edges = None if figure.get_layout_engine() else "tight"
-        figure.savefig(picture, format="png", dpi=120, bbox_inches=edges)
         suffix = "" if step is None else f"_{step:09d}"
-        self._log_bytes(picture.getvalue(), f"figures/{name}{suffix}.png")
+        self._log_bytes(_png(figure), f"figures/{name}{suffix}.png")
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
@@ -312,6 +308,24 @@ class MLflowLogger(MLFlowLogger):
         _ = self.experiment
         folder, name = os.path.split(artifact_file)
         self._writer.put("upload", {"name": name, "folder": folder or None}, content)
+
+
+def _png(figure: "Figure", dpi: float = 120) -> bytes:
+    """A picture of everything in the figure, cut to its edges unless the figure arranges itself."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    picture = BytesIO()
+    if figure.get_layout_engine() is None:
+        figure.savefig(picture, format="png", dpi=dpi, bbox_inches="tight")
+        return picture.getvalue()
+    # Arranged while it is drawn. `savefig` would draw it twice, the first time only to arrange it.
+    before = figure.canvas, figure.dpi
+    try:
+        figure.dpi = dpi
+        FigureCanvasAgg(figure).print_png(picture)
+    finally:
+        figure.canvas, figure.dpi = before
+    return picture.getvalue()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
