@@ -5,6 +5,7 @@ with seeds of their own. A finished cell is one JSON file, so an interrupted run
 
     python benchmarks/peers.py run --algo sac --learner sb3 --seeds 1 2 3 4 5
     python benchmarks/peers.py run --algo sac --learner gaussian --seeds 1 2 3 4 5
+    python benchmarks/peers.py run --algo sac --learner gaussian_bf16 --env Pendulum-v1
     python benchmarks/peers.py table
 
 Learners: ``sb3`` (Stable-Baselines3), ``gaussian`` (ours, one component), ``pmoe`` (ours, four components), and three
@@ -23,7 +24,12 @@ import sys
 import time
 from pathlib import Path
 
-FRAMES = {"sac": 50_000, "ppo": 200_000}
+#: How long is trained, by algorithm and task.
+FRAMES = {
+    ("sac", "HalfCheetah-v5"): 50_000,
+    ("ppo", "HalfCheetah-v5"): 200_000,
+    ("sac", "Pendulum-v1"): 5_000,
+}
 EPISODES = 10
 EVALUATION_SEED = 10_000
 # How a mixture can act besides by max_weight, the mean of its likeliest component.
@@ -56,7 +62,7 @@ def train_sb3(algo: str, env_id: str, seed: int) -> dict:
     else:
         env = VecNormalize(env)
         model = sb3.PPO("MlpPolicy", env, seed=seed, device="cpu")
-    model.learn(FRAMES[algo])
+    model.learn(FRAMES[algo, env_id])
 
     returns, judge = [], gym.make(env_id)
     for episode in range(EPISODES):
@@ -74,9 +80,9 @@ def train_sb3(algo: str, env_id: str, seed: int) -> dict:
 
 def train_ours(algo: str, learner: str, env_id: str, seed: int) -> dict:
     """Train and evaluate through the commands a user types."""
-    folder = RESULTS.parent / "runs" / f"{algo}-{learner}-{seed}"
+    folder = RESULTS.parent / "runs" / f"{algo}-{env_id}-{learner}-{seed}"
     command = [sys.executable, "-m", "pmoe_lightning.train", f"experiment=peers_{algo}", *OURS[learner]]
-    command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo]}", f"hydra.run.dir={folder}"]
+    command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo, env_id]}", f"hydra.run.dir={folder}"]
     command += ["logger=none"]
     subprocess.run(command, check=True)
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -98,14 +104,14 @@ def run(algo: str, learner: str, env_id: str, seeds: list[int]) -> None:
     """Fill the missing cells of one learner."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        cell = RESULTS / f"{algo}-{learner}-{seed}.json"
+        cell = RESULTS / f"{algo}-{env_id}-{learner}-{seed}.json"
         if cell.exists():
             continue
         start, cpu = time.monotonic(), time.process_time()
         result = train_sb3(algo, env_id, seed) if learner == "sb3" else train_ours(algo, learner, env_id, seed)
         cpu_seconds = time.process_time() - cpu if learner == "sb3" else None
         wall = time.monotonic() - start
-        head = {"algo": algo, "learner": learner, "env": env_id, "seed": seed, "frames": FRAMES[algo]}
+        head = {"algo": algo, "learner": learner, "env": env_id, "seed": seed, "frames": FRAMES[algo, env_id]}
         partial = cell.with_suffix(".partial")
         partial.write_text(json.dumps(head | result | {"wall_seconds": wall, "cpu_seconds": cpu_seconds}, indent=1))
         partial.rename(cell)
@@ -114,17 +120,17 @@ def run(algo: str, learner: str, env_id: str, seeds: list[int]) -> None:
 
 def table() -> None:
     """Print every seed and the mean with its 95 % interval over seeds (Student's t)."""
-    rows: dict[tuple[str, str], dict[int, float]] = {}
+    rows: dict[tuple[str, str, str], dict[int, float]] = {}
     for cell in sorted(RESULTS.glob("*.json")):
         data = json.loads(cell.read_text())
         means = {"": data["mean"]}
         if "other_rules" in data:
             means = {", max_weight": data["mean"]} | {f", {rule}": mean for rule, mean in data["other_rules"].items()}
         for rule, mean in means.items():
-            rows.setdefault((data["algo"], data["learner"] + rule), {})[data["seed"]] = mean
-    print("| algorithm | frames | learner | seeds (mean of 10 episodes each) | mean | 95 % interval |")
-    print("|---|---|---|---|---|---|")
-    for (algo, learner), cells in sorted(rows.items()):
+            rows.setdefault((data["env"], data["algo"], data["learner"] + rule), {})[data["seed"]] = mean
+    print("| task | algorithm | frames | learner | seeds (mean of 10 episodes each) | mean | 95 % interval |")
+    print("|---|---|---|---|---|---|---|")
+    for (env_id, algo, learner), cells in sorted(rows.items()):
         values = [cells[seed] for seed in sorted(cells)]
         n, mean = len(values), sum(values) / len(values)
         half = math.nan
@@ -133,20 +139,22 @@ def table() -> None:
             half = STUDENT_T[n] * deviation / math.sqrt(n)
         seeds = ", ".join(f"{value:.0f}" for value in values)
         interval = f"{mean - half:.0f} to {mean + half:.0f}"
-        print(f"| {algo} | {FRAMES[algo]:,} | {learner} | {seeds} | {mean:.0f} | {interval} |")
+        print(f"| {env_id} | {algo} | {FRAMES[algo, env_id]:,} | {learner} | {seeds} | {mean:.0f} | {interval} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
-    runner.add_argument("--algo", choices=sorted(FRAMES), required=True)
+    runner.add_argument("--algo", choices=["sac", "ppo"], required=True)
     runner.add_argument("--learner", choices=["sb3", *OURS], required=True)
-    runner.add_argument("--env", default="HalfCheetah-v5")
+    runner.add_argument("--env", choices=["HalfCheetah-v5", "Pendulum-v1"], default="HalfCheetah-v5")
     runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     commands.add_parser("table")
     arguments = parser.parse_args()
     if arguments.command == "run":
+        if (arguments.algo, arguments.env) not in FRAMES:
+            parser.error(f"{arguments.algo} is not compared on {arguments.env}")
         run(arguments.algo, arguments.learner, arguments.env, arguments.seeds)
     else:
         table()
