@@ -1,6 +1,6 @@
 """Learning side by side with Stable-Baselines3: same task, sizes, frames, seeds and evaluation.
 
-Each cell (algorithm, learner, seed) trains once and is judged by the mean return of ten deterministic episodes
+Each cell (algorithm, task, learner, seed) trains once and is judged by the mean return of ten deterministic episodes
 with seeds of their own. A finished cell is one JSON file, so an interrupted run continues where it stopped:
 
     python benchmarks/peers.py run --algo sac --learner sb3 --seeds 1 2 3 4 5
