@@ -132,6 +132,8 @@ def record_video(
         raise RunError(f"cannot film {env_id}: {error}") from error
     try:
         with torch.no_grad(), _acting(policy, seed, sample) as act:
+            _follow_the_body(env, env_kwargs or {})
+            _coarsen_shadows(env)
             _film(act, env, path, max_frames)
     finally:
         env.close()
@@ -211,7 +213,6 @@ def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:
     import imageio.v2 as imageio
 
     root = env.reset()
-    _coarsen_shadows(env)
     frame = _render(env)
     fps = env.envs[0].metadata.get("render_fps") or 30
     try:
@@ -228,6 +229,18 @@ def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:
                 frame = _render(env)
     except (OSError, ImportError) as error:
         raise RunError(f"cannot write the video {path}: {_line(error)}; is imageio[ffmpeg] installed?") from error
+
+
+def _follow_the_body(env: GymnasiumEnv, env_kwargs: Mapping[str, Any]) -> None:
+    """Film with the camera that a MuJoCo model calls "track", unless one was chosen or there is none.
+
+    The free camera of some tasks stays where it is, and a policy that runs well leaves the picture.
+    """
+    renderer = getattr(env.envs[0].unwrapped, "mujoco_renderer", None)
+    if renderer is not None and not {"camera_id", "camera_name", "default_camera_config"} & env_kwargs.keys():
+        import mujoco
+
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # -1: the free one
 
 
 def _coarsen_shadows(env: GymnasiumEnv) -> None:

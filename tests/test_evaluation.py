@@ -129,17 +129,21 @@ def test_video_ends_with_the_episode(tmp_path: Path) -> None:
     assert imageio_ffmpeg.count_frames_and_secs(path)[0] == 4
 
 
-def test_a_film_is_drawn_with_coarser_shadows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+@pytest.mark.parametrize(("env_kwargs", "follows"), [({}, True), ({"camera_id": -1}, False)])
+def test_a_film_follows_the_body_with_coarser_shadows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env_kwargs: dict[str, int], follows: bool
+) -> None:
+    seen: set[tuple[bool, int]] = set()
 
     def picture(env: GymnasiumEnv) -> np.ndarray:  # no machine need be able to render
-        sizes.append(env.envs[0].unwrapped.model.vis.quality.shadowsize)
+        task = env.envs[0].unwrapped
+        seen.add((task.mujoco_renderer.camera_id >= 0, task.model.vis.quality.shadowsize))
         return np.zeros((480, 480, 3), np.uint8)
 
     monkeypatch.setattr("pmoe_lightning.evaluation._render", picture)
     policy = load_policy(make_policy("HalfCheetah-v5")[1])
-    record_video(policy, "HalfCheetah-v5", tmp_path / "film.mp4", max_frames=2)
-    assert set(sizes) == {1024}
+    record_video(policy, "HalfCheetah-v5", tmp_path / "film.mp4", max_frames=2, env_kwargs=env_kwargs)
+    assert seen == {(follows, 1024)}
 
 
 def test_a_machine_that_cannot_render_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
