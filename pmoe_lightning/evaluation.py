@@ -237,10 +237,11 @@ def _follow_the_body(env: GymnasiumEnv, env_kwargs: Mapping[str, Any]) -> None:
     The free camera of some tasks stays where it is, and a policy that runs well leaves the picture.
     """
     renderer = getattr(env.envs[0].unwrapped, "mujoco_renderer", None)
-    if renderer is not None and not {"camera_id", "camera_name", "default_camera_config"} & env_kwargs.keys():
+    chosen = {"camera_id", "camera_name", "default_camera_config"} & env_kwargs.keys()
+    if renderer is not None and renderer.camera_id == -1 and not chosen:  # -1: the free camera
         import mujoco
 
-        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # -1: the free one
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
 
 
 def _coarsen_shadows(env: GymnasiumEnv) -> None:
