@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
 #: Okabe & Ito (2008): eight colours that stay distinct under the common colour-vision deficiencies.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -126,8 +126,8 @@ def component_modes(
 ) -> Figure:
     """Where the components of the mixture act in a few states; the area of a dot is the weight of its component.
 
-    With two or more action dimensions there is one panel per state, showing the first two dimensions; with one
-    action dimension the states share one panel.
+    Every state has a column. With two or more action dimensions the first goes across the column and the second up;
+    with one the components stand side by side. All in one axes: a panel per state takes several times as long to draw.
 
     Args:
         modes: squashed component modes [S, K, A] for S states.
@@ -137,18 +137,30 @@ def component_modes(
         title: text above the axes.
     """
     num_states, num_components, action_dim = modes.shape
+    up = min(1, action_dim - 1)  # the action dimension that goes up
+    column = np.arange(num_states)[:, None]
+    spread = {} if lower is None else {"vertical": (lower[..., up], upper[..., up])}
     if action_dim == 1:
         figure, axes = _figure(title, "state", "action")
-        figure.set_size_inches(9.0, 4.5)
-        position = np.arange(num_states)[:, None] + np.linspace(-0.2, 0.2, num_components)
-        spread = None if lower is None else (lower[..., 0], upper[..., 0])
-        _draw_components(axes, position, modes[..., 0], weights, vertical=spread)
-        axes.set_xticks(np.arange(num_states), [str(s + 1) for s in range(num_states)])
-        axes.set_xlim(-0.5, num_states - 0.5)
-        _bound_axis(axes.set_ylim, low[0], high[0])
+        x = column + np.linspace(-0.2, 0.2, num_components)
     else:
-        figure = _state_panels(modes, weights, low, high, lower, upper, title)
-        axes = figure.axes[0]
+        across = f"state; across its column: action dimension 0, from {low[0]:g} to {high[0]:g}"
+        figure, axes = _figure(title, across, "action dimension 1")
+        x, *ends = (
+            column + 0.86 * ((action[..., 0] - low[0]) / (high[0] - low[0]) - 0.5)
+            for action in (modes, lower, upper)
+            if action is not None
+        )
+        if ends:
+            spread["horizontal"] = ends
+    figure.set_size_inches(10.0, 3.8)
+    _draw_components(axes, x, modes[..., up], weights, **spread)
+    axes.set_xticks(column[:, 0], [str(state + 1) for state in range(num_states)])
+    axes.set_xticks(column[1:, 0] - 0.5, minor=True)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(True, which="minor", color=GREY, linewidth=1.0)
+    axes.set_xlim(-0.5, num_states - 0.5)
+    _bound_axis(axes.set_ylim, low[up], high[up])
     handles, names = axes.get_legend_handles_labels()
     legend = figure.legend(
         handles, names, loc="outside lower center", ncols=min(num_components, 6), frameon=False, fontsize=9
@@ -236,44 +248,6 @@ def _mark_best(axes: Axes, frames: np.ndarray, mean: np.ndarray) -> None:
     axes.plot(
         frames[best], mean[best], "*", color=PALETTE[3], markersize=15, markeredgecolor="white", zorder=5, label=label
     )
-
-
-def _state_panels(
-    modes: np.ndarray,
-    weights: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    lower: np.ndarray | None,
-    upper: np.ndarray | None,
-    title: str,
-) -> Figure:
-    num_states = len(modes)
-    columns = min(num_states, 3)
-    rows = -(-num_states // columns)
-    figure = Figure(figsize=(9.0, 0.9 + 2.9 * rows), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for state, axes in enumerate(panels.flat):
-        if state >= num_states:
-            axes.set_visible(False)
-            continue
-        spreads = {}
-        if lower is not None:
-            spreads["horizontal"] = (lower[state, :, 0][None], upper[state, :, 0][None])
-            spreads["vertical"] = (lower[state, :, 1][None], upper[state, :, 1][None])
-        _draw_components(axes, modes[state, :, 0][None], modes[state, :, 1][None], weights[state][None], **spreads)
-        _declutter(axes)
-        axes.set_title(f"state {state + 1}", fontsize=10)
-        for axis in (axes.xaxis, axes.yaxis):  # every label drawn takes time
-            axis.set_major_locator(MaxNLocator(5))
-        if state % columns == 0:
-            axes.set_ylabel("action dimension 1")
-        if state + columns >= num_states:
-            axes.set_xlabel("action dimension 0")
-            axes.tick_params(labelbottom=True)
-        _bound_axis(axes.set_xlim, low[0], high[0])
-        _bound_axis(axes.set_ylim, low[1], high[1])
-    return figure
 
 
 def _draw_components(

@@ -83,8 +83,18 @@ def test_component_modes_places_every_component(num_states, num_components, acti
     assert len(labels(figure)) == num_components
     dots = [dot for axes in figure.axes for c in axes.collections if hasattr(c, "get_sizes") for dot in c.get_offsets()]
     assert len(dots) == num_states * num_components
-    drawn = {tuple(np.round(dot[-2:] if action_dim > 1 else dot[-1:], 6)) for dot in np.asarray(dots)}
-    assert drawn == {tuple(np.round(mode[:2], 6)) for mode in modes.reshape(-1, action_dim)}
+    up = min(1, action_dim - 1)
+    drawn = {(round(x), np.round(y, 6)) for x, y in np.asarray(dots)}
+    assert drawn == {(state, np.round(mode[up], 6)) for state in range(num_states) for mode in modes[state]}
+
+
+def test_the_first_action_dimension_goes_across_the_column_of_a_state():
+    modes = np.array([[[-2.0, 0.3], [0.5, 0.1]], [[-0.75, 0.2], [-1.375, 0.2]]])
+    figure = figures.component_modes(modes, np.full((2, 2), 0.5), np.full(2, -2.0), np.full(2, 0.5))
+    first, second = (collection.get_offsets() for collection in figure.axes[0].collections)
+    (left, middle), (right, between) = first[:, 0], second[:, 0]
+    assert -0.5 < left < 0 < right < 0.5 and left == pytest.approx(-right)
+    assert middle == pytest.approx(1.0) and between == pytest.approx(1.0 + left / 2)
 
 
 def test_dot_areas_grow_with_the_weights():
