@@ -44,8 +44,13 @@ def compile_tensors(function: Function, state: Sequence[Tensor], examples: Seque
     on_gpu = examples[0].device.type == "cuda"
     decompositions = {} if on_gpu else {torch.ops.aten.addmm.default: _product_then_bias}
     graph = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    # Written in Python, the code around the kernels takes as long as a small network's kernels.
-    options = {"fallback_random": True, "cpp_wrapper": not on_gpu}
+    options = {"fallback_random": True}
+    if not on_gpu:
+        # Written in Python, the code around the kernels takes as long as a small network's kernels.
+        options["cpp_wrapper"] = True
+        # Loops that share less than this, a bias for instance, stay apart. Joined, they would wait for each other's
+        # products, and what the first product has left in the cache would be gone by then.
+        options["score_fusion_memory_threshold"] = 2**16  # bytes
     with torch.no_grad():
         program = torch._inductor.compile(graph, examples, options=options)
     _log.info("compiled %s in %.0f s", name, time.monotonic() - start)
