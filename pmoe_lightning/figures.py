@@ -144,15 +144,15 @@ def component_modes(
         figure, axes = _figure(title, "state", "action")
         x = column + np.linspace(-0.2, 0.2, num_components)
     else:
-        across = f"state; across its column: action dimension 0, from {low[0]:g} to {high[0]:g}"
-        figure, axes = _figure(title, across, "action dimension 1")
-        x, *ends = (
-            column + 0.86 * ((action[..., 0] - low[0]) / (high[0] - low[0]) - 0.5)
-            for action in (modes, lower, upper)
-            if action is not None
-        )
-        if ends:
-            spread["horizontal"] = ends
+        label = f"state; across its column: action dimension 0, from {low[0]:g} to {high[0]:g}"
+        figure, axes = _figure(title, label, "action dimension 1")
+
+        def across(action: np.ndarray) -> np.ndarray:
+            return column + 0.86 * ((action[..., 0] - low[0]) / (high[0] - low[0]) - 0.5)
+
+        x = across(modes)
+        if lower is not None:
+            spread["horizontal"] = (across(lower), across(upper))
     figure.set_size_inches(10.0, 3.8)
     _draw_components(axes, x, modes[..., up], weights, **spread)
     axes.set_xticks(column[:, 0], [str(state + 1) for state in range(num_states)])

@@ -84,8 +84,12 @@ def test_component_modes_places_every_component(num_states, num_components, acti
     dots = [dot for axes in figure.axes for c in axes.collections if hasattr(c, "get_sizes") for dot in c.get_offsets()]
     assert len(dots) == num_states * num_components
     up = min(1, action_dim - 1)
-    drawn = {(round(x), np.round(y, 6)) for x, y in np.asarray(dots)}
-    assert drawn == {(state, np.round(mode[up], 6)) for state in range(num_states) for mode in modes[state]}
+    offset = {(round(x), np.round(y, 6)): x - round(x) for x, y in np.asarray(dots)}
+    placed = {(state, np.round(mode[up], 6)): mode[0] for state in range(num_states) for mode in modes[state]}
+    assert offset.keys() == placed.keys()
+    if action_dim > 1:  # as far from the middle of the column as the action from the middle of its range
+        slopes = [offset[place] / (action + 0.75) for place, action in placed.items()]
+        assert slopes == pytest.approx([slopes[0]] * len(slopes)) and slopes[0] > 0
 
 
 def test_the_first_action_dimension_goes_across_the_column_of_a_state():
