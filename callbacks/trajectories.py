@@ -72,7 +72,7 @@ class ActionTrajectories(Callback):
         x, y = (low[d] + (high[d] - low[d]) * centre for d in range(2))
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).unsqueeze(-2)
         grid = grid.expand(-1, -1, len(states), -1)
-        values = state["qvalue"](grid)[0].min(0).values.permute(2, 0, 1)
+        values = state["qvalue"](distribution.normalize(grid))[0].min(0).values.permute(2, 0, 1)
         return figures.action_trajectories(*(tensor.cpu().numpy() for tensor in (values, paths, low, high)))
 
 

@@ -17,11 +17,11 @@ from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBas
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Bounded, Composite
+from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.compositions import Composition, add_actions, multiply_densities
-from pmoe_lightning.distributions import DeterministicRule, TanhGaussianMixture
+from pmoe_lightning.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
 from pmoe_lightning.keys import beside
 from pmoe_lightning.networks import Initialization, initialize, make_mlp
 
@@ -285,6 +285,15 @@ def action_bounds(low: Tensor | Sequence[float], high: Tensor | Sequence[float])
     return low, high
 
 
+def spec_bounds(spec: TensorSpec | None, action_key: NestedKey) -> tuple[Tensor, Tensor]:
+    """The action bounds [A] that a spec states; -1 and 1, which change nothing, where it states none."""
+    leaf = spec.get(action_key, None) if isinstance(spec, Composite) else spec
+    if not isinstance(leaf, Bounded):
+        return torch.tensor(-1.0), torch.tensor(1.0)
+    low, high = leaf.space.low, leaf.space.high
+    return tuple(bound.reshape(-1, bound.shape[-1])[0].clone() for bound in (low, high))
+
+
 def check_choice(name: str, value: str, choices: Any) -> None:
     """Raise ValueError unless ``value`` is one of a ``Literal``'s words."""
     if value not in get_args(choices):
@@ -294,11 +303,12 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 class BestValueActor(TensorDictModuleBase):
     r"""The deterministic rule that asks the critics which component to follow.
 
-        a = squash(mu_b),    b = argmax_k min_i Q_i(s, squash(mu_k))
+        a = squash(mu_b),    b = argmax_k min_i Q_i(s, tanh(mu_k))
 
     Args:
         actor: a mixture actor; its ``deterministic`` rule is not used.
-        critics: modules that read the observation and the action and write ``state_action_value`` [*B, 1].
+        critics: modules that read the observation and the action, normalised to [-1, 1] as ``PMOESACLoss`` does, and
+            write ``state_action_value`` [*B, 1].
     """
 
     def __init__(self, actor: SafeProbabilisticTensorDictSequential, critics: Sequence[TensorDictModuleBase]) -> None:
@@ -308,7 +318,7 @@ class BestValueActor(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         distribution = self.actor.get_dist(tensordict.select(*self.in_keys))
-        modes = distribution.component_modes.movedim(-2, 0)
+        modes = TanhBounds.normalized(distribution.loc).squash(distribution.loc).movedim(-2, 0)
         states = {key: tensordict.get(key).expand(*modes.shape[:-1], -1) for key in self.in_keys}
         inputs = TensorDict({**states, self.out_keys[0]: modes}, batch_size=modes.shape[:-1])
         values = torch.stack([critic(inputs.copy())["state_action_value"].squeeze(-1) for critic in self.critics])

@@ -45,6 +45,15 @@ class TanhBounds:
         """Bounded action a(u). The clamp removes the last-bit overshoot of ``center + half_range``."""
         return (self._center + self._half_range * u.tanh()).clamp(self.low, self.high)
 
+    @classmethod
+    def normalized(cls, like: Tensor) -> TanhBounds:
+        """The bounds -1 and 1, of the type and on the device of a tensor: what everything that learns sees."""
+        return cls(like.new_full((), -1.0), like.new_full((), 1.0))
+
+    def normalize(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """The action in units of its bounds: ``low`` becomes -1 and ``high`` 1. Exact where the bounds are these."""
+        return (action - self._center) / self._half_range
+
     def squash_derivative(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
         """da_d/du_d, zero where tanh has saturated."""
         return self._half_range * (1 - u.tanh().square())
@@ -52,7 +61,7 @@ class TanhBounds:
     def unsquash(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
         """The inverse of ``squash``, inexact where tanh has saturated; finite at the bounds."""
         limit = 1 - torch.finfo(action.dtype).eps
-        return ((action - self._center) / self._half_range).clamp(-limit, limit).atanh()
+        return self.normalize(action).clamp(-limit, limit).atanh()
 
     def log_abs_det_jacobian(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """sum_d log |da_d/du_d|, with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), finite for every u."""

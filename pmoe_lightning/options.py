@@ -28,7 +28,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
 from pmoe_lightning.actors import MixtureNetwork, Scale, action_bounds, check_choice
-from pmoe_lightning.distributions import DeterministicRule, TanhGaussianMixture
+from pmoe_lightning.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
 from pmoe_lightning.networks import Initialization, initialize
 
 _HALF_LOG_2PIE = 0.5 * math.log(2 * math.pi * math.e)
@@ -65,15 +65,15 @@ class OptionPolicies:
         return log_probs.gather(-1, option.unsqueeze(-1)).squeeze(-1) - self.mixture.log_abs_det_jacobian(u)
 
     def action_entropy(self, option: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-        r"""Entropy of pi_o(.|s) in nats: exact before tanh, plus one pathwise draw of the log-Jacobian of tanh.
+        r"""Entropy of pi_o(.|s), of the action normalised to [-1, 1], in nats: exact before tanh, plus one draw.
 
-            H = sum_d log(sigma_d sqrt(2 pi e)) + E_{u ~ pi_o}[log |da/du|]
+            H = sum_d log(sigma_d sqrt(2 pi e)) + E_{u ~ pi_o}[sum_d log(1 - tanh(u_d)^2)]
 
         Unbiased, and so is its gradient.
         """
         scale = self.mixture.take_component(self.mixture.scale, option)
         u = self.mixture.rsample_given(option)
-        return (scale.log() + _HALF_LOG_2PIE).sum(-1) + self.mixture.log_abs_det_jacobian(u)
+        return (scale.log() + _HALF_LOG_2PIE).sum(-1) + TanhBounds.normalized(u).log_abs_det_jacobian(u)
 
 
 class OptionNetwork(nn.Module):

@@ -108,6 +108,7 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
     complete = isinstance(run, dict) and isinstance(run.get("configuration"), dict) and isinstance(frames, int)
     if not complete or "experience" not in checkpoint:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
+    _check_units(checkpoint["policy"]["description"], path)
     now, then = describe(cfg), run["configuration"]
     differing = [key for key in {**then, **now} if now.get(key) != then.get(key)]
     if differing:
@@ -119,6 +120,16 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
     if frames >= cfg.total_frames:
         raise ConfigurationError(
             f"resume={path} has all of its {frames:,} frames: raise total_frames={cfg.total_frames} to extend the run"
+        )
+
+
+def _check_units(description: dict[str, Any], path: Path) -> None:
+    """Refuse what learned from actions in the environment's own units: here they are normalised to [-1, 1]."""
+    bounds = {abs(bound) for key in ("action_low", "action_high") for bound in description[key]}
+    if description.get("action_units") != "normalized" and bounds != {1}:
+        raise ConfigurationError(
+            f"resume={path} learned from actions in units of the environment, which are normalised now: it can be "
+            "evaluated, not resumed; train anew"
         )
 
 

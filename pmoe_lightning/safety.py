@@ -26,6 +26,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
 from pmoe_lightning.critics import QValueEnsemble
+from pmoe_lightning.distributions import TanhBounds
 from pmoe_lightning.hamiltonian import ActionValue
 
 
@@ -125,6 +126,7 @@ class SafePolicy(TensorDictModuleBase):
         policy: what proposes.
         values: what predicts reward and cost; where the policy ends with an action transform, its ``qvalue``.
         constraint: M and the limit.
+        low, high: the action bounds [A]; the values are of actions normalised to [-1, 1].
         observation_key: the only entry that the policy reads.
     """
 
@@ -133,12 +135,16 @@ class SafePolicy(TensorDictModuleBase):
         policy: TensorDictModuleBase,
         values: SafeValues,
         constraint: CostConstraint,
+        low: Tensor,
+        high: Tensor,
         *,
         observation_key: str = "observation",
     ) -> None:
         super().__init__()
         self.in_keys, self.out_keys = [observation_key], ["action"]
         self.policy, self.constraint = policy, constraint
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
         if any(module is values for module in policy.modules()):
             # Registered once: who puts other tensors into the modules would meet those of a second place as the own.
             self.__dict__["values"] = values
@@ -154,7 +160,8 @@ class SafePolicy(TensorDictModuleBase):
         if drawn:
             proposals.append(self._propose(observation, drawn, InteractionType.RANDOM))
         candidates = torch.cat(proposals)
-        chosen = choose_safe(*self.values.predict(observation, candidates), self.constraint.limit)
+        normalized = TanhBounds(self.low, self.high).normalize(candidates)
+        chosen = choose_safe(*self.values.predict(observation, normalized), self.constraint.limit)
         places = chosen.unsqueeze(0).unsqueeze(-1).expand(1, *candidates.shape[1:])
         return tensordict.set("action", candidates.gather(0, places).squeeze(0))
 

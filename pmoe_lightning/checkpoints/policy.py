@@ -101,7 +101,7 @@ def load_policy(
 
 
 def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
-    """The entry ``"policy"`` of a checkpoint, its description checked.
+    """The entry ``"policy"`` of a checkpoint, its description checked, its critics those of normalised actions.
 
     Raises:
         RunError: names what is missing or impossible.
@@ -120,6 +120,9 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     low, high = (_numbers(description, key, place) for key in ("action_low", "action_high"))
     if not low or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
         raise RunError(f"{place}: action_low and action_high are not ordered bounds of the same length")
+    units = description.get("action_units", "environment")
+    if units not in ("normalized", "environment"):
+        raise RunError(f"{place}: unknown action_units {units!r}")
     _get(description, "normalize_observation", bool, place)
     environment = _get(description, "env", dict, place)
     _get(environment, "id", str, f"{place}.env")
@@ -132,7 +135,38 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         _check_transform(_get(description, "action_transform", dict, place), f"{place}.action_transform")
     if description.get("safe") is not None:
         _check_safe(_get(description, "safe", dict, place), f"{place}.safe")
-    return entry
+    return entry if units == "normalized" else _with_normalized_actions(entry)
+
+
+def _with_normalized_actions(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry whose critics read actions in units of the environment, as all did once, as one of today.
+
+    Of a = c + h n a first layer makes W a + b = (W h) n + (b + W c). What does not fit is left for the load to refuse.
+    """
+    description = entry["description"]
+    low, high = (torch.tensor(description[key], dtype=torch.float32) for key in ("action_low", "action_high"))
+    center, half_range, size = (high + low) / 2, (high - low) / 2, description["observation_dim"]
+
+    def normalized(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        state_dict = dict(state_dict)
+        for key in [key for key in state_dict if str(key).endswith("module.layers.0.weight")]:
+            weight, bias = state_dict[key], state_dict.get(key.removesuffix("weight") + "bias")
+            fits = all(isinstance(value, torch.Tensor) and value.ndim for value in (weight, bias))
+            if fits and weight.shape[-1] == size + len(low) and weight.shape[:-1] == bias.shape:
+                of_state, of_action = weight.split([size, len(low)], -1)
+                state_dict[key] = torch.cat([of_state, of_action * half_range], -1)
+                state_dict[key.removesuffix("weight") + "bias"] = bias + of_action @ center
+        return state_dict
+
+    critics = entry.get("action_values")
+    if isinstance(critics, list) and all(isinstance(critic, Mapping) for critic in critics):
+        critics = [normalized(critic) for critic in critics]
+    return {
+        **entry,
+        "description": {**description, "action_units": "normalized"},
+        "state_dict": normalized(entry["state_dict"]),
+        "action_values": critics,
+    }
 
 
 def build_policy(
@@ -230,7 +264,8 @@ def _make_safe(
         return lambda policy: policy
     constraint = CostConstraint(**description["safe"])
     values = transform[0].qvalue if transform else _make_values(description, where)
-    return lambda policy: SafePolicy(policy, values, constraint, observation_key=actor.in_keys[0])
+    bounds = [torch.tensor(description[key]) for key in ("action_low", "action_high")]
+    return lambda policy: SafePolicy(policy, values, constraint, *bounds, observation_key=actor.in_keys[0])
 
 
 def _make_values(description: Mapping[str, Any], where: str) -> nn.Module:

@@ -267,8 +267,9 @@ class EvolveAction(TensorDictModuleBase):
 
     Args:
         transform: the transform; ``metropolis`` is its own.
-        qvalue: maps an observation [*B, O] to the ``ActionValue`` there. A module among its attributes belongs to the
-            policy: critics of the loss act with their live weights, and travel to other processes with the policy.
+        qvalue: maps an observation [*B, O] to the ``ActionValue`` there, of the action normalised to [-1, 1]. A module
+            among its attributes belongs to the policy: critics of the loss act with their live weights, and travel to
+            other processes with the policy.
         log_alpha: logarithm of the temperature; of the loss, it stays live, too.
         low, high: the action bounds [A].
         observation_key, action_key: entries the transform reads; it writes the latter.
@@ -322,7 +323,7 @@ class EvolveAction(TensorDictModuleBase):
         metropolis: bool,
     ) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
         """The evolved action, its u and its log-density, as a function of tensors alone; no log_prob counts as 0."""
-        bounds = TanhBounds(self.low, self.high)
+        bounds, normalized = TanhBounds(self.low, self.high), TanhBounds.normalized(action)
         u = bounds.unsquash(action) if u is None else u
         log_prob = action.new_zeros(action.shape[:-1]) if log_prob is None else log_prob
         evolution = self.transform(
@@ -331,7 +332,7 @@ class EvolveAction(TensorDictModuleBase):
             momentum,
             observation=observation,
             qvalue=self.qvalue(observation),
-            bounds=bounds,
+            bounds=normalized,
             alpha=self.log_alpha.detach().exp(),
             metropolis=metropolis,
         )

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss
 
-from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.actors import spec_bounds
+from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective
 from pmoe_lightning.keys import beside
 
@@ -27,6 +28,8 @@ class PMOEPPOLoss(ClipPPOLoss):
         loss_critic    = critic_coeff (V(s) - value_target)^2
         loss_qvalue    = qvalue_coeff (Q(s, a) - value_target)^2            } with ``routing``: PMOE-PPO
         loss_frequency = the frequency loss, components ranked by Q(s, .)   }
+
+    Q reads the action normalised to [-1, 1] by the bounds in the actor's spec, of which the entropy is, too.
 
     Three things differ from ``ClipPPOLoss``. The stored action is scored at ``action_unsquashed`` where the batch holds
     it: scoring through atanh is wrong by nats once tanh has saturated, and the first ratio would not be one. The
@@ -85,6 +88,8 @@ class PMOEPPOLoss(ClipPPOLoss):
         if routing is not None:
             self.convert_to_functional(qvalue_network, "qvalue_network")
         self.set_keys(action_unsquashed=beside(self.tensor_keys.action, "_unsquashed"))
+        for name, bound in zip(("low", "high"), spec_bounds(actor_network.spec, self.tensor_keys.action), strict=True):
+            self.register_buffer(f"action_{name}", bound.to(self.entropy_coeff), persistent=False)
         self.register_buffer("qvalue_coeff", torch.tensor(qvalue_coeff, device=self.entropy_coeff.device))
 
     def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictParams | None = None):
@@ -103,10 +108,11 @@ class PMOEPPOLoss(ClipPPOLoss):
         return log_prob, distribution, is_composite
 
     def objective(self, tensordict: TensorDictBase | None, distribution: TanhGaussianMixture) -> Objective:
-        """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s)."""
+        """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s), of the normalised action."""
+        bounds = TanhBounds.normalized(distribution.loc)
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-            log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+            log_prob = log_prob - bounds.log_abs_det_jacobian(u)
             return Evaluation(log_prob, log_prob, -log_prob)
 
         return objective
@@ -120,7 +126,9 @@ class PMOEPPOLoss(ClipPPOLoss):
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> Float[Tensor, "*B 1"]:
         """qvalue_coeff (Q(s, a) - value_target)^2 at the stored actions."""
-        inputs = tensordict.select(*self.qvalue_network.in_keys)
+        key = self.tensor_keys.action
+        normalized = TanhBounds(self.action_low, self.action_high).normalize(tensordict.get(key))
+        inputs = tensordict.select(*self.qvalue_network.in_keys).set(key, normalized)
         qvalue = self._qvalue(inputs, self.qvalue_network_params)
         return self.qvalue_coeff * (qvalue - tensordict.get(self.tensor_keys.value_target)).square()
 
@@ -132,7 +140,7 @@ class PMOEPPOLoss(ClipPPOLoss):
 
         def score(u: Float[Tensor, "K *B A"]) -> Float[Tensor, "K *B"]:
             entries = {key: tensordict.get(key).expand(*u.shape[:-1], -1) for key in state_keys}
-            entries[self.tensor_keys.action] = distribution.squash(u)
+            entries[self.tensor_keys.action] = TanhBounds.normalized(u).squash(u)
             inputs = TensorDict(entries, batch_size=u.shape[:-1])
             return self._qvalue(inputs, self.qvalue_network_params).squeeze(-1)
 

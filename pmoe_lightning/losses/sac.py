@@ -12,7 +12,9 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
+from torchrl.objectives.utils import distance_loss
 
+from pmoe_lightning.actors import spec_bounds
 from pmoe_lightning.critics import (
     KnownProducts,
     Linear,
@@ -22,7 +24,7 @@ from pmoe_lightning.critics import (
     stacked_qvalue,
     stacked_qvalue_at,
 )
-from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate
 from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction, HamiltonianTransform, differentiable
@@ -39,7 +41,11 @@ class PMOESACLoss(SACLoss):
 
     Each loss reaches exactly its own parameters, so the sum of all ``loss_*`` entries is stepped by one optimizer. A
     truncated transition bootstraps, a terminated one does not. With one component the losses and gradients equal
-    ``SACLoss`` with ``TanhNormal`` under the same random numbers.
+    ``SACLoss`` with ``TanhNormal`` under the same random numbers, where the action bounds are -1 and 1.
+
+    Whatever the bounds in the spec of the actor (or in ``action_spec``), everything here is of the action normalised to
+    [-1, 1]: what the critics read, the densities pi(a|s), the entropy and its target, the dynamics of the transform.
+    Minibatches hold actions in the units of the environment, in which the actor acts and scores.
 
     Args:
         actor_network: an actor whose distribution is a ``TanhGaussianMixture``.
@@ -75,6 +81,9 @@ class PMOESACLoss(SACLoss):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))
         super().__init__(actor_network, qvalue_network, loss_function=loss_function, **arguments)
+        spec = actor_network.spec if self._action_spec is None else self._action_spec
+        for name, bound in zip(("low", "high"), spec_bounds(spec, self.tensor_keys.action), strict=True):
+            self.register_buffer(f"action_{name}", bound.to(self.log_alpha), persistent=False)
         self.estimator = Marginalized() if estimator is None else estimator
         self.action_transform = action_transform
         # TorchRL creates this buffer at its first use; a state dict written before would not fit one written after.
@@ -103,7 +112,7 @@ class PMOESACLoss(SACLoss):
         parameters: TensorDictParams,
         linear: Linear | None = None,
     ) -> Float[Tensor, "Q *S"]:
-        """Q_i(s, a) of every critic at actions [*S, *B, A]; the states [*B] repeat over the sample dimensions."""
+        """Q_i(s, a) of every critic at normalised actions [*S, *B, A]; the states [*B] repeat over the samples."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         if self.stacks_qvalues:
             network = self.qvalue_network.module
@@ -115,6 +124,20 @@ class PMOESACLoss(SACLoss):
         inputs = TensorDict({**entries, self.tensor_keys.action: action}, batch_size=batch)
         return self._vmap_qnetworkN0(inputs, parameters).get(self.tensor_keys.state_action_value).squeeze(-1)
 
+    def normalize_action(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """An action of the environment as the critics read it."""
+        return TanhBounds(self.action_low, self.action_high).normalize(action)
+
+    def qvalue_v2_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reduced critic loss, and ``td_error`` [*B], the largest of the critics."""
+        target = self._compute_target_v2(tensordict)
+        action = self.normalize_action(tensordict.get(self.tensor_keys.action))
+        values = self.qvalues(tensordict, action, self.qvalue_network_params)
+        loss = distance_loss(values, target.expand_as(values), loss_function=self.loss_function).sum(0)
+        weights = self._maybe_get_priority_weight(tensordict)
+        td_error = (values - target).detach().abs().max(0).values
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights), {"td_error": td_error}
+
     def _distribution(self, tensordict: TensorDictBase) -> TanhGaussianMixture:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(tensordict)
@@ -125,8 +148,9 @@ class PMOESACLoss(SACLoss):
         distribution = self._distribution(next_tensordict)
         u, log_prob = _draw(distribution, self.estimator.log_prob)
         u, log_prob, *_ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
-        log_prob = log_prob - distribution.log_abs_det_jacobian(u)
-        next_value = self.target_value(next_tensordict, distribution.squash(u)) - self._alpha * log_prob
+        bounds = TanhBounds.normalized(u)
+        log_prob = log_prob - bounds.log_abs_det_jacobian(u)
+        next_value = self.target_value(next_tensordict, bounds.squash(u)) - self._alpha * log_prob
         bootstrapped = tensordict.clone(False)
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
@@ -138,6 +162,7 @@ class PMOESACLoss(SACLoss):
     def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
         """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
         evolve = self._evolution("actor_loss", tensordict, distribution)
+        bounds = TanhBounds.normalized(distribution.loc)
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
             u, log_prob, qvalue, diagnostics = evolve(u, log_prob)
@@ -151,8 +176,8 @@ class PMOESACLoss(SACLoss):
 
         def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor | None, linear: Linear) -> Evaluation:
             if qvalue is None:
-                qvalue = self.actor_value(tensordict, distribution.squash(u), linear)
-            log_prob = log_prob - distribution.log_abs_det_jacobian(u)
+                qvalue = self.actor_value(tensordict, bounds.squash(u), linear)
+            log_prob = log_prob - bounds.log_abs_det_jacobian(u)
             return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
         return objective
@@ -180,14 +205,15 @@ class PMOESACLoss(SACLoss):
         def evolve(u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
             evolution = transform(u, log_prob, momentum, **state)
             qvalue = evolution.qvalue if transform.critic_reduction == "min" else None
-            return evolution.u, evolution.log_prob, qvalue, transform.diagnose(u, evolution, distribution)
+            return evolution.u, evolution.log_prob, qvalue, transform.diagnose(u, evolution, state["bounds"])
 
         return evolve
 
     def state_of(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> dict[str, Any]:
         """What the action transform must know of the states of the tensordict: keywords of its ``forward``."""
         observation, qvalue = tensordict.get(self.actor_network.in_keys[0]), self.action_value(tensordict)
-        return {"observation": observation, "qvalue": qvalue, "bounds": distribution, "alpha": self._alpha}
+        bounds = TanhBounds.normalized(distribution.loc)
+        return {"observation": observation, "qvalue": qvalue, "bounds": bounds, "alpha": self._alpha}
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         """What the action transform climbs at the states of the tensordict: the critics, frozen."""
@@ -209,7 +235,7 @@ class PMOESACLoss(SACLoss):
         """
         if self.action_transform is None or "acting" not in self.action_transform.used_in:
             return actor
-        low, high = (actor[-1].get_buffer(name) for name in ("low", "high"))
+        low, high = self.action_low, self.action_high
         keys = {"observation_key": self.qvalue_network.in_keys[0], "action_key": self.tensor_keys.action}
         evolve = EvolveAction(self.action_transform, self.acting_values(), self.log_alpha, low, high, **keys)
         return TensorDictSequential(actor, evolve)

@@ -101,11 +101,12 @@ class SafeSACLoss(PMOESACLoss):
         """``PMOESACLoss.acting_policy`` as the proposer of a ``SafePolicy``, with the live critics of both kinds."""
         policy = super().acting_policy(actor)
         values = policy[-1].qvalue if isinstance(policy[-1], EvolveAction) else self.acting_values()
-        return SafePolicy(policy, values, self.constraint, observation_key=self.qvalue_network.in_keys[0])
+        bounds = self.action_low, self.action_high
+        return SafePolicy(policy, values, self.constraint, *bounds, observation_key=self.qvalue_network.in_keys[0])
 
     @torch.no_grad()
     def cost_target(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
-        """y_c of a tensordict that holds ("next", "action")."""
+        """y_c of a tensordict that holds ("next", "action"), normalised."""
         following = tensordict.get("next")
         action = following.get(self.tensor_keys.action)
         value = self.qvalues(following, action, self.target_cost_network_params).max(0).values
@@ -116,7 +117,8 @@ class SafeSACLoss(PMOESACLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         out = super().forward(tensordict)
         target = self.cost_target(tensordict)
-        predicted = self.qvalues(tensordict, tensordict.get(self.tensor_keys.action), self.cost_network_params)
+        action = self.normalize_action(tensordict.get(self.tensor_keys.action))
+        predicted = self.qvalues(tensordict, action, self.cost_network_params)
         weights = self._maybe_get_priority_weight(tensordict)
         loss_cost = (predicted - target).square().sum(0)
         out.set("loss_cost", self._reduce_loss(loss_cost, tensordict=tensordict, weights=weights))
