@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
@@ -21,6 +29,8 @@ from pmoe_lightning import (
     make_qvalue_network,
     make_value_network,
 )
+from pmoe_lightning.checkpoints import read_checkpoint
+from pmoe_lightning.train import main
 
 A, OBSERVATION = 2, 3
 UNIT = ([-1.0] * A, [1.0] * A)
@@ -160,3 +170,62 @@ def test_ppo_with_routing_ranks_normalised_actions(bounds):
         outs.append((out["loss_qvalue"], out["loss_frequency"], out["entropy"], *gradients))
     for unit, other in zip(*outs, strict=True):
         assert torch.equal(unit, other)
+
+
+class NormalizedTask(gymnasium.Env):
+    """One step an episode; what an action earns depends on where it lies between the bounds."""
+
+    observation_space = Box(-1.0, 1.0, (OBSERVATION,), np.float32)
+
+    def __init__(self, low: float = -1.0, high: float = 1.0) -> None:
+        self.action_space = Box(np.float32(low), np.float32(high), (A,))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, OBSERVATION).astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        low, high = self.action_space.low.astype(float), self.action_space.high.astype(float)
+        n = (action - (high + low) / 2) / ((high - low) / 2)
+        return np.zeros(OBSERVATION, np.float32), -float(np.square(n - 0.5).sum()), True, False, {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Callable[..., dict[str, Any]]:
+    """The checkpoint of a short run of the train command with these bounds."""
+    gymnasium.register("NormalizedTask-v0", NormalizedTask)
+
+    def train_command(low: float, high: float) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("run")
+        words = ["algo=sac", "env.id=NormalizedTask-v0", f"+env.low={low}", f"+env.high={high}", "total_frames=264"]
+        words += ["data.init_random_frames=64", "data.frames_per_epoch=264", "algo.hidden_sizes=[16]"]
+        words += ["data.batch_size=32", "data.frames_per_batch=8", "logger=none", "callbacks=minimal", "compile=false"]
+        with pytest.MonkeyPatch.context() as patch, restored_signals():
+            patch.setattr(sys, "argv", ["train", *words, f"hydra.run.dir={folder}"])
+            main()
+        return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+    yield train_command
+    del gymnasium.registry["NormalizedTask-v0"]
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_the_train_command_learns_the_same_weights_with_every_power_of_two(trained):
+    """Two hundred updates, with random actions, replay and evaluation of the real command."""
+    unit, small = trained(-1.0, 1.0), trained(-(2.0**-7), 2.0**-7)
+    assert unit["updates"] == small["updates"] == 200
+    for name, tensor in unit["state_dict"].items():
+        if not name.endswith((".low", ".high")):
+            assert torch.equal(tensor, small["state_dict"][name]), name
+    actions = (run["experience"][0]["replay"]["transitions"]["action"] for run in (unit, small))
+    assert torch.equal(next(actions), next(actions) * 2.0**7)
+    assert small["policy"]["description"]["action_units"] == "normalized"
