@@ -347,7 +347,8 @@ def test_a_checkpoint_can_act_by_its_own_action_values(make, data, tmp_path):
     modes = algorithm.actor.get_dist(seen).component_modes
     values = []
     for k in range(modes.shape[-2]):
-        inputs = TensorDict({algorithm.observation_key: seen[algorithm.observation_key], "action": modes[:, k]}, [64])
+        normalized = modes[:, k] / HIGH[0]
+        inputs = TensorDict({algorithm.observation_key: seen[algorithm.observation_key], "action": normalized}, [64])
         values.append(qvalues_of(algorithm, inputs))
     best = torch.stack(values, -1).argmax(-1)
     torch.testing.assert_close(action, modes[torch.arange(64), best])

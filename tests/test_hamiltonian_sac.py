@@ -29,7 +29,7 @@ from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.data import OffPolicyData
-from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.estimators import (
@@ -298,10 +298,11 @@ def test_the_critic_target_by_hand():
     u = distribution.rsample_unsquashed()
     log_prob, momentum = distribution.log_prob_unsquashed(u), torch.randn_like(u)
     live = differentiable(lambda action: loss.qvalues(after, action, loss.qvalue_network_params))
-    state = {"observation": after["observation"], "qvalue": live, "bounds": distribution, "alpha": 1.0}
+    unit = TanhBounds.normalized(u)
+    state = {"observation": after["observation"], "qvalue": live, "bounds": unit, "alpha": 1.0}
     evolution = loss.action_transform(u, log_prob, momentum, **state)
-    log_prob = evolution.log_prob - distribution.log_abs_det_jacobian(evolution.u)
-    values = loss.qvalues(after, distribution.squash(evolution.u), loss.target_qvalue_network_params).min(0).values
+    log_prob = evolution.log_prob - unit.log_abs_det_jacobian(evolution.u)
+    values = loss.qvalues(after, unit.squash(evolution.u), loss.target_qvalue_network_params).min(0).values
     expected = after["reward"] + 0.99 * (1 - after["terminated"].float()) * (values - log_prob).unsqueeze(-1)
     torch.testing.assert_close(target.unsqueeze(-1), expected.detach(), rtol=1e-4, atol=1e-4)
 
@@ -364,19 +365,19 @@ def test_evolved_actions_have_a_higher_value_on_a_trained_critic(trained, force,
     states = TensorDict({"observation": observation}, [2000])
     distribution = trained.actor.get_dist(states.clone())
     u = distribution.rsample_unsquashed().detach()
+    unit = TanhBounds.normalized(u)
     evolution = evolve(
         u,
         torch.zeros(2000),
         evolve.sample_momentum(u),
         observation=observation,
         qvalue=loss.action_value(states),
-        bounds=distribution,
+        bounds=unit,
         alpha=loss._alpha,
     )
     gain = evolution.qvalue_gain
     before, after = (
-        loss.qvalues(states, distribution.squash(at), loss.qvalue_network_params).min(0).values
-        for at in (u, evolution.u)
+        loss.qvalues(states, unit.squash(at), loss.qvalue_network_params).min(0).values for at in (u, evolution.u)
     )
     torch.testing.assert_close(gain, (after - before).detach(), rtol=1e-3, atol=1e-3)
     assert gain.mean() > 5 * gain.std() / 2000**0.5
@@ -483,7 +484,7 @@ def test_the_log_density_an_actor_writes_becomes_the_bound():
         momentum,
         observation=states["observation"],
         qvalue=algorithm.loss.action_value(states),
-        bounds=mixture,
+        bounds=TanhBounds.normalized(u),
         alpha=1.0,
     )
     expected = evolution.log_prob - mixture.log_abs_det_jacobian(evolution.u)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from mlflow import MlflowClient
 
 from pmoe_lightning.checkpoints import read_checkpoint
@@ -263,3 +264,24 @@ def test_what_cannot_be_resumed_is_one_line(words, code, message, finished, trai
     said = train(*TRACKED, "logger=none", *(["total_frames=256"] if len(words) == 1 else []), *words, code=code)
     assert message in said and said.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["acting.ckpt", "newer.ckpt"]
+
+
+FIXTURE = ["algo=sac", "algo.hidden_sizes=[32,32]", "data.init_random_frames=256", "data.batch_size=64"]
+FIXTURE += ["data.frames_per_epoch=512", "logger=none", "callbacks=minimal", "compile=false"]
+
+
+def test_what_learned_from_actions_in_units_of_the_environment_is_not_resumed(train):
+    """Its bounds are +-2; the entropy it aimed at and the actions its critics read are of another size."""
+    checkpoint = ROOT / "tests" / "fixtures" / "sac-pendulum.ckpt"
+    words = [*FIXTURE, "env.id=Pendulum-v1", "total_frames=1056", f"resume={checkpoint}"]
+    assert "it can be evaluated, not resumed" in train(*words, code=2)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_the_bounds_are_one(train, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "fixtures" / "sac-halfcheetah.ckpt", folder / "last.ckpt")
+    train(*FIXTURE, "total_frames=1056", f"resume={folder.parent}", f"hydra.run.dir={folder.parent}")
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    assert checkpoint["policy"]["env_frames"] == 1056 and checkpoint["updates"] == 768 + 32
+    assert checkpoint["policy"]["description"]["action_units"] == "normalized"

@@ -44,7 +44,8 @@ class AbstractAlgorithm(LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.loss, self.actor, self.policy = loss, actor, policy
-        self.policy_description = dict(policy_description or {})
+        # What the critics read, and so what whoever acts by them must hand them.
+        self.policy_description = {**(policy_description or {}), "action_units": "normalized"}
         self.updates = 0
         self.last_observation: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
