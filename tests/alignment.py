@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,24 @@ def products_depend_on_alignment() -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+@contextmanager
+def numpy_memory_begins(past: int) -> Iterator[None]:
+    """Within this context ``numpy.empty`` gives memory ``past`` bytes after a cache line: it differs by process."""
+    empty = np.empty
+
+    def empty_at(shape: int | tuple[int, ...], dtype: type = float) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = empty(size + 2 * _CACHE_LINE, np.uint8)
+        start = -memory.ctypes.data % _CACHE_LINE + past
+        return memory[start : start + size].view(dtype).reshape(shape)
+
+    np.empty = empty_at
+    try:
+        yield
+    finally:
+        np.empty = empty
 
 
 def _dependent(name: str, first: int):

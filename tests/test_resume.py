@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from alignment import numpy_memory_begins, products_depend_on_alignment
 from mlflow import MlflowClient
 from waiting import HANG_SECONDS, wait_until
 
@@ -96,6 +97,27 @@ def test_a_run_that_is_extended_is_the_run_that_was_longer(words, train, tmp_pat
     assert differing(whole, extended) == []
     assert {"simulators", "random_states", "root"} <= extended["experience"][0].keys()
     assert differing(whole, half), "the second part of the run changed nothing"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*SAC, "env=Hopper-v5", "data.utd_ratio=0.1", "data.num_envs=2"],
+        [*PPO, "env=Hopper-v5", "actor=pmoe", "data.num_envs=1", "data.normalize_observation=false"],
+    ],
+    ids=["sac", "ppo"],
+)
+def test_a_resumed_run_does_not_depend_on_where_its_process_has_memory(words, train, tmp_path):
+    """On a processor whose products do, and in a process that hands NumPy other addresses than the first one."""
+    words = [*words, "algo.hidden_sizes=[16]", "logger=none", "callbacks=minimal"]
+    with products_depend_on_alignment():
+        with numpy_memory_begins(0):
+            train(*words, "total_frames=320", "hydra.run.dir=whole")
+        with numpy_memory_begins(16):
+            train(*words, "total_frames=192", "hydra.run.dir=resumed")
+        with numpy_memory_begins(48):
+            train(*words, "total_frames=320", "resume=resumed")
+    assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "resumed")) == []
 
 
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
