@@ -31,7 +31,7 @@ from torchrl.envs import EnvBase
 from pmoe_lightning.checkpoints.files import read_checkpoint, remove_leftovers
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
 from pmoe_lightning.errors import ConfigurationError
-from pmoe_lightning.networks import set_matmul_precision
+from pmoe_lightning.networks import bfloat16_over_float32, set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe
@@ -41,6 +41,8 @@ from pmoe_lightning.tracking import check_server, run_status
 _log = logging.getLogger(__name__)
 #: Below this many updates in a process, a run is over before compiling has repaid the time it takes.
 UPDATES_TO_REPAY_COMPILING = 10_000
+#: From this ratio of times on bfloat16 is called slower than float32; below it is the noise of the measurement.
+_SLOWER = 1.1
 _TOP_LEVEL_PARAMETERS = ("seed", "total_frames", "num_threads", "compile", "matmul_precision")
 #: What names a part's class or what only other parts read, as opposed to its arguments.
 _NOT_ARGUMENTS = ("_target_", "_partial_", "suggests", "normalize_observation", "normalize_reward")
@@ -196,8 +198,8 @@ def check_matmul_precision(precision: str, accelerator: str) -> None:
     on_cpu = accelerator == "cpu"
     if precision == "tf32" and on_cpu:
         raise ConfigurationError("matmul_precision=tf32 is a number format of GPUs: use float32 on a CPU")
-    if precision == "bf16-hidden" and on_cpu and not torch.cpu._is_amx_tile_supported():
-        _log.warning("matmul_precision=bf16-hidden: this CPU has no AMX, so bfloat16 is slower than float32 here")
+    if precision == "bf16-hidden" and on_cpu and (ratio := bfloat16_over_float32()) > _SLOWER:
+        _log.warning("matmul_precision=bf16-hidden: a product takes %.1f times as long as in float32 here", ratio)
 
 
 def check_devices(trainer: DictConfig) -> None:

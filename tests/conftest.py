@@ -13,6 +13,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 from beartype import beartype
+from waiting import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,10 +76,10 @@ def clean_environ() -> dict[str, str]:
 def run_module(tmp_path: Path, clean_environ: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
     """``run_module("pmoe_lightning.train", "algo=sac")`` in an empty folder, as a user would."""
 
-    def run(module: str, *words: str, timeout: float = 300, **environ: str) -> subprocess.CompletedProcess:
+    def run(module: str, *words: str, **environ: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", module, *words]
         return subprocess.run(
-            command, cwd=tmp_path, env=clean_environ | environ, capture_output=True, text=True, timeout=timeout
+            command, cwd=tmp_path, env=clean_environ | environ, capture_output=True, text=True, timeout=HANG_SECONDS
         )
 
     return run

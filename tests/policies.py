@@ -14,6 +14,7 @@ SPACES = {
     "Pendulum-v1": (3, [-2.0], [2.0]),
     "InvertedPendulum-v5": (4, [-3.0], [3.0]),
     "Hopper-v5": (11, [-1.0] * 3, [1.0] * 3),
+    "probe_envs:Forgetful-v0": (11, [-1.0] * 3, [1.0] * 3),
     "HalfCheetah-v5": (17, [-1.0] * 6, [1.0] * 6),
 }
 

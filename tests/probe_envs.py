@@ -1,4 +1,4 @@
-"""A scripted Gymnasium environment, about which every stored number can be predicted."""
+"""Gymnasium environments for tests: one of which every stored number can be predicted, one that forgets rounding."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count, cycle, islice
@@ -49,6 +49,34 @@ class ScriptedEnv(gymnasium.Env):
 def make_scripted_env(*, num_envs: int = 1, seed: int | None = 0, carry: Sequence[str] = ()) -> GymnasiumEnv:
     """A batch of scripted environments; environment i plays the script from its entry i on."""
     return GymnasiumEnv([ScriptedEnv(SCRIPT[i:] + SCRIPT[:i]) for i in range(num_envs)], seed=seed, carry=carry)
+
+
+class ForgetfulEnv(gymnasium.Env):
+    """x' = x / 2 + action + noise in 11 dimensions, of which actions move the first 3; episodes end by chance alone.
+
+    A simulator of bodies multiplies a difference in the last bit of an action with every step. This one halves it, so
+    that whole runs of two computations can be compared within the rounding of one.
+    """
+
+    observation_space = Box(-np.inf, np.inf, (11,), np.float64)
+    action_space = Box(-1.0, 1.0, (3,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.x = self.np_random.normal(size=11)
+        return self.x.copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.x = self.x / 2 + self.np_random.normal(size=11)
+        self.x[:3] += action
+        return self.x.copy(), -abs(self.x[0]), *(self.np_random.random(2) < 0.06).tolist(), {}
+
+
+gymnasium.register("Forgetful-v0", ForgetfulEnv)
+
+
+def make_forgetful_env(*, num_envs: int = 1, seed: int | None = 0, carry: Sequence[str] = ()) -> GymnasiumEnv:
+    return GymnasiumEnv([ForgetfulEnv() for _ in range(num_envs)], seed=seed, carry=carry)
 
 
 class Transition(NamedTuple):

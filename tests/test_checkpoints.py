@@ -20,6 +20,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from policies import make_policy
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
+from waiting import HANG_SECONDS
 
 from pmoe_lightning.checkpoints import load_policy, read_checkpoint, resolve_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
@@ -81,7 +82,7 @@ import sys
 from pmoe_lightning import load_policy
 print([name for name in ("lightning", "mlflow", "hydra", "omegaconf", "matplotlib") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -327,7 +328,7 @@ def test_a_killed_writer_never_damages_the_checkpoint(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED_WRITER, str(tmp_path / "last.ckpt"), "40"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 40

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from mlflow import MlflowClient
 from tensordict import assert_close
 from test_collector import POLICIES
-from test_devices import wait_for
 from test_resume import LAST
 from test_workers import FRAMES, alone, change_everything, trained_between
+from waiting import HANG_SECONDS, wait_until
 
 from pmoe_lightning.configuration import compose_jobs, normalise_argv, validate
 from pmoe_lightning.envs import make_env
@@ -72,16 +71,13 @@ def test_a_run_outlives_one_of_three_nodes(cluster, store, tmp_path, clean_envir
     environ = clean_environ | {"RAY_ADDRESS": cluster.address}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=environ, **pipes)
-    wait_for(tmp_path / "run" / LAST, process)
+    wait_until((tmp_path / "run" / LAST).exists, process)
     assert [len(workers_of(node)) for node in cluster.list_all_nodes()] == [1, 1, 1]
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     frames = torch.load(tmp_path / "run" / LAST, weights_only=True)["policy"]["env_frames"]
     assert frames < 4800, "it was over before a node was lost"
-    deadline = time.monotonic() + 120
-    while sum(len(workers_of(node)) for node in cluster.list_all_nodes()) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, "the lost worker has not come back"
-        time.sleep(0.5)
-    _, errors = process.communicate(timeout=400)
+    wait_until(lambda: sum(len(workers_of(node)) for node in cluster.list_all_nodes()) == 3, process)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, errors
     checkpoint = torch.load(tmp_path / "run" / LAST, weights_only=True)
     assert checkpoint["policy"]["env_frames"] == 4800

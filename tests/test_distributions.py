@@ -355,7 +355,7 @@ def test_max_weight_takes_the_mean_of_the_heaviest_component():
     heaviest = mixture.weights.argmax(-1)
     expected = mixture.squash(mixture.loc)[torch.arange(50), heaviest]
     for action in (mixture.deterministic_sample, mixture.mode):
-        torch.testing.assert_close(action, expected, rtol=0, atol=0)
+        torch.testing.assert_close(action, expected)  # the tanh of another position in memory
     torch.testing.assert_close(mixture.component_modes, mixture.squash(mixture.loc), rtol=0, atol=0)
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 from policies import make_policy
 from tensordict import TensorDict
+from waiting import HANG_SECONDS
 
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.checkpoints.files import write_checkpoint
@@ -57,10 +57,10 @@ def plain_loop(policy: Any, env_id: str, seed: int) -> tuple[float, int]:
     return total, length
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v5"])
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "probe_envs:Forgetful-v0"])
 def test_episodes_are_those_of_a_plain_loop(env_id: str) -> None:
     policy = load_policy(make_policy(env_id)[1])
-    # Two rounds, the second one not full; a hopper falls after a different time in each environment.
+    # Two rounds, the second one not full; the forgetful environment ends after a different time in each episode.
     result = evaluate_policy(policy, make_env(env_id, num_envs=3, max_episode_steps=60), episodes=5, seed=40)
     expected = [plain_loop(policy, env_id, 40 + i) for i in range(5)]
     assert result.lengths == tuple(length for _, length in expected)
@@ -276,14 +276,12 @@ def test_a_checkpoint_cannot_choose_what_is_imported(
 
 
 def test_help_comes_at_once() -> None:
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "pmoe_lightning.evaluate", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
     assert all(key in done.stdout for key in ("checkpoint", "episodes", "rule", "video"))
     assert "torch" not in done.stderr and "gymnasium" not in done.stderr and "mlflow" not in done.stderr
-    assert time.monotonic() - start < 5.0  # 0.2 s on an idle machine
 
 
 def test_a_mujoco_policy_from_the_shell_without_a_display(tmp_path: Path) -> None:
@@ -293,7 +291,9 @@ def test_a_mujoco_policy_from_the_shell_without_a_display(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "pmoe_lightning.evaluate", "--checkpoint", "best.ckpt", "episodes=2", "video=true"]
     env = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=240)
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["lengths"] == [3, 3]

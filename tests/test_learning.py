@@ -26,7 +26,7 @@ def test_pendulum_is_solved(algo, seed, run_module, tmp_path):
     chosen, enough = SOLVED[algo]
     words = [*chosen, f"seed={seed}", "logger=none"]
     words += ["callbacks=[metrics,evaluation,checkpoint_best]", "callbacks.evaluation.episodes=20", "hydra.run.dir=run"]
-    done = run_module("pmoe_lightning.train", *words, timeout=1500)
+    done = run_module("pmoe_lightning.train", *words)
     assert done.returncode == 0, done.stderr
     policy = load_policy(tmp_path / "run" / "checkpoints" / "best.ckpt")
     env = with_memory(make_env, policy)("Pendulum-v1", num_envs=20)

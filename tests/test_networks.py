@@ -10,7 +10,7 @@ from tensordict import TensorDict
 
 from pmoe_lightning.critics import make_qvalue_network, stacked_layers, stacked_qvalue, stacked_qvalue_at
 from pmoe_lightning.hamiltonian import differentiable
-from pmoe_lightning.networks import make_mlp, set_matmul_precision
+from pmoe_lightning.networks import bfloat16_over_float32, make_mlp, matmul_precision, set_matmul_precision
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,14 @@ def test_only_products_between_hidden_layers_are_taken_in_bfloat16():
     assert torch.equal(layers(x), relu(rounded))
     assert not torch.equal(layers(x), exact)
     torch.testing.assert_close(layers(x), exact, rtol=0, atol=0.02)  # 32 factors of 8 bits each
+
+
+def test_the_time_of_bfloat16_is_measured_and_leaves_no_trace():
+    drawn, threads = torch.get_rng_state(), torch.get_num_threads()
+    set_matmul_precision("bf16-hidden")
+    assert 0.0 < bfloat16_over_float32(size=64, pairs=3) < float("inf")
+    assert matmul_precision() == "bf16-hidden"
+    assert torch.equal(torch.get_rng_state(), drawn) and torch.get_num_threads() == threads
 
 
 def test_networks_of_one_hidden_layer_stay_exact_in_bf16_hidden():

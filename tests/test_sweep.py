@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from waiting import HANG_SECONDS, wait_until
 
 from pmoe_lightning.configuration import compose_jobs, register
 from pmoe_lightning.errors import ConfigurationError
@@ -101,11 +101,9 @@ def test_a_stopped_sweep_starts_no_further_job(tmp_path, store, clean_environ):
     words = ["-m", *SHORT, "total_frames=1_000_000", "seed=1,2", "hydra.sweep.dir=sweep"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
     with subprocess.Popen(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 240
-        while not list(tmp_path.glob("sweep/0-*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: list(tmp_path.glob("sweep/0-*/checkpoints/last.ckpt")), process)
         process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 143 and "Traceback" not in errors
     parent, children, _ = family(store)
     assert [run.info.status for run in (parent, *children)] == ["KILLED", "KILLED"]

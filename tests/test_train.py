@@ -16,6 +16,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 from tensordict import TensorDict
+from waiting import HANG_SECONDS, RETRIES_SECONDS, wait_until
 
 import pmoe_lightning.train
 from pmoe_lightning import load_policy
@@ -146,10 +147,7 @@ def started(command: list[str], **arguments) -> Iterator[subprocess.Popen]:
 
 
 def wait_for_first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
-    while not (folder / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the run does not get going"
-        time.sleep(0.1)
+    wait_until((folder / "checkpoints" / "last.ckpt").exists, process)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
@@ -159,7 +157,7 @@ def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, st
     with started(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
         wait_for_first_checkpoint(tmp_path / "run", process)
         process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == code
     assert "Traceback" not in errors
     run, client = the_run(tmp_path)
@@ -181,12 +179,9 @@ def test_a_run_stopped_under_mlflow_run_ends_as_killed(number, tmp_path, store, 
     with started(command, env=environ, stderr=subprocess.DEVNULL) as process:
         wait_for_first_checkpoint(tmp_path / "run", process)
         os.killpg(process.pid, number)  # as a terminal or a scheduler does: to every process of the group
-        process.wait(timeout=90)
+        process.wait(HANG_SECONDS)
         # On SIGTERM ``mlflow run`` is gone at once, while the training still saves and closes.
-        deadline = time.monotonic() + 60
-        while the_run(tmp_path)[0].info.status != "KILLED" and time.monotonic() < deadline:
-            time.sleep(0.5)
-    assert the_run(tmp_path)[0].info.status == "KILLED"
+        wait_until(lambda: the_run(tmp_path)[0].info.status == "KILLED")
 
 
 def test_a_bug_keeps_its_traceback_and_the_run_is_failed(run_module, tmp_path, store, clean_environ):
@@ -255,7 +250,7 @@ def test_an_unreachable_server_is_one_line_and_leaves_nothing(refused):
     start = time.monotonic()
     code, line = refused("logger.tracking_uri=http://127.0.0.1:9")
     assert code == 1 and line.startswith("error: ") and "127.0.0.1:9" in line
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < RETRIES_SECONDS
 
 
 @pytest.mark.parametrize(("content", "named"), [(None, "missing.ckpt"), (b"not a checkpoint", "damaged.ckpt")])

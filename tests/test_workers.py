@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from probe_envs import expected_transitions
+from probe_envs import expected_transitions, make_forgetful_env
 from tensordict import TensorDictBase, assert_close
 from tensordict.nn import TensorDictModuleBase
-from test_collector import POLICIES
+from test_collector import POLICIES, ROUNDING
 from test_data import make_policy, off_policy, on_policy
-from test_devices import is_alive, wait_for
+from test_devices import is_alive
 from test_resume import LAST, differing, state_of
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
+from waiting import HANG_SECONDS, wait_until
 
 from pmoe_lightning.data import OffPolicyData
 from pmoe_lightning.data.collection import CollectedData
@@ -92,30 +92,29 @@ def test_workers_yield_what_their_collectors_would_here_with_the_live_policy(nam
     torch.manual_seed(0)
     policy = POLICIES[name]()
     initial = {key: value.clone() for key, value in policy.state_dict().items()}
-    make = with_memory(partial(make_env, "Hopper-v5"), policy)
+    make = with_memory(make_forgetful_env, policy)
     train = partial(change_everything, policy)
     together = trained_between(closing(workers(make, policy)), train)
     for worker in range(2):
         policy.load_state_dict(initial)
         for actual, expected in zip(together, alone(make, policy, worker, train), strict=True):
-            assert_close(actual[2 * worker : 2 * worker + 2], expected, rtol=0, atol=1e-5)  # float32, other memory
+            assert_close(actual[2 * worker : 2 * worker + 2], expected, rtol=ROUNDING, atol=ROUNDING)
     assert not torch.equal(together[0][:2]["action"], together[0][2:]["action"])
 
 
 @pytest.mark.slow
 def test_workers_act_with_a_compiled_policy_that_is_the_live_one(closing):
-    """Six steps at a time: rounding differs in the last digit, and a simulator multiplies such differences."""
     torch.manual_seed(0)
     policy = POLICIES["sac-gated-safe"]()
     initial = {key: value.clone() for key, value in policy.state_dict().items()}
-    make = with_memory(partial(make_env, "Hopper-v5"), policy)
+    make = with_memory(make_forgetful_env, policy)
     collected = []
     for compile in (True, False):
         policy.load_state_dict(initial)
-        collector = closing(workers(make, policy, frames_per_batch=24, compile=compile))
+        collector = closing(workers(make, policy, compile=compile))
         collected.append(trained_between(collector, partial(change_everything, policy)))
     for compiled, readable in zip(*collected, strict=True):
-        assert_close(compiled, readable, rtol=1e-3, atol=1e-3)
+        assert_close(compiled, readable, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_every_frame_of_every_worker_is_counted_once(closing):
@@ -160,10 +159,9 @@ def test_a_worker_that_dies_is_named_and_takes_the_others_with_it(closing):
     data.collect()
     victim, other = (process.pid for process in data.collector.procs)
     os.kill(victim, signal.SIGKILL)
-    began = time.monotonic()
     with pytest.raises(RunError, match=r"^collection worker 0 of 2 was killed by SIGKILL$"):
         data.collect()
-    assert time.monotonic() - began < 20 and not is_alive(other)
+    assert not is_alive(other)
     with pytest.raises(RunError, match="not saved"):
         data.experience()
 
@@ -202,24 +200,19 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def assert_all_end(pids: list[int], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def wait_for_the_end_of(pids: list[int]) -> None:
+    wait_until(lambda: not any(map(is_alive, pids)))
 
 
 @pytest.mark.slow
 def test_a_run_whose_worker_dies_fails_with_one_line_and_leaves_no_process(start, store, tmp_path):
     process = start(*PPO, "total_frames=1_000_000", "hydra.run.dir=run")
-    wait_for(tmp_path / "run" / LAST, process)
+    wait_until((tmp_path / "run" / LAST).exists, process)
     pids = children(process)
     worker = next(pid for pid in pids if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(worker, signal.SIGKILL)
-    began = time.monotonic()
-    errors = process.communicate(timeout=60)[1]
-    assert time.monotonic() - began < 30
-    assert_all_end(pids, 5)
+    errors = process.communicate(timeout=HANG_SECONDS)[1]
+    wait_for_the_end_of(pids)
     assert process.returncode == 1 and "Traceback" not in errors, errors
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert lines in [[f"error: collection worker {w} of 2 was killed by SIGKILL"] for w in (0, 1)]
@@ -231,20 +224,18 @@ def test_a_run_whose_worker_dies_fails_with_one_line_and_leaves_no_process(start
 @pytest.mark.parametrize("words", [SAC, PPO], ids=["sac", "ppo"])
 def test_a_run_stopped_by_ctrl_c_goes_on_exactly(words, start, tmp_path):
     """Ctrl-C reaches the workers too, which leave it to the training process."""
-    words = [*words, "total_frames=1920", "logger=none"]
-    process = start(*words, "hydra.run.dir=stopped")
-    wait_for(tmp_path / "stopped" / LAST, process)
+    words = [*words, "logger=none", "compile=false"]
+    process = start(*words, "total_frames=1_000_000", "hydra.run.dir=stopped")
+    wait_until((tmp_path / "stopped" / LAST).exists, process)
     pids = children(process)
     os.killpg(process.pid, signal.SIGINT)
-    began = time.monotonic()
-    errors = process.communicate(timeout=60)[1]
-    assert time.monotonic() - began < 15  # on two busy cores
+    errors = process.communicate(timeout=HANG_SECONDS)[1]
     assert process.returncode == 130 and "stopping after this iteration" in errors, errors
     assert "Traceback" not in errors
-    assert_all_end(pids, 5)
-    assert state_of(tmp_path / "stopped")["policy"]["env_frames"] < 1920, "it was over before it was stopped"
+    wait_for_the_end_of(pids)
+    words.append(f"total_frames={state_of(tmp_path / 'stopped')['policy']['env_frames'] + 640}")
     for more in (["resume=stopped"], ["hydra.run.dir=whole"]):
         process = start(*words, *more)
-        errors = process.communicate(timeout=600)[1]
+        errors = process.communicate(timeout=HANG_SECONDS)[1]
         assert process.returncode == 0, errors
     assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")) == []

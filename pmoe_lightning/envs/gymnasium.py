@@ -164,7 +164,7 @@ class GymnasiumEnv(EnvBase):
     def empty_root(self, *steps: int) -> dict[str, np.ndarray]:
         """Arrays [*steps, N, ...] for the entries of a root, before anything is observed."""
         n = len(self.envs)
-        arrays = {"observation": np.empty((*steps, *self._observation_shape), np.float32)}
+        arrays = {"observation": _aligned((*steps, *self._observation_shape), torch.float32)}
         arrays |= zip(_FLAGS, np.zeros((3, *steps, n, 1), np.bool_), strict=True)
         return arrays | {key: np.full((*steps, n, 1), -1, np.int64) for key in self._carried.values()}
 
@@ -172,10 +172,10 @@ class GymnasiumEnv(EnvBase):
         """Arrays [*steps, N, ...] for the entries of ``next``, before anything has happened."""
         arrays = self.empty_root(*steps)
         shape = (*steps, len(self.envs), 1)
-        arrays["reward"], arrays["episode_return"] = np.empty((2, *shape), np.float32)
+        arrays["reward"], arrays["episode_return"] = _aligned((2, *shape), torch.float32)
         arrays["episode_length"] = np.empty(shape, np.int64)
         if self.cost is not None:
-            arrays |= zip(_COSTS, np.empty((2, *shape), np.float32), strict=True)
+            arrays |= zip(_COSTS, _aligned((2, *shape), torch.float32), strict=True)
         return arrays
 
     def _read(self, tensordict: TensorDictBase) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -352,6 +352,14 @@ def _send_mujoco_warnings_to_logging() -> None:
         return
     if mujoco.get_mju_user_warning() is None:
         mujoco.set_mju_user_warning(_log_mujoco_warning)
+
+
+def _aligned(shape: Sequence[int], dtype: torch.dtype) -> np.ndarray:
+    """An array that begins on a cache line, as every tensor does, and as NumPy's do or do not from run to run.
+
+    On some processors the last bit of a matrix product depends on that; a resumed run must not.
+    """
+    return torch.empty(*shape, dtype=dtype).numpy()
 
 
 def _was_reset_by_mujoco(env: gymnasium.Env) -> bool:
