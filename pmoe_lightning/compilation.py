@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from tensordict import TensorDict
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["ModuleState", "compile_tensors"]
+__all__ = ["ModuleState", "compile_tensors", "signature"]
 
 _log = logging.getLogger(__name__)
 Function = Callable[..., tuple[Tensor, ...]]
@@ -27,7 +28,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 def compile_tensors(function: Function, state: Sequence[Tensor], examples: Sequence[Tensor], name: str) -> Function:
     """``function`` for arguments of these shapes, types and devices; compiled before this returns.
 
-    The program writes into its arguments where the function does. It draws its random numbers from PyTorch's generator
+    The program does not look at what it is given: whoever calls it makes another where the ``signature`` differs. The program writes into its arguments where the function does. It draws its random numbers from PyTorch's generator
     in the order of the function, so the same seed gives the same draws. Neither the arguments nor the generator are
     touched here. The program has to be called without gradients; gradients may be taken inside the function.
 
@@ -55,6 +56,11 @@ def compile_tensors(function: Function, state: Sequence[Tensor], examples: Seque
         program = torch._inductor.compile(graph, examples, options=options)
     _log.info("compiled %s in %.0f s", name, time.monotonic() - start)
     return _CudaGraph(program, len(state)) if on_gpu else program
+
+
+def signature(entries: Mapping[NestedKey, Tensor]) -> frozenset:
+    """Names, shapes, types and devices of named tensors, equal for every order of the names: what a program is for."""
+    return frozenset((name, value.shape, value.dtype, value.device) for name, value in entries.items())
 
 
 def _product_then_bias(bias: Tensor, x: Tensor, y: Tensor, **factors: float) -> Tensor:

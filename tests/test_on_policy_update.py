@@ -96,7 +96,8 @@ def run_both(name: str, passes: int, *, compile: bool, device: str = "cpu") -> t
         torch.manual_seed(i)
         expected = [readable_step(readable, adams[0], data[rows]) for rows in order.split(B)]
         torch.manual_seed(i)
-        out = update(data[order].view(-1, B))
+        names = sorted(data.keys(), reverse=i % 2 == 1)  # a program must not mind the order of the entries
+        out = update(data.select(*names)[order].view(-1, B))
         assert out.keys() == expected[0].keys()
         norms += out["gradient_norm"].tolist()
         for key, values in out.items():
@@ -128,3 +129,16 @@ def test_compiled_updates_are_those_of_the_loss_module(
         difference, distance = run_both(name, passes=20, compile=True, device=device)
     assert distance > 0.05 and difference < 1e-2 * distance
     assert len(caplog.records) == 1 and "compiled the update of" in caplog.text  # once, and said so
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["pathwise", "dac"])
+def test_a_batch_without_an_entry_that_the_loss_reads_is_refused(name: str, compile: bool) -> None:
+    """For PPO the advantage too: TorchRL's loss would estimate it, as if the shuffled rows were a trajectory."""
+    algorithm = ALGORITHMS[name]()
+    data = transitions(algorithm).view(-1, B)
+    update = OnPolicyUpdate(algorithm.loss, algorithm.configure_optimizers(), compile=compile)
+    for key in ["observation", *algorithm.minibatch_keys]:
+        if (name, key) != ("pathwise", "action_unsquashed"):
+            with pytest.raises(KeyError, match=f"the minibatches lack what .* reads: .*{key}"):
+                update(data.exclude(key))

@@ -128,6 +128,18 @@ def flat(optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
     return {f"{i}.{k}": value for i, state in optimizer.state_dict()["state"].items() for k, value in state.items()}
 
 
+def reversed_entries(batch: TensorDict) -> TensorDict:
+    """The same entries in the opposite order, within ``next`` too."""
+    entries = {key: reversed_entries(value) if key == "next" else value for key, value in batch.items()}
+    return TensorDict(dict(reversed(entries.items())), batch.batch_size)
+
+
+@pytest.fixture
+def traces_only(monkeypatch):
+    """Programs stay what the compiler is given: bound to their arguments as compiled ones are, and made in seconds."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph)
+
+
 def run_both(make_pair, updates: int, *, compile: bool) -> None:
     """The same numbers after every ten updates, draw for draw, without a second compilation."""
     (loss, optimizer), (other_loss, other_optimizer) = pairs = make_pair(), make_pair()
@@ -177,6 +189,36 @@ def test_200_updates_equal_the_readable_form_with_a_transform_or_a_constraint(fo
 
 def test_20_updates_equal_the_readable_form_with_a_transform_under_a_constraint():
     run_both(lambda: make(force="gated", constraint=CONSTRAINT), 20, compile=False)
+
+
+OTHER_BATCHES = {
+    "order": reversed_entries,
+    "size": lambda batch: batch[:, :4],
+    "type": lambda batch: batch.set(("next", "reward"), batch["next", "reward"].float()),
+    "one entry more": lambda batch: batch.set(("next", "extra"), batch["next", "reward"] * 7),
+}
+
+
+@pytest.mark.usefixtures("traces_only")
+def test_a_program_belongs_to_names_shapes_and_types():
+    """Batches of other kinds between two of the first kind: each gets the numbers of the readable form."""
+    readable = Readable(*make(make_gaussian_actor, Pathwise()))
+    update = SACUpdate(*make(make_gaussian_actor, Pathwise()), tau=TAU)
+    for name, change in ({"first": TensorDict.clone} | OTHER_BATCHES | {"first again": TensorDict.clone}).items():
+        batch = change(minibatches(2))
+        with torch.random.fork_rng():
+            expected = readable(batch.clone())
+        metrics = update(batch)
+        for key, value in expected.items():
+            torch.testing.assert_close(metrics[key], value, rtol=1e-6, atol=1e-9, check_dtype=False, msg=name)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("key", ["observation", "action", *(("next", name) for name in ("reward", "terminated"))])
+def test_a_batch_without_an_entry_that_the_loss_reads_is_refused(key, compile):
+    update = SACUpdate(*make(), tau=TAU, compile=compile)
+    with pytest.raises(KeyError, match=f"the minibatches lack what PMOESACLoss reads: .*{key[-1]}"):
+        update(minibatches(1).exclude(key))
 
 
 def test_a_fixed_temperature_stays():

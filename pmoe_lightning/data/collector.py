@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
-from pmoe_lightning.compilation import Function, ModuleState, compile_tensors
+from pmoe_lightning.compilation import Function, ModuleState, compile_tensors, signature
 from pmoe_lightning.envs import GymnasiumEnv
 
 __all__ = ["RolloutCollector"]
@@ -34,13 +34,14 @@ class RolloutCollector(Collector):
 
     Args:
         *args, **kwargs: as for ``Collector``.
-        compile: run the policy as a compiled program (see ``compile_tensors``), made when it first acts.
+        compile: run the policy as a compiled program (see ``compile_tensors``), made when it first acts on entries of
+            these shapes and types under this exploration type.
     """
 
     def __init__(self, *args: Any, compile: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._compiles = compile
-        self._policy_program: Function | None = None
+        self._policy_programs: dict[frozenset, Function] = {}
         self._acts_on = self.policy_device or torch.device("cpu")
         self._is_plain = (
             isinstance(self.env, GymnasiumEnv)
@@ -114,18 +115,19 @@ class RolloutCollector(Collector):
         """The policy as a function of what it reads, N rows each."""
         if not self._compiles:
             return self._act
-        if self._policy_program is None:
+        examples = {key: values.to(self._acts_on) for key, values in zip(self.policy.in_keys, inputs, strict=True)}
+        kind = signature(examples) | {self.exploration_type}
+        if kind not in self._policy_programs:
             state = ModuleState(self.policy)
 
             def act(*tensors: Tensor) -> tuple[Tensor, ...]:
                 with state.replaced(tensors[: len(state.tensors)]):
                     return self._act(*tensors[len(state.tensors) :])
 
-            examples = [values.to(self._acts_on) for values in inputs]
-            program = compile_tensors(act, state.tensors, examples, "the acting policy")
+            program = compile_tensors(act, state.tensors, list(examples.values()), "the acting policy")
             live = [tensor.detach() for tensor in state.tensors]
-            self._policy_program = lambda *inputs: program(*live, *inputs)
-        return self._policy_program
+            self._policy_programs[kind] = lambda *inputs: program(*live, *inputs)
+        return self._policy_programs[kind]
 
     def _act(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         entries = dict(zip(self.policy.in_keys, inputs, strict=True))

@@ -5,17 +5,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from pmoe_lightning.compilation import Function, ModuleState, compile_tensors
+from pmoe_lightning.compilation import Function, ModuleState, compile_tensors, signature
 from pmoe_lightning.updates.adam import Moments, adam_, moments, step_factors
 from pmoe_lightning.updates.processes import average_over_processes
+
+
+@dataclass
+class _Layout:
+    """Minibatches of one kind: what they hold, what the loss makes of them, and the programs made for them."""
+
+    batch_size: torch.Size
+    columns: list[NestedKey]
+    outputs: dict[str, torch.Size] = field(default_factory=dict)
+    programs: dict[str, Function] = field(default_factory=dict)
 
 
 class AbstractUpdate(ABC):
@@ -26,14 +38,19 @@ class AbstractUpdate(ABC):
     readable form can take over at any update. With several processes gradients are averaged between the gradient and
     the step, two programs then.
 
+    A program belongs to the names, shapes and types of the entries of a minibatch, in whatever order they come. Other
+    names, shapes or types, such as a minibatch of another size, get a program of their own.
+
     Args:
         loss: takes a minibatch, returns ``loss_*`` and diagnostics; each loss reaches only its own parameters.
         optimizer: Adam, without weight decay and the like.
         max_grad_norm: the gradient of all parameters together is scaled down to this norm; None leaves it.
-        compile: compile at the first call; otherwise the same functions run as they are, slower than the loss module.
+        compile: compile when minibatches of a kind first come; otherwise the same functions run as they are, slower
+            than the loss module.
 
     Raises:
         ValueError: another optimizer, or options of Adam that are left out here.
+        KeyError: in a call, minibatches without an entry that the loss reads.
     """
 
     def __init__(
@@ -59,9 +76,8 @@ class AbstractUpdate(ABC):
         #: Of the tensors that last from call to call: the module's come first, then what Adam remembers.
         self._num_module = len(self._module.tensors)
         self._num_state = self._num_module + len(Moments._fields) * len(self._trained)
-        self._programs: dict[str, Function] = {}
-        self._columns: list[str | tuple[str, ...]] = []
-        self._entries: dict[str, torch.Size] = {}
+        self._layouts: dict[frozenset, _Layout] = {}
+        self._layout = _Layout(torch.Size(), [])
 
     def positions(self, tensors: Iterable[Tensor]) -> list[int]:
         """Where these tensors are among those of the module."""
@@ -70,24 +86,38 @@ class AbstractUpdate(ABC):
 
     @torch.no_grad()
     def __call__(self, minibatches: TensorDictBase) -> dict[str, Tensor]:
-        """One update for each of the minibatches [U, B], always of one size B.
+        """One update for each of the minibatches [U, B].
 
         Returns:
             what the loss returns, and ``gradient_norm`` before clipping, with U values in front of each. An update
             whose norm is not finite changes nothing.
         """
-        self._columns = list(minibatches.keys(include_nested=True, leaves_only=True))
+        layout = self._layout = self._layout_of(minibatches[0])
         module = [tensor.detach() for tensor in self._module.tensors]
         annealed = [getattr(self.estimator, name).to(module[0].device) for name in self._annealed]
         adam = [moments(self.optimizer, group["params"]) for group in self.optimizer.param_groups]
-        stacks = [minibatches.get(key) for key in self._columns]
+        stacks = [minibatches.get(key) for key in layout.columns]
         stacks.append(self._factors([own.step[0] for own in adam], len(minibatches)))
         memory = list(chain.from_iterable(column for own in adam for column in own))
         rows = zip(*(stack.unbind() for stack in stacks), strict=True)
         out = torch.stack([self._step(module, memory, [*annealed, *columns], factors) for *columns, factors in rows])
-        entries = out.split([shape.numel() for shape in self._entries.values()], 1)
-        shapes = self._entries.items()
+        entries = out.split([shape.numel() for shape in layout.outputs.values()], 1)
+        shapes = layout.outputs.items()
         return {name: entry.view(-1, *shape) for (name, shape), entry in zip(shapes, entries, strict=True)}
+
+    def _layout_of(self, minibatch: TensorDictBase) -> _Layout:
+        columns = dict(minibatch.items(include_nested=True, leaves_only=True))
+        kind = signature(columns) | {minibatch.batch_size}
+        if kind not in self._layouts:
+            missing = [key for key in self.required_keys() if key not in columns]
+            if missing:
+                raise KeyError(f"the minibatches lack what {type(self.loss).__name__} reads: {missing}")
+            self._layouts[kind] = _Layout(minibatch.batch_size, list(columns))
+        return self._layouts[kind]
+
+    def required_keys(self) -> list[NestedKey]:
+        """The entries without which no update is taken."""
+        return self.loss.in_keys
 
     def _factors(self, steps: list[Tensor], num_steps: int) -> Tensor:
         groups = zip(self.optimizer.param_groups, steps, strict=True)
@@ -113,8 +143,8 @@ class AbstractUpdate(ABC):
         remaining = iter(tensors)
         module = list(islice(remaining, len(self._module.tensors)))
         annealed = list(islice(remaining, len(self._annealed)))
-        minibatch = TensorDict({}, batch_size=tensors[-1].shape[:1])
-        for key, column in zip(self._columns, remaining, strict=True):
+        minibatch = TensorDict({}, batch_size=self._layout.batch_size)
+        for key, column in zip(self._layout.columns, remaining, strict=True):
             minibatch.set(key, column)
         for i in self._trained:
             module[i] = module[i].detach().requires_grad_()
@@ -122,7 +152,7 @@ class AbstractUpdate(ABC):
             out = self.loss(minibatch)
             total = sum(value for name, value in out.items() if name.startswith("loss_"))
             gradients = torch.autograd.grad(total, [module[i] for i in self._trained])
-        self._entries = {name: value.shape for name, value in out.items()} | {"gradient_norm": torch.Size([])}
+        self._layout.outputs = {name: value.shape for name, value in out.items()} | {"gradient_norm": torch.Size([])}
         return *gradients, torch.cat([value.detach().reshape(-1) for value in out.values()])
 
     def step(self, *tensors: Tensor) -> tuple[Tensor]:
@@ -149,9 +179,10 @@ class AbstractUpdate(ABC):
     def _run(self, function: Function, name: str, state: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         if not self.compiles:
             return function(*state, *inputs)
-        if name not in self._programs:
-            self._programs[name] = compile_tensors(function, state, inputs, f"{name} of {type(self.loss).__name__}")
-        return self._programs[name](*state, *inputs)
+        programs = self._layout.programs
+        if name not in programs:
+            programs[name] = compile_tensors(function, state, inputs, f"{name} of {type(self.loss).__name__}")
+        return programs[name](*state, *inputs)
 
     @contextmanager
     def _replaced(self, module: Sequence[Tensor], annealed: Sequence[Tensor]) -> Iterator[None]:
