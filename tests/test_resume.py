@@ -43,7 +43,7 @@ def differing(a: Any, b: Any, path: str = "") -> list[str]:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
         return [] if same else [path]
-    return [] if a == b else [path]
+    return [] if a == b or a != a and b != b else [path]
 
 
 def state_of(folder: Path) -> dict[str, Any]:

@@ -65,12 +65,12 @@ class RolloutCollector(Collector):
         }
 
     def load_experience(self, experience: dict[str, Any]) -> None:
-        """Go on from an :meth:`experience`. Environments that could not be captured start a new episode."""
+        """Go on from an :meth:`experience`. Environments that cannot start a new episode, and one line says why."""
         root = TensorDict(experience["root"], batch_size=self.env.batch_size)
-        lost = self.env.load_simulator_state(experience["simulators"])
-        if lost.any():
-            _log.warning("resumed environments that cannot be captured start a new episode: %s", self.env.envs[0])
-            root = self.env.reset(root.set("_reset", lost))
+        reason = self.env.load_simulator_state(experience["simulators"])
+        if reason is not None:
+            _log.warning("%s", reason)
+            root = self.env.reset()
         self._carrier.update(root)
         self._frames = experience["collected_frames"]
 

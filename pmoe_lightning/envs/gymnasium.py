@@ -23,7 +23,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
+from pmoe_lightning.envs.simulator_state import NotCaptured, capture, is_mujoco, restore
 from pmoe_lightning.envs.velocity import VelocityCost
 from pmoe_lightning.errors import ConfigurationError, NonFiniteError
 
@@ -253,25 +253,30 @@ class GymnasiumEnv(EnvBase):
         episodes = {"returns": list(self._returns), "lengths": list(self._lengths), "seeds": list(self._seeds)}
         if self.cost is not None:
             episodes["costs"] = list(self._costs)
-        return {"envs": [capture(env) for env in self.envs], **episodes}
+        try:
+            return {"simulators": capture(self.envs), **episodes}
+        except NotCaptured as reason:
+            return {"not_captured": f"{reason}, which cannot be captured", **episodes}
 
-    def load_simulator_state(self, state: dict[str, Any]) -> torch.Tensor:
+    def load_simulator_state(self, state: dict[str, Any]) -> str | None:
         """Go on where :meth:`simulator_state` was taken.
 
         Returns:
-            a mask [N, 1] of the environments that could not be captured, and must be reset.
+            why that is not possible, where the environments must be reset: one line. None where it is.
         """
-        mask = torch.zeros(len(self.envs), 1, dtype=torch.bool)
-        for i, (env, captured) in enumerate(zip(self.envs, state["envs"], strict=True)):
-            if captured is None:
-                mask[i] = True
-            else:
-                restore(env, captured)
         self._returns, self._lengths = list(state["returns"]), list(state["lengths"])
-        self._seeds = list(state["seeds"])
         if self.cost is not None:
             self._costs = list(state["costs"])
-        return mask
+        try:
+            if "not_captured" in state:
+                raise NotCaptured(state["not_captured"])
+            restore(self.envs, state.get("simulators", {}))
+        except NotCaptured as reason:
+            # Neither episodes that have been seen, nor others each time that the same run is resumed.
+            self._seeds = torch.randint(1 << 31, (len(self.envs),)).tolist()
+            return f"environment {_name(self.envs[0])} starts a new episode: {reason}"
+        self._seeds = list(state["seeds"])
+        return None
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close every Gymnasium environment."""

@@ -1,0 +1,250 @@
+"""What environments, classes and functions are made of, where state may hide."""
+
+from __future__ import annotations
+
+import dis
+import enum
+import hashlib
+import inspect
+import logging
+import random
+import re
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from functools import cache, cached_property
+from pathlib import PurePath
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+__all__ = ["NotCaptured"]
+
+_CONSTRUCTOR_ARGUMENTS = ("_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs", "_cached_spec")
+# Descriptions and what draws: no step depends on them.
+_IGNORED = (
+    "gymnasium.envs.registration.EnvSpec",
+    "gymnasium.envs.mujoco.mujoco_rendering.MujocoRenderer",
+    "mujoco.renderer.Renderer",
+    "pygame.surface.Surface",
+    "pygame.time.Clock",
+)
+# What classes and modules are made of beside data.
+_CODE = (types.ModuleType, types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
+_CODE += (types.MethodDescriptorType, types.GenericAlias, type, np.ufunc, type(np.clip), logging.Logger)
+_IMMUTABLE = (PurePath, re.Pattern, range, np.dtype, np.ufunc)
+# Their classes and functions are not searched: they keep no state there that a step depends on, or training keeps it.
+_LIBRARIES = {"gymnasium", "mujoco", "numpy", "scipy", "torch", *sys.stdlib_module_names} - {"__main__"}
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+class NotCaptured(Exception):
+    """What an environment holds that cannot be captured, or not put back, and where: one phrase.
+
+    Args:
+        reason: follows the name of the part.
+        part: its name, such as ``Cart.socket``.
+    """
+
+    def __init__(self, reason: str, part: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.part, self._is_named = reason, part, bool(part)
+
+    def within(self, step: str) -> NotCaptured:
+        """The same, of a container that holds the part at ``step``."""
+        if not self._is_named:
+            self.part = step + self.part
+        return self
+
+    def of(self, owner: Any, key: str) -> NotCaptured:
+        """The same, of an object of which the part is an attribute; the innermost one names it."""
+        if not self._is_named:
+            name = getattr(owner, "__qualname__", type(owner).__qualname__)
+            self.part, self._is_named = f"{name}.{key}{self.part}".replace(".<locals>", ""), True
+        return self
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.part} {self.reason}".split())
+
+
+def full_name(kind: type) -> str:
+    """Such as ``collections.deque``."""
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_all_python(kind: type) -> bool:
+    """Whether instances have no memory beside their attributes, as those of classes written in C may have."""
+    pointers = len(_slots(kind)) + (kind.__weakrefoffset__ > 0) + (kind.__dictoffset__ > 0)
+    return kind.__itemsize__ == 0 and kind.__basicsize__ == object.__basicsize__ + pointers * object.__basicsize__ // 2
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an environment or a space, without what no step depends on."""
+    found = {key: value for key, value in vars(value).items() if key not in _CONSTRUCTOR_ARGUMENTS}
+    for key, slot in _slots(type(value)).items():
+        try:
+            found[key] = slot.__get__(value)
+        except AttributeError:  # not assigned
+            continue
+    return {key: part for key, part in found.items() if full_name(type(part)) not in _IGNORED}
+
+
+def set_attributes(owner: Any, values: dict[str, Any]) -> None:
+    """Make :func:`attributes` of an object these, and no others."""
+    slots = _slots(type(owner))
+    for key in attributes(owner).keys() - values.keys():
+        slots[key].__delete__(owner) if key in slots else vars(owner).pop(key)
+    for key, value in values.items():
+        if key in slots:
+            slots[key].__set__(owner, value)
+        else:
+            vars(owner)[key] = value
+
+
+def _slots(kind: type) -> dict[str, types.MemberDescriptorType]:
+    """By name and class, because a subclass may have a slot of the same name."""
+    slots = ((cls, key, value) for cls in kind.__mro__ for key, value in vars(cls).items())
+    return {f"{key} of {cls.__qualname__}": s for cls, key, s in slots if type(s) is types.MemberDescriptorType}
+
+
+def offers_its_state(env: Any) -> bool:
+    """Whether an environment has ``get_state()`` and ``set_state(state)``.
+
+    MuJoCo environments of Gymnasium have a ``set_state(qpos, qvel)``, which is something else.
+    """
+    get_state, set_state = (getattr(type(env), name, None) for name in ("get_state", "set_state"))
+    if not isinstance(env, gymnasium.Env) or not (callable(get_state) and callable(set_state)):
+        return False
+    try:
+        inspect.signature(env.get_state).bind()
+        inspect.signature(env.set_state).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def searched_classes(kind: type) -> list[type]:
+    """The classes of an environment that may hold state themselves."""
+    return [cls for cls in kind.__mro__ if _package(cls) not in _LIBRARIES]
+
+
+def class_bindings(kind: type) -> dict[str, Any]:
+    """The data in a class, and the functions of its methods and properties."""
+    bindings = {}
+    for key, value in vars(kind).items():
+        if isinstance(value, types.FunctionType | classmethod | staticmethod | property | cached_property):
+            bindings |= {f"{key}({i})": function for i, function in enumerate(_functions(value))}
+        elif not (key.startswith("__") and key.endswith("__") or key == "_abc_impl" or isinstance(value, _CODE)):
+            bindings[key] = value
+    return bindings
+
+
+def _functions(value: Any) -> list[types.FunctionType]:
+    names = ("fget", "fset", "fdel", "func", "__func__")
+    functions = [value, *(getattr(value, name, None) for name in names)]
+    return [function for function in functions if type(function) is types.FunctionType]
+
+
+def function_bindings(function: types.FunctionType) -> dict[str, Any]:
+    """The data and functions that a function refers to: closed over, defaults, attributes, globals of its module."""
+    bindings = {f"attribute {key}": value for key, value in vars(function).items()}
+    bindings |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
+    bindings |= {f"default {key}": value for key, value in (function.__kwdefaults__ or {}).items()}
+    bindings |= {f"variable {key}": cell.cell_contents for key, cell in _cells(function).items()}
+    if _package(function) not in _LIBRARIES:
+        for key in sorted(_global_names(function.__code__) & function.__globals__.keys()):
+            value = function.__globals__[key]
+            bindings[f"global {key}"] = value
+            if isinstance(value, types.ModuleType) and not _is_installed(getattr(value, "__file__", None)):
+                names = sorted(_attribute_names(function.__code__) & vars(value).keys())
+                bindings |= {f"module {key}.{name}": vars(value)[name] for name in names}
+    return {key: value for key, value in bindings.items() if not _is_code_of_others(value, function)}
+
+
+def bind(function: types.FunctionType, values: dict[str, Any]) -> None:
+    """Make some of :func:`function_bindings` these."""
+    defaults, cells = list(function.__defaults__ or ()), _cells(function)
+    for key, value in values.items():
+        kind, name = key.split(" ", 1)
+        if kind == "attribute":
+            vars(function)[name] = value
+        elif kind == "variable":
+            cells[name].cell_contents = value
+        elif kind == "global":
+            function.__globals__[name] = value
+        elif kind == "module":
+            module, name = name.split(".")
+            setattr(function.__globals__[module], name, value)
+        elif name.isdigit():
+            defaults[int(name)] = value
+            function.__defaults__ = tuple(defaults)
+        else:
+            function.__kwdefaults__[name] = value
+
+
+def is_builtin(value: Any) -> bool:
+    """Whether this is a function written in C that belongs to no object."""
+    return type(value) is types.BuiltinFunctionType and isinstance(value.__self__, types.ModuleType | None)
+
+
+def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {key: cell for key, cell in cells if cell != types.CellType()}
+
+
+def _is_code_of_others(value: Any, function: types.FunctionType) -> bool:
+    """Whether a function refers to code, which does not change; that of the environment's own package is searched."""
+    if type(value) is types.FunctionType:
+        return _package(value) in _LIBRARIES or (
+            _package(value) != _package(function) and _is_installed(value.__code__.co_filename)
+        )
+    if type(value) is types.BuiltinFunctionType:
+        return is_builtin(value) or value.__self__ in (random._inst, np.random.mtrand._rand)
+    return isinstance(value, _CODE)
+
+
+def _is_installed(file: str | None) -> bool:
+    return file is None or file.startswith(_INSTALLED)
+
+
+@cache
+def _global_names(code: types.CodeType) -> frozenset[str]:
+    names = {step.argval for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")}
+    return frozenset(names).union(*map(_global_names, _nested(code)))
+
+
+@cache
+def _attribute_names(code: types.CodeType) -> frozenset[str]:
+    return frozenset(code.co_names).union(*map(_attribute_names, _nested(code)))
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+
+
+def _package(value: Any) -> str:
+    return (value.__module__ or "").split(".")[0]
+
+
+def fixed_label(value: Any) -> str | None:
+    """A name for a value that is left as it is where a fresh environment has the same; None for any other."""
+    if isinstance(value, enum.Enum):
+        return f"{full_name(type(value))}.{value.name}"
+    if isinstance(value, set | frozenset):
+        return f"a {type(value).__name__} of {sorted(map(repr, value))}"
+    return repr(value) if isinstance(value, _IMMUTABLE) or is_builtin(value) else None
+
+
+def function_label(function: Any) -> str | None:
+    """A name for the code of a function; None for anything else."""
+    if type(function) is not types.FunctionType:
+        return None
+    digest = hashlib.sha256(repr(_content(function.__code__)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"function {function.__qualname__} ({digest})"
+
+
+def _content(code: types.CodeType) -> tuple:
+    constants = [_content(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts]
+    return (code.co_code, code.co_names, constants)
