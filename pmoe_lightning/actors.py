@@ -285,9 +285,12 @@ def action_bounds(low: Tensor | Sequence[float], high: Tensor | Sequence[float])
     return low, high
 
 
-def spec_bounds(spec: TensorSpec | None, action_key: NestedKey) -> tuple[Tensor, Tensor]:
-    """The action bounds [A] that a spec states; -1 and 1, which change nothing, where it states none."""
-    leaf = spec.get(action_key, None) if isinstance(spec, Composite) else spec
+def stated_bounds(
+    actor: SafeProbabilisticTensorDictSequential, spec: TensorSpec | None = None
+) -> tuple[Tensor, Tensor]:
+    """The action bounds [A] that a spec states, by default the actor's; -1 and 1, which change nothing, without one."""
+    spec = actor.spec if spec is None else spec
+    leaf = spec.get(actor.dist_sample_keys[0], None) if isinstance(spec, Composite) else spec
     if not isinstance(leaf, Bounded):
         return torch.tensor(-1.0), torch.tensor(1.0)
     low, high = leaf.space.low, leaf.space.high
@@ -301,12 +304,15 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 
 class BestValueActor(TensorDictModuleBase):
-    r"""The deterministic rule that asks the critics which component to follow.
+    r"""A mixture actor whose deterministic rule asks the critics which component to follow.
 
         a = squash(mu_b),    b = argmax_k min_i Q_i(s, tanh(mu_k))
 
+    That is its action under ``ExplorationType.DETERMINISTIC``, or where nothing is said; under every other type the
+    actor acts itself, so that ``ExplorationType.RANDOM`` draws from its mixture.
+
     Args:
-        actor: a mixture actor; its ``deterministic`` rule is not used.
+        actor: a mixture actor; its own ``deterministic`` rule is not used.
         critics: modules that read the observation and the action, normalised to [-1, 1] as ``PMOESACLoss`` does, and
             write ``state_action_value`` [*B, 1].
     """
@@ -315,8 +321,16 @@ class BestValueActor(TensorDictModuleBase):
         super().__init__()
         self.actor, self.critics = actor, nn.ModuleList(critics)
         self.in_keys, self.out_keys = list(actor.in_keys), list(actor.dist_sample_keys)
+        self.default_interaction_type = InteractionType.DETERMINISTIC
+
+    def get_dist(self, tensordict: TensorDictBase) -> TanhGaussianMixture:
+        """The mixture of the actor, from which ``ExplorationType.RANDOM`` draws."""
+        return self.actor.get_dist(tensordict)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        kind = interaction_type() or self.default_interaction_type
+        if kind is not InteractionType.DETERMINISTIC:
+            return self.actor(tensordict)
         distribution = self.actor.get_dist(tensordict.select(*self.in_keys))
         modes = TanhBounds.normalized(distribution.loc).squash(distribution.loc).movedim(-2, 0)
         states = {key: tensordict.get(key).expand(*modes.shape[:-1], -1) for key in self.in_keys}

@@ -1,29 +1,35 @@
-"""Evaluate a policy: ``python -m pmoe_lightning.evaluate checkpoint=PATH [episodes=10 seed=0 ...] [--json]``.
+"""Evaluate a policy: ``pmoe-evaluate checkpoint=PATH [episodes=10 seed=0 +env.KEY=VALUE ...] [--json]``.
 
-The same run through MLflow: ``mlflow run . -e evaluate -P checkpoint=PATH``. Exit code 0; 1 when the checkpoint or the
-tracking server cannot be used; 2 for wrong arguments.
+That is ``python -m pmoe_lightning.evaluate``, and through MLflow ``mlflow run . -e evaluate -P checkpoint=PATH``. Exit
+code 0; 1 when the checkpoint or the tracking server cannot be used; 2 for wrong arguments.
 """
 
 import argparse
+import ctypes
 import difflib
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmoe_lightning import __version__
 from pmoe_lightning.errors import ConfigurationError, RunError
 
 if TYPE_CHECKING:
+    from pmoe_lightning.checkpoints.loaded import LoadedPolicy
     from pmoe_lightning.envs import GymnasiumEnv
     from pmoe_lightning.evaluation import Evaluation
 
 _MAX_ENVS = 16
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 _RULES = ("trained", "best_value", "max_weight", "sample_component", "sample")
+_ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
+_CHOSEN_HERE = ("num_envs", "seed", "render_mode", "carry")  # arguments of make_env that are not the environment's
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,18 @@ class Request:
     video: bool = False
     output: str = "evaluation"
     json: bool = False
+    env_arguments: dict[str, Any] = field(default_factory=dict)  # dotted names below ``env``
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A policy, the environment it acted in, by which rule, and how well."""
+
+    policy: "LoadedPolicy"
+    env_id: str
+    env_kwargs: dict[str, Any]
+    rule: str
+    result: "Evaluation"
 
 
 _HELP = {
@@ -47,6 +65,7 @@ _HELP = {
     "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
     "sample_component (of a drawn one), sample, or trained (actor.deterministic of its training)",
     "env": "Gymnasium id; the environment of the checkpoint when empty",
+    "+env.KEY": "an argument of the environment, as for the train command, such as +env.max_episode_steps=200",
     "video": "also film the first episode",
     "output": "folder of the video",
     "json": "print one JSON object and nothing else on standard output",
@@ -57,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     try:
         request = parse(sys.argv[1:] if arguments is None else arguments)
-        report(request, *evaluate(request))
+        run(request)
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,38 +88,122 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run(request: Request) -> None:
+    """Evaluate and say how it went, then film one episode if asked: however that ends, the result is there.
+
+    Raises:
+        RunError: the checkpoint cannot be used.
+        ConfigurationError: the environment cannot be made, or does not fit the policy.
+    """
+    with _only_on_stderr() if request.json else nullcontext():
+        judged = evaluate(request)
+    if not request.json:
+        print(_table(request, judged), flush=True)
+    video = None
+    try:
+        if request.video:
+            with _only_on_stderr() if request.json else nullcontext():
+                video = _video(request, judged)
+    finally:
+        summary = _summary(request, judged, video)
+        if request.json:
+            print(json.dumps(summary))
+        elif video is not None:
+            print(_row("video", str(video)))
+        if os.environ.get("MLFLOW_RUN_ID"):
+            with _only_on_stderr() if request.json else nullcontext():
+                _log(summary, video)
+
+
+@contextmanager
+def _only_on_stderr() -> Iterator[None]:
+    """Standard output becomes standard error, for what C libraries and child processes print, too."""
+    sys.stdout.flush()
+    standard_output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # C keeps a buffer of its own
+        os.dup2(standard_output, 1)
+        os.close(standard_output)
+
+
 def parse(arguments: Sequence[str]) -> Request:
     """Read ``key=value``, ``--key=value`` and ``--key value`` alike: MLflow passes parameters in all of these forms.
 
-    An empty value means the default. ``--help`` prints the keys and exits.
+    An empty value means the default. ``--help``, ``--version`` and ``--shell-completion`` print and exit.
 
     Raises:
         ConfigurationError: an unknown key, a value of the wrong kind, or no checkpoint.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         _help_parser().parse_args(["--help"])
-    kinds = {field.name: field.type for field in fields(Request)}
+    if "--version" in arguments:
+        print(f"pmoe_lightning {__version__}")
+        sys.exit()
+    if any(argument in ("-sc", "--shell-completion") for argument in arguments):
+        print(_shell_completion(arguments))
+        sys.exit()
+    kinds = {each.name: each.type for each in fields(Request) if each.name != "env_arguments"}
     values: dict[str, Any] = {}
+    env_arguments: dict[str, Any] = {}
     waiting = [argument for argument in arguments if argument.strip()]
     while waiting:
         argument = waiting.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
-        if key not in kinds:
+        of_env = key.startswith(_ENV_PREFIXES)
+        if key not in kinds and not of_env:
             raise ConfigurationError(f"unknown argument {argument!r}{_nearest(key, kinds)}")
         if not equals:
             if not argument.startswith("--"):
                 raise ConfigurationError(f"{key} needs a value: write {key}=...")
-            if kinds[key] is bool and (not waiting or waiting[0].lower() not in _WORDS):
+            if kinds.get(key) is bool and (not waiting or waiting[0].lower() not in _WORDS):
                 value = "true"
             elif not waiting:
                 raise ConfigurationError(f"--{key} needs a value")
             else:
                 value = waiting.pop(0)
-        if value.strip():
+        if not value.strip():
+            continue
+        if of_env and key.endswith("env.id"):
+            values["env"] = value.strip()
+        elif of_env:
+            env_arguments |= _env_argument(key, value.strip())
+        else:
             values[key] = _convert(key, value.strip(), kinds[key])
     if "checkpoint" not in values:
         raise ConfigurationError("checkpoint is missing: give checkpoint=<file, MLflow run id or models:/name@alias>")
-    return Request(**values)
+    return Request(**values, env_arguments=env_arguments)
+
+
+def _env_argument(key: str, value: str) -> dict[str, Any]:
+    """The argument's dotted name below ``env`` and its value, read as the train command reads it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException:
+        raise ConfigurationError(f"cannot read {f'{key}={value}'!r}: write +env.key=value") from None
+    if override.is_sweep_override():
+        raise ConfigurationError(f"{key} has several values, {value}: give one, or a list in brackets")
+    name = override.key_or_group.removeprefix("env.")
+    if name.partition(".")[0] in _CHOSEN_HERE:
+        raise ConfigurationError(f"{key} is not an argument of the environment: the command itself chooses it")
+    return {name: override.value()}
+
+
+def _shell_completion(arguments: Sequence[str]) -> str:
+    """What bash is to evaluate so that it completes the keys, asked for as with the train command."""
+    if "uninstall=bash" in arguments:
+        return "complete -r pmoe-evaluate"
+    if "install=bash" not in arguments:
+        raise ConfigurationError("completion is for bash: write --shell-completion install=bash (or uninstall=bash)")
+    words = [f"--{key}" if kind is bool else f"{key}=" for key, kind in Request.__annotations__.items() if key in _HELP]
+    return f"complete -o nospace -o default -W '{' '.join([*words, '--help', '--version'])}' pmoe-evaluate"
 
 
 def _convert(key: str, value: str, kind: Any) -> Any:
@@ -125,21 +228,19 @@ def _nearest(word: str, known: Any) -> str:
 
 def _help_parser() -> argparse.ArgumentParser:
     defaults = {field.name: str(field.default).lower() for field in fields(Request) if field.default is not MISSING}
-    lines = [f"  {key:<11} {text} [{defaults.get(key, 'required')}]" for key, text in _HELP.items()]
+    defaults |= {"checkpoint": "required", "+env.KEY": "as in training"}
+    lines = [f"  {key:<11} {text} [{defaults[key]}]" for key, text in _HELP.items()]
     return argparse.ArgumentParser(
-        prog="python -m pmoe_lightning.evaluate",
-        usage="%(prog)s checkpoint=PATH [key=value ...] [--json]",
+        prog="pmoe-evaluate",
+        usage="%(prog)s checkpoint=PATH [key=value ...] [--json] [--version] [--shell-completion install=bash]",
         description="Run whole episodes with the policy of a checkpoint; report its mean return with a 95 % interval.",
         epilog="keys, with their defaults:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def evaluate(request: Request) -> tuple[str, str, "Evaluation", Path | None]:
-    """Load the policy, run the episodes and film one if asked.
-
-    Returns:
-        the environment's id, the rule, the evaluation, and the path of the video, if there is one.
+def evaluate(request: Request) -> Judged:
+    """Load the policy and run the episodes.
 
     Raises:
         RunError: the checkpoint cannot be used.
@@ -164,19 +265,30 @@ def evaluate(request: Request) -> tuple[str, str, "Evaluation", Path | None]:
         result = evaluate_policy(policy, env, episodes=request.episodes, seed=request.seed, sample=sample)
     finally:
         env.close()
-    return env_id, rule, result, _video(request, policy, env_id, env_kwargs, sample) if request.video else None
+    return Judged(policy, env_id, env_kwargs, rule, result)
 
 
-def _environment(request: Request, trained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    if request.env:
-        return request.env, trained.get("kwargs", {}) if request.env == trained["id"] else {}
-    if ":" in trained["id"]:
+def _environment(request: Request, trained: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The environment's id and its arguments: those of training where it is the same, and those of the command."""
+    env_id = request.env or trained["id"]
+    if not request.env and ":" in env_id:
         # Gymnasium imports what stands before the colon, and a checkpoint must not choose what is imported.
         raise RunError(
-            f"the checkpoint's environment {trained['id']} lies in a module of its own; if you trust it, say "
-            f"env={trained['id']}"
+            f"the checkpoint's environment {env_id} lies in a module of its own; if you trust it, say env={env_id}"
         )
-    return trained["id"], trained.get("kwargs", {})
+    arguments = dict(trained.get("kwargs", {})) if env_id == trained["id"] else {}
+    for name, value in request.env_arguments.items():
+        arguments = _with_argument(arguments, name, value)
+    return env_id, arguments
+
+
+def _with_argument(arguments: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The arguments with one more, whose name may be dotted: ``a.b`` is the entry b of the argument a."""
+    first, _, rest = name.partition(".")
+    if rest:
+        inner = arguments.get(first)
+        value = _with_argument(inner if isinstance(inner, Mapping) else {}, rest, value)
+    return {**arguments, first: value}
 
 
 def _check_fit(description: dict[str, Any], env_id: str, env: "GymnasiumEnv") -> None:
@@ -188,49 +300,51 @@ def _check_fit(description: dict[str, Any], env_id: str, env: "GymnasiumEnv") ->
         )
 
 
-def _video(request: Request, policy: Any, env_id: str, env_kwargs: dict[str, Any], sample: bool) -> Path | None:
+def _video(request: Request, judged: Judged) -> Path | None:
     from pmoe_lightning.evaluation import record_video
 
+    env_id, sample = judged.env_id, judged.rule == "sample"
     path = Path(request.output, f"{env_id.replace(':', '-').replace('/', '-')}-seed{request.seed}.mp4")
     try:
-        return record_video(policy, env_id, path, seed=request.seed, env_kwargs=env_kwargs, sample=sample)
-    except RunError as error:
-        print(f"warning: no video: {error}", file=sys.stderr)
+        return record_video(judged.policy, env_id, path, seed=request.seed, env_kwargs=judged.env_kwargs, sample=sample)
+    except Exception as error:  # of the environment, its renderer, the encoder: none is worth the result
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: no video: {reason}", file=sys.stderr)
         return None
 
 
-def report(request: Request, env_id: str, rule: str, result: "Evaluation", video: Path | None) -> None:
-    """Print the result, and add it to the MLflow run when ``mlflow run`` opened one."""
-    mean, (low, high) = result.mean, result.interval
-    summary = {
+def _summary(request: Request, judged: Judged, video: Path | None = None) -> dict[str, Any]:
+    """The result in plain values, as ``--json`` prints it."""
+    result = judged.result
+    low, high = result.interval
+    return {
         "checkpoint": request.checkpoint,
-        "env": env_id,
+        "env": judged.env_id,
+        **({"env_arguments": request.env_arguments} if request.env_arguments else {}),
         "episodes": request.episodes,
         "seed": request.seed,
-        "rule": rule,
-        "mean": _finite(mean),
+        "rule": judged.rule,
+        "mean": _finite(result.mean),
         "interval": [_finite(low), _finite(high)],
         "returns": [_finite(value) for value in result.returns],
         "lengths": list(result.lengths),
         **({"costs": list(result.costs), "violations": list(result.violations)} if result.costs else {}),
         "video": None if video is None else str(video),
     }
-    print(json.dumps(summary) if request.json else _table(summary, result))
-    if os.environ.get("MLFLOW_RUN_ID"):
-        _log(summary, video)
 
 
-def _table(summary: dict[str, Any], result: "Evaluation") -> str:
+def _table(request: Request, judged: Judged) -> str:
     def number(value: float | None) -> str:
         return "not finite" if value is None else f"{value:.2f}"
 
+    summary, result = _summary(request, judged), judged.result
     low, high = summary["interval"]
     lengths = result.lengths
     interval = f"95 % interval {number(low)} to {number(high)}" if summary["episodes"] > 1 else "no interval"
     seeds = f"seeds {summary['seed']} to {summary['seed'] + summary['episodes'] - 1}"
     rows = {
         "checkpoint": summary["checkpoint"],
-        "environment": summary["env"],
+        "environment": " ".join([judged.env_id, *(f"{key}={value}" for key, value in request.env_arguments.items())]),
         "episodes": f"{summary['episodes']} ({seeds}), rule {summary['rule']}",
         "return": f"mean {number(summary['mean'])}, {interval}",
         "": f"min {min(result.returns):.2f}, max {max(result.returns):.2f}",
@@ -239,9 +353,11 @@ def _table(summary: dict[str, Any], result: "Evaluation") -> str:
     if result.costs:
         count, steps = sum(result.violations), sum(lengths)
         rows["cost"] = f"mean {sum(result.costs) / len(result.costs):.1f}, {count} of {steps} steps with a cost"
-    if summary["video"]:
-        rows["video"] = summary["video"]
-    return "\n".join(f"{name:<12}{text}" for name, text in rows.items())
+    return "\n".join(_row(name, text) for name, text in rows.items())
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<12}{text}"
 
 
 def _log(summary: dict[str, Any], video: Path | None) -> None:

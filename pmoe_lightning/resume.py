@@ -21,6 +21,7 @@ LAST = Path("checkpoints", "last.ckpt")
 #: Top-level keys that a resumed run may change.
 FREE = ("resume", "total_frames", "num_threads", "compile", "matmul_precision", "trainer", "callbacks", "logger")
 _log = logging.getLogger(__name__)
+_read_already: dict[Path, dict[str, Any]] = {}
 
 
 def resume_words(words: Sequence[str], cfg: DictConfig) -> list[str]:
@@ -35,17 +36,29 @@ def resume_words(words: Sequence[str], cfg: DictConfig) -> list[str]:
     """
     rest = [word for word in words if not word.startswith("resume=")]
     given = next((word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")), None)
-    path = _find_unfinished(cfg, given) if cfg.resume == "auto" else _find(str(cfg.resume))
-    if path is None:
+    found = _find_unfinished(cfg, given) if cfg.resume == "auto" else _read_and_check(cfg, _find(str(cfg.resume)))
+    if found is None:
         _log.warning("resume=auto: no unfinished run of this configuration, starting a new one")
         return [*rest, "resume=null"]
-    path, checkpoint = read_newest(path)
-    _check(cfg, checkpoint, path)
+    path, checkpoint = found
+    _read_already.clear()
+    _read_already[path.absolute()] = checkpoint
     rest.append(f"resume={_quoted(path.absolute())}")
     folder = path.absolute().parent.parent
     if given is None and (folder / ".hydra").is_dir():
         rest.append(f"hydra.run.dir={_quoted(folder)}")
     return rest
+
+
+def take_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint that :func:`resume_words` has read in this process, or else read now.
+
+    With its replay buffer it may be gigabytes: whoever takes it is the only one to keep it.
+    """
+    from pmoe_lightning.checkpoints.files import read_checkpoint
+
+    path = Path(path).absolute()
+    return _read_already.pop(path, None) or read_checkpoint(path)
 
 
 def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -87,17 +100,21 @@ def _find(reference: str) -> Path:
     return path / LAST if path.is_dir() else path
 
 
-def _find_unfinished(cfg: DictConfig, folder: str | None) -> Path | None:
+def _read_and_check(cfg: DictConfig, path: Path) -> tuple[Path, dict[str, Any]]:
+    path, checkpoint = read_newest(path)
+    _check(cfg, checkpoint, path)
+    return path, checkpoint
+
+
+def _find_unfinished(cfg: DictConfig, folder: str | None) -> tuple[Path, dict[str, Any]] | None:
     if folder is not None:
-        return Path(folder, LAST) if Path(folder, LAST).exists() else None
+        return _read_and_check(cfg, Path(folder, LAST)) if Path(folder, LAST).exists() else None
     found = sorted(Path("outputs").glob(f"*/*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
-            _, checkpoint = read_newest(path)
-            _check(cfg, checkpoint, path)
+            return _read_and_check(cfg, path)
         except (RunError, ConfigurationError):
             continue
-        return path
     return None
 
 

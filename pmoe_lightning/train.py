@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from pmoe_lightning import __version__
 from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
 from pmoe_lightning.errors import ConfigurationError, RunError
 
@@ -100,6 +101,9 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
     Returns:
         the words with ``resume`` a file, and the jobs of a sweep, none for a single run.
     """
+    if "--version" in words:  # Hydra would say its own
+        print(f"pmoe_lightning {__version__}")
+        sys.exit()
     arguments = get_args_parser().parse_args(words)
     if arguments.help:
         # Hydra's own help takes seconds to collect what it prints.

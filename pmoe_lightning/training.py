@@ -28,13 +28,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.checkpoints.files import read_checkpoint, remove_leftovers
+from pmoe_lightning.checkpoints.files import remove_leftovers
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.networks import bfloat16_over_float32, set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
-from pmoe_lightning.resume import command, describe
+from pmoe_lightning.resume import command, describe, take_checkpoint
 from pmoe_lightning.stopping import Preempted, StopAfterIteration, requeue
 from pmoe_lightning.tracking import check_server, run_status
 
@@ -81,11 +81,12 @@ def run_training(cfg: DictConfig) -> None:
     _prepare_process(cfg)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     remove_leftovers(output_dir / "checkpoints")
-    resumed = read_checkpoint(cfg.resume)["run"] if cfg.resume else {}
+    already_read = {Path(cfg.resume): take_checkpoint(cfg.resume)} if cfg.resume else {}
+    resumed = already_read[Path(cfg.resume)]["run"] if cfg.resume else {}
     logger = _make_logger(cfg, resumed.get("mlflow", {}))
     with closed_as_it_ends(logger), stopped_once():
         with exit_on_sigterm():
-            trainer = make_trainer(cfg, logger, output_dir)
+            trainer = make_trainer(cfg, logger, output_dir, already_read)
             if resumed and resumed["processes"] != trainer.world_size:
                 raise ConfigurationError(
                     f"resume={cfg.resume} holds the experience of {resumed['processes']} training processes, and this "
@@ -102,8 +103,10 @@ def run_training(cfg: DictConfig) -> None:
         print(describe_results(trainer, output_dir))
 
 
-def make_trainer(cfg: DictConfig, logger: Any, output_dir: Path) -> Trainer:
-    """Lightning's Trainer with the configured callbacks."""
+def make_trainer(
+    cfg: DictConfig, logger: Any, output_dir: Path, already_read: dict[Path, dict[str, Any]] | None = None
+) -> Trainer:
+    """Lightning's Trainer with the configured callbacks; ``already_read`` as for ``AtomicCheckpointIO``."""
     callbacks: list[Callback] = [_call(node) for node in cfg.callbacks.values()]
     return _call(
         cfg.trainer,
@@ -111,7 +114,7 @@ def make_trainer(cfg: DictConfig, logger: Any, output_dir: Path) -> Trainer:
         max_epochs=-1,  # the data end the run, at total_frames
         callbacks=[*callbacks, RunRecord(describe(cfg)), StopAfterIteration()],
         logger=logger or False,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(already_read)],
         default_root_dir=output_dir,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),

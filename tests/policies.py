@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
+from pmoe_lightning.algorithms import make_sac
+from pmoe_lightning.algorithms.sac import SAC
 from pmoe_lightning.checkpoints.policy import ACTORS
+from pmoe_lightning.estimators import Marginalized
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.normalization import ObservationNormalizer
+from pmoe_lightning.safety import CostConstraint
 
 SPACES = {
     "Pendulum-v1": (3, [-2.0], [2.0]),
@@ -46,3 +51,39 @@ def make_policy(
     }
     entry = {"description": description, "state_dict": dict(policy.state_dict()), "env_frames": 1000, "updates": 10}
     return policy, {"policy": entry}
+
+
+def make_sac_policy(
+    actor: str = "pmoe", *, rule: str = "best_value", force: str | None = None, safe: bool = False, **arguments: Any
+) -> tuple[SAC, dict[str, Any]]:
+    """SAC on Hopper-v5's spaces, and the checkpoint of its policy, which is judged by a rule."""
+    observation_dim, low, high = SPACES["Hopper-v5"]
+    arguments = {"hidden_sizes": [16, 16], **arguments}
+    sizes = {"observation_dim": observation_dim, "action_dim": len(low)}
+    transform = {"force": force, "step_size": 0.3, "used_in": ["acting", "actor_loss"]} if force else None
+    constraint = {"num_candidates": 5, "cost_limit": 0.0} if safe else None
+    description = {
+        "format": 1,
+        "actor": actor,
+        "arguments": arguments | ({"deterministic": rule} if actor == "pmoe" else {}),
+        "observation_dim": observation_dim,
+        "action_low": low,
+        "action_high": high,
+        "normalize_observation": False,
+        "action_transform": transform,
+        "safe": constraint,
+        "critic": {"hidden_sizes": [16, 16], "activation": "relu"},
+        "env": {"id": "Hopper-v5", "kwargs": {"max_episode_steps": 20}},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        algorithm = make_sac(
+            ACTORS[actor](observation_dim, low, high, **arguments),
+            Marginalized(),
+            hidden_sizes=(16, 16),
+            action_transform=make_hamiltonian_transform(**sizes, **transform) if transform else None,
+            safety=CostConstraint(**constraint) if constraint else None,
+            policy_description=description,
+            **sizes,
+        )
+    return algorithm, {"policy": algorithm.policy_state()}

@@ -148,6 +148,14 @@ def test_an_action_spec_given_to_the_loss_states_the_bounds():
     assert torch.equal(loss.normalize_action(torch.tensor(OTHERS[1])), torch.tensor([[-1.0] * A, [1.0] * A]))
 
 
+def test_an_action_of_any_key_is_normalised():
+    key = ("agent", "force")
+    actor = make_pmoe_actor(OBSERVATION, *OTHERS[1], hidden_sizes=(8,), action_key=key)
+    loss = PMOESACLoss(actor, [make_qvalue_network(OBSERVATION, A, hidden_sizes=(8,), action_key=key)])
+    loss.set_keys(action=key)
+    assert torch.equal(loss.normalize_action(torch.tensor(OTHERS[1])), torch.tensor([[-1.0] * A, [1.0] * A]))
+
+
 @pytest.mark.parametrize("bounds", POWERS_OF_TWO)
 def test_ppo_with_routing_ranks_normalised_actions(bounds):
     """With bounds that are powers of two the losses and the gradients of Q and router are the same to the last bit."""

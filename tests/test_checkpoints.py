@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-from policies import make_policy
+from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 from waiting import HANG_SECONDS
@@ -74,6 +75,116 @@ def test_rule_replaces_the_trained_one() -> None:
     # The same observation everywhere: a drawn component gives several actions, but never more than components.
     drawn = act(load_policy(checkpoint, rule="sample_component"), observation).unique().numel()
     assert 1 < drawn <= 8
+
+
+VARIANTS = [(actor, "best_value") for actor in ("gaussian", "pmoe", "additive_moe", "mcp")]
+VARIANTS += [("pmoe", rule) for rule in ("max_weight", "sample_component")]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("force", [None, "raw"])
+@pytest.mark.parametrize(("actor", "rule"), VARIANTS)
+def test_a_loaded_policy_explores_as_it_did_in_training_whatever_its_rule(
+    actor: str, rule: str, force: str | None, safe: bool
+) -> None:
+    algorithm, checkpoint = make_sac_policy(actor, rule=rule, force=force, safe=safe)
+    observation, draws = torch.randn(1, 11).expand(200, 11), []
+    for policy in (algorithm.policy, loaded := load_policy(checkpoint, rule=rule)):
+        torch.manual_seed(1)
+        draws.append(act(policy, observation, ExplorationType.RANDOM))
+    torch.testing.assert_close(*draws, rtol=0, atol=0)
+    # One observation, 200 draws: every one is another. A rule chooses among four components.
+    assert len(draws[1].unique(dim=0)) == 200
+    chosen = len(act(loaded, observation).round(decimals=4).unique(dim=0))
+    assert safe or chosen == 1 or (rule == "sample_component" and chosen <= 4)
+    mixture = loaded.get_dist(TensorDict(observation=observation, batch_size=200))
+    torch.testing.assert_close(mixture.loc, algorithm.actor.get_dist(TensorDict(observation=observation)).loc)
+
+
+@pytest.mark.parametrize("force", [None, "raw"])
+def test_by_best_value_a_loaded_policy_is_deterministic_until_it_explores(force: str | None) -> None:
+    algorithm, checkpoint = make_sac_policy(force=force, num_components=8)
+    observation = torch.randn(100, 11)
+    best, likeliest = (act(load_policy(checkpoint, rule=rule), observation) for rule in (None, "max_weight"))
+    policy = load_policy(checkpoint)
+    for mode in (None, ExplorationType.DETERMINISTIC):
+        torch.testing.assert_close(act(policy, observation, mode), best, rtol=0, atol=0)
+    assert (best - likeliest).abs().max() > 0.01
+    if force is None:
+        modes = policy.get_dist(TensorDict(observation=observation, batch_size=100)).component_modes
+        actions = modes.movedim(-2, 0)
+        states = TensorDict(observation=observation, batch_size=100)
+        values = algorithm.loss.qvalues(states, actions, algorithm.loss.qvalue_network_params).min(0).values
+        torch.testing.assert_close(best, actions[values.argmax(0), torch.arange(100)])
+
+
+def test_the_mixture_of_a_loaded_policy_is_that_of_the_normalised_observation() -> None:
+    for actor in ("pmoe", "options"):
+        policy, checkpoint = make_policy(actor=actor)
+        states = TensorDict(observation=torch.randn(5, 3), batch_size=5)
+        expected = policy[1].get_dist(policy[0](states.copy()))
+        found = load_policy(checkpoint).get_dist(states)
+        if actor == "options":
+            found, expected = found.mixture, expected.mixture
+        torch.testing.assert_close(found.loc, expected.loc, rtol=0, atol=0)
+        assert set(states.keys()) == {"observation"}
+
+
+# ------------------------------------------------------------------ the policy on arrays
+
+
+@pytest.mark.parametrize(("actor", "normalize"), [("pmoe", True), ("gaussian", False)])
+def test_observations_may_be_of_any_number_type(actor: str, normalize: bool) -> None:
+    policy = load_policy(make_policy(actor=actor, normalize=normalize)[1])
+    observation = np.random.default_rng(0).normal(size=(5, 3))
+    expected = act(policy, torch.as_tensor(observation, dtype=torch.float32)).numpy()
+    for given in (observation, torch.as_tensor(observation), observation.astype(np.float32)):
+        tensordict = TensorDict(observation=given, batch_size=5)
+        before = tensordict["observation"].dtype
+        np.testing.assert_array_equal(policy(tensordict)["action"].detach(), expected)
+        assert tensordict["observation"].dtype == before
+        np.testing.assert_array_equal(policy.predict(given), expected)
+    assert policy.predict(observation.tolist()).dtype == np.float32
+    np.testing.assert_allclose(policy.predict(observation[0]), expected[0], atol=1e-6)
+    assert policy.predict(observation[0]).shape == (1,) and policy.predict(observation[:0]).shape == (0, 1)
+    assert policy.predict(np.zeros(3, dtype=np.int64)).shape == (1,)
+    with set_exploration_type(ExplorationType.RANDOM):
+        assert np.ptp(policy.predict(np.zeros((50, 3)))) > 0
+
+
+@pytest.mark.parametrize("force", [None, "gated"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_every_policy_predicts_on_arrays(force: str | None, safe: bool) -> None:
+    policy = load_policy(make_sac_policy(force=force, safe=safe)[1])
+    assert policy.predict(np.zeros(11)).shape == (3,) and policy.predict(np.zeros((4, 11))).shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        (np.zeros(4), r"must be of shape \[3\] or \[B, 3\], not \[4\]"),
+        (np.zeros(1), r"not \[1\]"),
+        (np.zeros((3, 1)), r"not \[3, 1\]"),
+        (np.zeros((2, 2, 3)), r"not \[2, 2, 3\]"),
+        (0.0, r"not \[\]"),
+        ([[0.0, 1.0, 2.0], [0.0]], "is not an array of numbers"),
+        ({"position": [0.0, 1.0, 2.0]}, "is not an array of numbers"),
+        (["a", "b", "c"], "is not an array of numbers"),
+        (None, r"must be of shape"),
+        ([np.nan, 0.0, 0.0], "holds NaN"),
+        ([[0.0, 0.0, 0.0], [np.inf, 0.0, 0.0]], "an infinity"),
+        ([1e300, 0.0, 0.0], "too large for the policy's float32"),
+    ],
+)
+def test_a_mistake_in_an_array_is_one_line(observation: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_policy(make_policy()[1]).predict(observation)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_policy_with_memory_does_not_predict_on_observations_alone() -> None:
+    with pytest.raises(ValueError, match="also reads option_previous: call it with a TensorDict"):
+        load_policy(make_policy(actor="options")[1]).predict(np.zeros(3))
 
 
 def test_importing_load_policy_needs_no_trainer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -17,15 +18,16 @@ import mujoco  # noqa: F401 - rendering must work although it was imported befor
 import numpy as np
 import pytest
 import torch
-from policies import make_policy
+from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS
 
+import pmoe_lightning
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.checkpoints.files import write_checkpoint
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
-from pmoe_lightning.evaluate import Request, main, parse
+from pmoe_lightning.evaluate import Request, _environment, main, parse
 from pmoe_lightning.evaluation import evaluate_policy, record_video, student_t_interval
 
 
@@ -91,12 +93,13 @@ def test_sampling_repeats_itself_and_differs_from_the_deterministic_policy() -> 
 
 def test_evaluation_leaves_no_trace() -> None:
     policy = load_policy(make_policy()[1], rule="sample_component").train()
-    policy[0].eval()
+    policy.policy[0].eval()
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     evaluate_policy(policy, make_env("Pendulum-v1", max_episode_steps=20), episodes=1, seed=9)
     assert torch.equal(torch.get_rng_state(), state)
     assert (np.random.get_state()[1] == numpy_state).all()
-    assert policy.training and policy[1].training and not policy[0].training
+    normalizer, actor = policy.policy
+    assert policy.training and actor.training and not normalizer.training
 
 
 def test_no_episode_is_refused() -> None:
@@ -201,6 +204,97 @@ def test_json_is_the_only_output(checkpoint: Path, capfd: pytest.CaptureFixture[
     }
 
 
+class Talkative(gymnasium.Wrapper):
+    """Prints as Python, as a C library and as a child process do."""
+
+    def reset(self, **arguments: Any) -> Any:
+        print("reset")
+        ctypes.CDLL(None).puts(b"reset in C")
+        subprocess.run(["echo", "reset in a child"], check=True)
+        return self.env.reset(**arguments)
+
+    def close(self) -> None:
+        print("closed")
+
+
+gymnasium.register("Talkative-v0", lambda **arguments: Talkative(gymnasium.make("Pendulum-v1", **arguments)))
+
+
+def test_what_the_environment_prints_is_not_among_the_json(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"checkpoint={checkpoint}", "env=Talkative-v0", "+env.max_episode_steps=5", "episodes=1"]
+    assert main([*words, "video=true", f"output={tmp_path}", "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["lengths"] == [5]
+    for piece in ("reset\n", "reset in C\n", "reset in a child\n", "closed\n"):
+        assert captured.err.count(piece) >= 2  # in the evaluation and in the film
+    print("and afterwards standard output is itself")
+    ctypes.CDLL(None).puts(b"in C, too")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "and afterwards standard output is itself\nin C, too\n"
+    assert main(words) == 0
+    assert "reset in a child" in capfd.readouterr().out  # a person reads both
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["+env.max_episode_steps=7"], 7),
+        (["env.max_episode_steps=7"], 7),
+        (["++env.max_episode_steps=7"], 7),
+        (["--env.max_episode_steps", "7"], 7),
+        (["--+env.max_episode_steps=7"], 7),
+        (["+env.max_episode_steps=int(7.0)"], 7),
+        (["+env.max_episode_steps="], 20),
+        (["env.id=Pendulum-v1", "+env.max_episode_steps=7"], 7),
+        (["+env.g=0.5", "env=Pendulum-v1"], 20),
+    ],
+)
+def test_arguments_of_the_environment_are_read_as_in_training(
+    checkpoint: Path, words: list[str], steps: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"checkpoint={checkpoint}", "episodes=1", *words, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["lengths"] == [steps]
+
+
+def test_an_argument_of_the_environment_reaches_it(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([f"checkpoint={checkpoint}", "episodes=2", "+env.g=2.5", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    env = make_env("Pendulum-v1", num_envs=2, max_episode_steps=20, g=2.5)
+    assert result["returns"] == list(evaluate_policy(load_policy(checkpoint), env, episodes=2, seed=0).returns)
+    assert result["env_arguments"] == {"g": 2.5}
+    assert main([f"checkpoint={checkpoint}", "episodes=2", "+env.g=2.5"]) == 0
+    assert "environment Pendulum-v1 g=2.5\n" in capfd.readouterr().out
+
+
+def test_arguments_of_the_environment_may_be_of_any_kind() -> None:
+    words = ["+env.a=[1, 2.5]", "env.b={c: true}", "+env.d.e=x", "+env.d.f='1'", "+env.g=null", "++env.h=1e-3"]
+    request = parse(["checkpoint=x", *words])
+    assert request.env_arguments == {
+        "a": [1, 2.5], "b": {"c": True}, "d.e": "x", "d.f": "1", "g": None, "h": 1e-3
+    }  # fmt: skip
+    trained = {"id": "Pendulum-v1", "kwargs": {"a": 3, "d": {"e": "y", "z": 0}, "kept": 1}}
+    assert _environment(request, trained) == (
+        "Pendulum-v1",
+        {"a": [1, 2.5], "b": {"c": True}, "d": {"e": "x", "f": "1", "z": 0}, "g": None, "h": 1e-3, "kept": 1},
+    )
+
+
+def test_the_version_and_the_completion_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint=x", "--version"])
+    assert ended.value.code is None
+    assert capfd.readouterr().out == f"pmoe_lightning {pmoe_lightning.__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["-sc", "install=bash"])
+    script = capfd.readouterr().out + "complete -p pmoe-evaluate; compgen -W 'checkpoint= episodes=' -- che"
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "checkpoint= episodes=" in done.stdout, done.stderr
+    assert main(["--shell-completion", "install=zsh"]) == 2
+    assert "completion is for bash" in capfd.readouterr().err
+
+
 def test_one_episode_has_no_interval(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([f"checkpoint={checkpoint}", "episodes=1", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["interval"] == [None, None]
@@ -212,6 +306,29 @@ def test_rules_act_differently(checkpoint: Path, capfd: pytest.CaptureFixture[st
         assert main([f"checkpoint={checkpoint}", "episodes=2", f"rule={rule}", "--json"]) == 0
         means.add(json.loads(capfd.readouterr().out)["mean"])
     assert len(means) == 3
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_sampling_a_policy_that_follows_the_best_value_is_to_draw_from_its_mixture(
+    tmp_path: Path, safe: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    algorithm, content = make_sac_policy(safe=safe)
+    write_checkpoint(content, tmp_path / "best.ckpt")
+    env = make_env("Hopper-v5", num_envs=2, max_episode_steps=20)
+    expected = evaluate_policy(algorithm.policy, env, episodes=2, seed=0, sample=True)
+    returns = {}
+    for rule in ("sample", "best_value"):
+        assert main([f"checkpoint={tmp_path / 'best.ckpt'}", "episodes=2", f"rule={rule}", "--json"]) == 0
+        returns[rule] = json.loads(capfd.readouterr().out)["returns"]
+    assert returns["sample"] == list(expected.returns) and returns["sample"] != returns["best_value"]
+    monkeypatch.setattr("pmoe_lightning.evaluation._render", lambda env: np.zeros((16, 16, 3), np.uint8))
+    filmed: list[torch.Tensor] = []
+    policy = load_policy(content)
+    policy.register_forward_hook(lambda module, inputs, out: filmed.append(out["action"][0].clone()))
+    for sample in (True, False):
+        record_video(policy, "Hopper-v5", tmp_path / "film.mp4", max_frames=1, sample=sample)
+    drawn, chosen = filmed
+    assert (drawn - chosen).abs().max() > 1e-3
 
 
 def test_table_and_video(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -231,6 +348,49 @@ def test_a_failing_video_is_a_warning(checkpoint: Path, tmp_path: Path, capfd: p
     assert "warning: no video: cannot write the video" in captured.err
 
 
+class Unfilmable(gymnasium.Wrapper):
+    """Breaks in its third picture, as a renderer may."""
+
+    render_mode = "rgb_array"
+
+    def __init__(self, env: gymnasium.Env, error: type[BaseException] = IndexError) -> None:
+        super().__init__(env)
+        self.error, self.pictures = error, 0
+
+    def step(self, action: Any) -> Any:
+        if self.pictures == 3:
+            raise self.error("in the middle\nof a film")
+        return self.env.step(action)
+
+    def render(self) -> np.ndarray:
+        self.pictures += 1
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+for _error in (IndexError, KeyboardInterrupt):
+    gymnasium.register(
+        f"Unfilmable{_error.__name__}-v0",
+        lambda error=_error, **arguments: Unfilmable(gymnasium.make("Pendulum-v1", **arguments), error),
+    )
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("error", ["IndexError", "KeyboardInterrupt"])
+def test_the_result_is_there_however_the_film_ends(
+    checkpoint: Path, tmp_path: Path, error: str, form: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"checkpoint={checkpoint}", f"env=Unfilmable{error}-v0", "+env.max_episode_steps=6", "episodes=1"]
+    assert main([*words, "video=true", f"output={tmp_path}", *form]) == (0 if error == "IndexError" else 130)
+    captured = capfd.readouterr()
+    if form:
+        result = json.loads(captured.out)
+        assert result["lengths"] == [6] and result["video"] is None
+    else:
+        assert "mean 6.0, min 6, max 6" in captured.out and "video" not in captured.out
+    warned = [line for line in captured.err.splitlines() if line == "warning: no video: in the middle of a film"]
+    assert len(warned) == (error == "IndexError")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -244,6 +404,16 @@ def test_a_failing_video_is_a_warning(checkpoint: Path, tmp_path: Path, capfd: p
         (["checkpoint={}", "video=maybe"], 2, "video must be true or false"),
         (["checkpoint={}", "--seed"], 2, "--seed needs a value"),
         (["checkpoint={}", "json"], 2, "json needs a value"),
+        (["checkpoint={}", "+env.gravity=1"], 2, "unexpected keyword argument 'gravity'"),
+        (["checkpoint={}", "env.gravity=1"], 2, "unexpected keyword argument 'gravity'"),
+        (["checkpoint={}", "+env.g=1,2"], 2, "+env.g has several values, 1,2: give one, or a list in brackets"),
+        (["checkpoint={}", "+env.g=[1"], 2, "cannot read '+env.g=[1': write +env.key=value"),
+        (["checkpoint={}", "+env.=1"], 2, "cannot read '+env.=1'"),
+        (["checkpoint={}", "+env.seed=1"], 2, "+env.seed is not an argument of the environment"),
+        (["checkpoint={}", "env.num_envs=1"], 2, "env.num_envs is not an argument of the environment"),
+        (["checkpoint={}", "+envs.g=1"], 2, "unknown argument '+envs.g=1'"),
+        (["checkpoint={}", "~env.g"], 2, "unknown argument '~env.g'"),
+        (["checkpoint={}", "+env.g"], 2, "+env.g needs a value"),
         (["checkpoint={}", "env=Pendulum-v7"], 2, "Pendulum-v1"),
         (["checkpoint={}", "env=InvertedPendulum-v5"], 2, "3 observations to 1 actions, but InvertedPendulum-v5 has 4"),
         (["checkpoint=nowhere.ckpt"], 1, "nowhere.ckpt does not exist"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from conftest import ROOT
 from mlflow import MlflowClient
 from waiting import HANG_SECONDS, wait_until
 
+from pmoe_lightning.algorithms.sac import SAC as SAC_ALGORITHM
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
 from pmoe_lightning.data.collection import CollectedData
@@ -119,6 +122,35 @@ def test_a_resumed_run_does_not_depend_on_where_its_process_has_memory(words, tr
         with numpy_memory_begins(48):
             train(*words, "total_frames=320", "resume=resumed")
     assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "resumed")) == []
+
+
+@pytest.mark.parametrize("how", ["resume=run", "resume=run/checkpoints/last.ckpt", "resume=auto"])
+def test_a_resume_reads_its_checkpoint_once_and_lets_it_go(how, train, tmp_path, monkeypatch):
+    words = [*SAC, *QUIET, "env=Pendulum-v1"]
+    folder = "outputs/sac-Pendulum-v1/first" if how == "resume=auto" else "run"
+    train(*words, "total_frames=128", f"hydra.run.dir={folder}")
+    reads, torch_load = [], torch.load
+    weights: list[weakref.ref] = []
+
+    def load(file: Any, *arguments: Any, **named: Any) -> Any:
+        reads.append(Path(file).absolute().relative_to(tmp_path))
+        checkpoint = torch_load(file, *arguments, **named)
+        weights.append(weakref.ref(next(iter(checkpoint["state_dict"].values()))))
+        return checkpoint
+
+    alive: list[bool] = []
+    start = SAC_ALGORITHM.training_step
+
+    def training_step(self: Any, *arguments: Any) -> None:
+        gc.collect()
+        alive.append(weights[0]() is not None)
+        start(self, *arguments)
+
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(SAC_ALGORITHM, "training_step", training_step)
+    train(*words, "total_frames=192", how)
+    assert reads == [Path(folder, LAST)]
+    assert alive and not any(alive)
 
 
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}

@@ -726,6 +726,32 @@ def test_the_packaged_policy_follows_the_best_value_where_training_did(logger: M
     action = packaged.predict(observation["observation"].numpy())
     np.testing.assert_allclose(action, best.detach(), atol=1e-5)
     assert (best - likeliest).abs().max() > 0.01
+    for row in range(2):
+        for number in (np.nan, np.inf, -np.inf):
+            broken = observation["observation"][:2].numpy().copy()
+            broken[row, 3] = number
+            with pytest.raises(Exception, match="the observation holds NaN or an infinity"):
+                packaged.predict(broken)
+
+
+def test_a_served_graph_answers_what_is_not_finite_with_an_error(logger: MLflowLogger) -> None:
+    """Also the graph itself, which other programs serve."""
+    logger.start()
+    uri = log_policy_model(logger, make_policy(normalize=False)[1])
+    served = mlflow.pytorch.load_model(uri, device="cpu")
+    packaged = mlflow.pyfunc.load_model(uri)
+    huge = np.array([[3e38, -3e38, 3e38]], np.float32)
+    assert np.isfinite(served(torch.zeros(4, 3)).numpy(force=True)).all()
+    for number in (np.nan, np.inf, -np.inf):
+        broken = np.array([[0.0, number, 0.0]], np.float32)
+        with pytest.raises(RuntimeError, match="the observation holds NaN or an infinity"):
+            served(torch.as_tensor(broken))
+        with pytest.raises(Exception, match="the observation holds NaN or an infinity"):
+            packaged.predict(broken)
+    try:
+        assert np.isfinite(packaged.predict(huge)).all()
+    except RuntimeError as error:
+        assert "too large for the policy" in str(error)
 
 
 def test_the_packaged_policy_says_what_it_is(trained: tuple, tmp_path: Path) -> None:

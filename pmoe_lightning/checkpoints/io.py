@@ -1,6 +1,7 @@
 """The Lightning plugin that writes checkpoints atomically and verifies them before reading."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -14,7 +15,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own writer goes through the system's temporary folder, so on another filesystem its last step is a copy
     that can be cut short. Local paths only take this way; a URL (``s3://...``) is left to Lightning.
+
+    Args:
+        already_read: checkpoints by path that need not be read again; what is loaded is taken out.
     """
+
+    def __init__(self, already_read: dict[Path, dict[str, Any]] | None = None) -> None:
+        super().__init__()
+        self.already_read = {} if already_read is None else already_read
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``; see :func:`write_checkpoint`.
@@ -44,4 +52,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only is not False)
+        if Path(path) in self.already_read:
+            return self.already_read.pop(Path(path))
         return read_checkpoint(path, map_location=map_location)

@@ -25,6 +25,7 @@ from pmoe_lightning.actors import (
     make_pmoe_actor,
 )
 from pmoe_lightning.checkpoints.files import read_checkpoint
+from pmoe_lightning.checkpoints.loaded import LoadedPolicy
 from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
 from pmoe_lightning.critics import QValueEnsemble, make_qvalue_network
 from pmoe_lightning.errors import RunError
@@ -72,12 +73,14 @@ _MAX_PARAMETERS = 500_000_000
 
 def load_policy(
     checkpoint: str | Path | Mapping[str, Any], *, device: str | torch.device = "cpu", rule: str | None = None
-) -> TensorDictModule:
+) -> LoadedPolicy:
     """Rebuild the policy of a checkpoint: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
 
+    On plain arrays it is ``policy.predict(observation) -> action``; ``policy.get_dist(tensordict)`` is its mixture.
     A policy with memory also reads what an environment made with ``carry`` hands on, see ``envs.with_memory``.
     The observation normaliser, if the policy was trained with one, is part of it. The policy is in evaluation mode and
-    acts deterministically; ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)`` makes it sample.
+    acts deterministically; ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)`` makes it sample, whatever the
+    rule.
 
     Args:
         checkpoint: a file, an MLflow run id, ``models:/<name>@<alias>`` (see ``resolve_checkpoint``), or a checkpoint
@@ -91,7 +94,8 @@ def load_policy(
 
     Example:
         >>> policy = load_policy("checkpoints/best.ckpt")
-        >>> action = policy(TensorDict(observation=torch.zeros(1, 17), batch_size=1))["action"]
+        >>> action = policy(TensorDict(observation=torch.zeros(1, 17), batch_size=1))["action"]  # [1, 6]
+        >>> action = policy.predict(np.zeros(17))  # [6]
     """
     where = "the checkpoint"
     if not isinstance(checkpoint, Mapping):
@@ -175,7 +179,7 @@ def build_policy(
     device: str | torch.device = "cpu",
     rule: str | None = None,
     where: str = "the checkpoint",
-) -> TensorDictModule:
+) -> LoadedPolicy:
     """The policy of a checked entry (:func:`policy_entry`); arguments and errors as :func:`load_policy`."""
     description = entry["description"]
     arguments = dict(description["arguments"])
@@ -203,7 +207,7 @@ def build_policy(
     for module in policy.modules():
         if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
-    return policy.to(device).eval()
+    return LoadedPolicy(policy, description["observation_dim"]).to(device).eval()
 
 
 def trained_rule(entry: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss
 
-from pmoe_lightning.actors import spec_bounds
+from pmoe_lightning.actors import stated_bounds
 from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective
 from pmoe_lightning.keys import beside
@@ -88,7 +88,7 @@ class PMOEPPOLoss(ClipPPOLoss):
         if routing is not None:
             self.convert_to_functional(qvalue_network, "qvalue_network")
         self.set_keys(action_unsquashed=beside(self.tensor_keys.action, "_unsquashed"))
-        for name, bound in zip(("low", "high"), spec_bounds(actor_network.spec, self.tensor_keys.action), strict=True):
+        for name, bound in zip(("low", "high"), stated_bounds(actor_network), strict=True):
             self.register_buffer(f"action_{name}", bound.to(self.entropy_coeff), persistent=False)
         self.register_buffer("qvalue_coeff", torch.tensor(qvalue_coeff, device=self.entropy_coeff.device))
 

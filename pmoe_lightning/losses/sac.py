@@ -14,7 +14,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 from torchrl.objectives.utils import distance_loss
 
-from pmoe_lightning.actors import spec_bounds
+from pmoe_lightning.actors import stated_bounds
 from pmoe_lightning.critics import (
     KnownProducts,
     Linear,
@@ -81,8 +81,7 @@ class PMOESACLoss(SACLoss):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))
         super().__init__(actor_network, qvalue_network, loss_function=loss_function, **arguments)
-        spec = actor_network.spec if self._action_spec is None else self._action_spec
-        for name, bound in zip(("low", "high"), spec_bounds(spec, self.tensor_keys.action), strict=True):
+        for name, bound in zip(("low", "high"), stated_bounds(actor_network, self._action_spec), strict=True):
             self.register_buffer(f"action_{name}", bound.to(self.log_alpha), persistent=False)
         self.estimator = Marginalized() if estimator is None else estimator
         self.action_transform = action_transform

@@ -30,7 +30,8 @@ _NOTE = """\
 # A policy for {env}
 
 It maps observations, float32 [N, {observations}], to actions, float32 [N, {actions}], in the units of the
-environment. Observations are given as the environment returns them: the normalisation is inside.
+environment. Observations are given as the environment returns them: the normalisation is inside. One that holds NaN or
+an infinity is an error.
 {randomness}
 
     import mlflow, numpy as np
@@ -51,15 +52,27 @@ another action next time. torch.manual_seed repeats them.
 
 
 class PolicyFunction(nn.Module):
-    """A TensorDict policy as a plain function: ``observation [N, O] -> action [N, A]``."""
+    """A TensorDict policy as a plain function: ``observation [N, O] -> action [N, A]``.
+
+    The exported graph keeps its two questions: whoever serves it gets an error for an observation that is not finite,
+    or so large that the action is not, in place of an action that is NaN.
+    """
 
     def __init__(self, policy: TensorDictModuleBase) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(self, observation: Tensor) -> Tensor:
+        _assert_finite(observation, "the observation holds NaN or an infinity")
         tensordict = TensorDict({"observation": observation}, batch_size=[observation.shape[0]])
-        return self.policy(tensordict)["action"]
+        action = self.policy(tensordict)["action"]
+        _assert_finite(action, "the observation is too large for the policy: its action is not finite")
+        return action
+
+
+def _assert_finite(values: Tensor, message: str) -> None:
+    """Raise RuntimeError with the message; an operator, which ``torch.export`` keeps, and not a branch in Python."""
+    torch._assert_async(values.isfinite().all(), message)
 
 
 class _CpuFlavor:

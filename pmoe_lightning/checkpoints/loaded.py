@@ -1,0 +1,105 @@
+"""A loaded policy: for TensorDicts as every policy, and for plain arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.modules import SafeProbabilisticTensorDictSequential
+
+from pmoe_lightning.normalization import ObservationNormalizer
+from pmoe_lightning.options import OptionActor, OptionPolicies
+
+
+class LoadedPolicy(TensorDictModuleBase):
+    """What ``load_policy`` returns: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
+
+    Observations may be of any number type, NumPy's included: they are cast to that of the weights. What the caller's
+    tensordict holds stays as it is.
+
+    Args:
+        policy: an actor, with its normaliser in front, its action transform behind and its candidates around it.
+        observation_dim: O.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, observation_dim: int) -> None:
+        super().__init__()
+        self.policy, self.observation_dim = policy, observation_dim
+        self.in_keys, self.out_keys = list(policy.in_keys), list(policy.out_keys)
+
+    @property
+    def actor(self) -> SafeProbabilisticTensorDictSequential | OptionActor:
+        """The actor alone, which loss modules take. It reads what the normaliser writes, where there is one."""
+        kinds = SafeProbabilisticTensorDictSequential | OptionActor
+        return next(module for module in self.policy.modules() if isinstance(module, kinds))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        out = self.policy(self._inputs(tensordict))
+        return tensordict.update(out.exclude(*self.in_keys))
+
+    def get_dist(self, tensordict: TensorDictBase) -> Distribution | OptionPolicies:
+        """The mixture at the observations of the tensordict; the ``OptionPolicies`` of a policy with options.
+
+        ``ExplorationType.RANDOM`` draws from it; an action transform evolves the draw, a safe policy chooses among
+        several.
+        """
+        inputs = self._inputs(tensordict, self.policy.in_keys[:1])
+        for module in self.policy.modules():
+            if isinstance(module, ObservationNormalizer):
+                inputs = module(inputs)
+        return self.actor.get_dist(inputs)
+
+    @torch.no_grad()
+    def predict(self, observation: Any) -> np.ndarray:
+        """The action [A] for an observation [O], or the actions [B, A] for a batch of them [B, O], as float32.
+
+        Acts by the exploration type in force, so deterministically unless one is set.
+
+        Args:
+            observation: an array or whatever NumPy makes one of.
+
+        Raises:
+            ValueError: it is of another shape, holds something else than finite numbers, or the policy has a memory.
+
+        Example:
+            >>> observation, _ = env.reset()
+            >>> observation, *_ = env.step(load_policy("checkpoints/best.ckpt").predict(observation))
+        """
+        if memory := [str(key) for key in self.in_keys if key != "observation"]:
+            raise ValueError(
+                f"predict takes observations alone, but this policy also reads {', '.join(memory)}: call it with a "
+                "TensorDict, in an environment made by envs.with_memory"
+            )
+        values = self._observation(observation)
+        batch = TensorDict(observation=values.reshape(-1, self.observation_dim), batch_size=values.shape[:-1].numel())
+        action = self.policy(batch).get("action").numpy(force=True).astype(np.float32, copy=False)
+        return action.reshape(*values.shape[:-1], action.shape[-1])
+
+    def _observation(self, observation: Any) -> Tensor:
+        """The observation as a tensor beside the weights, checked."""
+        try:
+            observation = observation.numpy(force=True) if isinstance(observation, Tensor) else observation
+            values = np.asarray(observation, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the observation is not an array of numbers: {str(error).splitlines()[0]}") from None
+        if values.ndim not in (1, 2) or values.shape[-1] != self.observation_dim:
+            size = self.observation_dim
+            raise ValueError(f"the observation must be of shape [{size}] or [B, {size}], not {list(values.shape)}")
+        weight = next(self.policy.parameters())
+        values = torch.as_tensor(values).to(weight)
+        if not values.isfinite().all():
+            raise ValueError("the observation holds NaN, an infinity, or a number too large for the policy's float32")
+        return values
+
+    def _inputs(self, tensordict: TensorDictBase, keys: list | None = None) -> TensorDictBase:
+        """What the policy reads, numbers of any width in that of its weights."""
+        dtype = next(self.policy.parameters()).dtype
+        inputs = tensordict.select(*(self.in_keys if keys is None else keys))
+        key = self.in_keys[0]
+        return inputs.set(key, inputs.get(key).to(dtype))
