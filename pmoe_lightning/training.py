@@ -25,6 +25,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
@@ -219,17 +220,20 @@ def check_devices(trainer: DictConfig) -> None:
 
 
 def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
-    """Make one environment, read its sizes and bounds, and close it.
+    """Make one environment, read its sizes and bounds, reset and step it, and close it; no random number is used up.
 
     Raises:
-        ConfigurationError: it cannot be made or is not supported.
+        ConfigurationError: it cannot be made, is not supported, or fails in its first reset or step.
+        RunError: its first observation is not finite.
     """
-    env = make_env(num_envs=1, seed=0)
-    try:
-        low, high = (bound.flatten().tolist() for bound in (env.action_spec.space.low, env.action_spec.space.high))
-        return Spaces(env.observation_spec["observation"].shape[-1], low, high)
-    finally:
-        env.close()
+    with isolate_rng(include_cuda=False):
+        env = make_env(num_envs=1, seed=0)
+        try:
+            env.rollout(1)
+            low, high = (bound.flatten().tolist() for bound in (env.action_spec.space.low, env.action_spec.space.high))
+            return Spaces(env.observation_spec["observation"].shape[-1], low, high)
+        finally:
+            env.close()
 
 
 def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule, resume: str | None = None) -> None:

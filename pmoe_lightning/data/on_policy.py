@@ -15,7 +15,8 @@ from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 __all__ = ["OnPolicyData"]
 
 #: Neither a loss nor an advantage reads these: the flags of a root are always false, and totals are counted already.
-_LEFT_OUT = ("done", "terminated", "truncated", ("next", "episode_return"), ("next", "episode_length"))
+_TOTALS = ("episode_return", "episode_length")
+_LEFT_OUT = ("done", "terminated", "truncated", *_TOTALS, *(("next", total) for total in _TOTALS))
 
 
 class OnPolicyData(CollectedData):

@@ -7,9 +7,9 @@ the environment would bypass both, so what a trainer needs from every step (floa
 length) is computed inside.
 """
 
-import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,23 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from gymnasium.wrappers import FlattenObservation
+from gymnasium.spaces.utils import flatten
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from pmoe_lightning.envs.contract import (
+    check_action_space,
+    check_observation,
+    check_reset,
+    check_step,
+    one_line,
+    one_number,
+    vector_size,
+    warn_of_lost_precision,
+)
+from pmoe_lightning.envs.packages import closest, package
 from pmoe_lightning.envs.simulator_state import NotCaptured, capture, is_mujoco, restore
 from pmoe_lightning.envs.velocity import VelocityCost
 from pmoe_lightning.errors import ConfigurationError, NonFiniteError
@@ -31,9 +42,13 @@ __all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 
 _log = logging.getLogger(__name__)
 _FLAGS = ("done", "terminated", "truncated")
-_STEPPED = ("observation", "reward", *_FLAGS, "episode_return", "episode_length")
+_TOTALS = ("episode_return", "episode_length")
+_STEPPED = ("observation", "reward", *_FLAGS, *_TOTALS)
 _COSTS = ("cost", "episode_cost")
 _PREVIOUS = "_previous"
+_RESETS = 10  # in a row, until an observation is finite
+_NOT_A_VECTOR = (-1,)  # the shape of no array
+_NUMBERS = (float, int, np.number)
 _BAD_STATES = slice(3, 7)  # mjWARN_BADQPOS, BADQVEL, BADQACC and BADCTRL
 _mujoco_breakdowns: list[str] = []  # what MuJoCo has said since this was last looked at
 Arrays = Mapping[str, np.ndarray]
@@ -42,22 +57,26 @@ Arrays = Mapping[str, np.ndarray]
 class GymnasiumEnv(EnvBase):
     """N Gymnasium environments with continuous actions, stepped together.
 
-    Root keys: ``observation`` float32 [N, O], ``done``, ``terminated``, ``truncated`` bool [N, 1].
-    ``next`` holds the same, plus ``reward`` float32 [N, 1], ``episode_return`` float32 [N, 1] and ``episode_length``
-    int64 [N, 1]: running totals since the start of the episode, and its final totals where ``done`` is set.
+    Root keys: ``observation`` float32 [N, O], ``done``, ``terminated``, ``truncated`` bool [N, 1], and the running
+    totals since the start of the episode, ``episode_return`` float32 [N, 1] and ``episode_length`` int64 [N, 1].
+    ``next`` holds the same, the final totals where ``done`` is set, plus ``reward`` float32 [N, 1].
     ``done = terminated | truncated``. Where an episode ends, ``next`` holds its true last observation and the following
     root the first observation of the next episode.
 
     ``action`` is float32 [N, A] within the bounds of the Gymnasium space, which need not be +-1. Actions are clipped to
     these bounds on their way to the environment (the stored action is left as it is), so that float rounding in a
     squashed policy never reaches an environment that checks its input. Observations of any other kind than a flat
-    vector are flattened with :class:`gymnasium.wrappers.FlattenObservation`.
+    vector are flattened as :class:`gymnasium.wrappers.FlattenObservation` does.
+
+    Observations must be of the declared shape; all that the first reset and step of every environment return is
+    checked. A reset whose observation is not finite is repeated, with the random numbers that come next.
 
     Where a simulator breaks down (an observation or reward that is not finite, a MuJoCo state that is NaN, infinite or
     huge), the episode is truncated, non-finite parts of ``next.observation`` become 0, and ``next.reward`` is NaN:
     such a transition is to be dropped, as this package's data modules do.
 
-    With a ``cost``, ``next`` also holds ``cost`` float32 [N, 1] of the step, and its running total ``episode_cost``.
+    With a ``cost``, ``next`` also holds ``cost`` float32 [N, 1] of the step, and its running total ``episode_cost``; so
+    does every root, for the step that led to it.
 
     A policy with memory names in ``carry`` the integer entries [N, 1] that it writes and wants to read one step later.
     Every root then holds ``<name>_previous`` int64 [N, 1]: what the policy wrote in the step before, or -1 in the first
@@ -71,8 +90,9 @@ class GymnasiumEnv(EnvBase):
 
     Raises:
         ConfigurationError: if there is no environment, the action space is not a bounded vector, the observations
-            cannot be flattened to a vector, or the environments differ in their spaces.
-        NonFiniteError: when stepped with an action that is not finite.
+            cannot be flattened to a vector or are images, or the environments differ in their spaces; when an
+            environment returns what it should not, or fails in its first reset or step.
+        NonFiniteError: when stepped with an action that is not finite, or reset in vain.
     """
 
     def __init__(
@@ -86,14 +106,20 @@ class GymnasiumEnv(EnvBase):
         if not envs:
             raise ConfigurationError("GymnasiumEnv needs at least one environment (num_envs >= 1)")
         super().__init__(device=None, batch_size=torch.Size([len(envs)]))
-        self.envs = [_with_flat_observation(env) for env in envs]
-        action_space = _bounded_action_space(self.envs)
-        self._observation_shape = (len(envs), *self.envs[0].observation_space.shape)
+        self.envs = list(envs)
+        action_space, self._observation_space = _shared_spaces(self.envs)
+        size = vector_size(self._observation_space, _name(envs[0]))
+        is_vector = isinstance(self._observation_space, Box) and len(self._observation_space.shape) == 1
+        self._vector_shape = (size,) if is_vector else _NOT_A_VECTOR
+        self._observation_shape = (len(envs), size)
+        self._never_reset, self._never_stepped = set(range(len(envs))), set(range(len(envs)))
         self._action_low, self._action_high = action_space.low, action_space.high
         self._returns, self._lengths = [0.0] * len(envs), [0] * len(envs)
         self.cost, self._costs = cost, [0.0] * len(envs)
         self.carry = tuple(carry)
         self._carried = {name: f"{name}{_PREVIOUS}" for name in carry}
+        totals = _TOTALS if cost is None else (*_TOTALS, *_COSTS)
+        self._at_start = dict.fromkeys(totals, 0) | dict.fromkeys(self._carried.values(), -1)
         self._make_specs()
         self._set_seed(seed)
 
@@ -106,16 +132,18 @@ class GymnasiumEnv(EnvBase):
         low, high = bound(self._action_low), bound(self._action_high)
         flags = {key: Categorical(2, shape=(n, 1), dtype=torch.bool) for key in _FLAGS}
         carried = {key: Unbounded(shape=(n, 1), dtype=torch.int64) for key in self._carried.values()}
-        self.observation_spec = Composite(observation=Unbounded(shape=self._observation_shape), **carried, shape=(n,))
-        self.action_spec = Bounded(low=low, high=high, shape=low.shape, dtype=torch.float32)
-        # Entries of the reward spec exist in "next" only, which is where episode totals belong.
-        self.reward_spec = Composite(
-            reward=Unbounded(shape=(n, 1)),
+        # To TorchRL totals are observations, as those of its own RewardSum and StepCounter are: what stands in the
+        # reward spec is summed, scaled and skipped by its transforms.
+        self.observation_spec = Composite(
+            observation=Unbounded(shape=self._observation_shape),
             episode_return=Unbounded(shape=(n, 1)),
             episode_length=Unbounded(shape=(n, 1), dtype=torch.int64),
             **{key: Unbounded(shape=(n, 1)) for key in _COSTS if self.cost is not None},
+            **carried,
             shape=(n,),
         )
+        self.action_spec = Bounded(low=low, high=high, shape=low.shape, dtype=torch.float32)
+        self.reward_spec = Composite(reward=Unbounded(shape=(n, 1)), shape=(n,))
         self.full_done_spec = Composite(**flags, shape=(n,))
 
     def _set_seed(self, seed: int | None) -> None:
@@ -156,7 +184,8 @@ class GymnasiumEnv(EnvBase):
             root: as made by ``empty_root``; the next root is written here, with new episodes where any have ended.
         """
         ended = self._step_envs(action, carried, outcome)
-        for key in ("observation", *self._carried.values()):
+        root["observation"][...] = outcome["observation"]
+        for key in self._at_start:
             root[key][...] = outcome[key]
         if ended:
             self._start_episodes(root, ended)
@@ -166,16 +195,16 @@ class GymnasiumEnv(EnvBase):
         n = len(self.envs)
         arrays = {"observation": _aligned((*steps, *self._observation_shape), torch.float32)}
         arrays |= zip(_FLAGS, np.zeros((3, *steps, n, 1), np.bool_), strict=True)
+        arrays["episode_return"] = np.zeros((*steps, n, 1), np.float32)
+        arrays["episode_length"] = np.zeros((*steps, n, 1), np.int64)
+        if self.cost is not None:
+            arrays |= zip(_COSTS, np.zeros((2, *steps, n, 1), np.float32), strict=True)
         return arrays | {key: np.full((*steps, n, 1), -1, np.int64) for key in self._carried.values()}
 
     def empty_outcome(self, *steps: int) -> dict[str, np.ndarray]:
         """Arrays [*steps, N, ...] for the entries of ``next``, before anything has happened."""
         arrays = self.empty_root(*steps)
-        shape = (*steps, len(self.envs), 1)
-        arrays["reward"], arrays["episode_return"] = _aligned((2, *shape), torch.float32)
-        arrays["episode_length"] = np.empty(shape, np.int64)
-        if self.cost is not None:
-            arrays |= zip(_COSTS, _aligned((2, *shape), torch.float32), strict=True)
+        arrays["reward"] = _aligned((*steps, len(self.envs), 1), torch.float32)
         return arrays
 
     def _read(self, tensordict: TensorDictBase) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -196,8 +225,14 @@ class GymnasiumEnv(EnvBase):
         ended = []
         # Scalar by scalar, because one NumPy operation costs as much as a dozen assignments.
         for i, env in enumerate(self.envs):
-            observation[i], value, ends, is_cut, info = env.step(actions[i])
-            self._returns[i] += float(value)
+            outcome_i = self._first_step(i, actions[i]) if i in self._never_stepped else env.step(actions[i])
+            observed, value, ends, is_cut, info = outcome_i
+            if getattr(observed, "shape", None) != self._vector_shape:
+                observed = self._flat(i, observed)
+            observation[i] = observed
+            value = float(value) if isinstance(value, _NUMBERS) else one_number(value, _name(env))
+            ends, is_cut = bool(ends), bool(is_cut)
+            self._returns[i] += value
             self._lengths[i] += 1
             reward[i, 0], episode_return[i, 0], episode_length[i, 0] = value, self._returns[i], self._lengths[i]
             done[i, 0], terminated[i, 0], truncated[i, 0] = ends or is_cut, ends, is_cut
@@ -230,11 +265,45 @@ class GymnasiumEnv(EnvBase):
 
     def _start_episodes(self, root: Arrays, rows: Iterable[int]) -> None:
         for i in rows:
-            root["observation"][i] = self.envs[i].reset(seed=self._seeds[i])[0]
-            self._seeds[i] = None  # later episodes continue the environment's own random stream
+            self._reset_env(i, root["observation"][i])
             self._returns[i], self._lengths[i], self._costs[i] = 0.0, 0, 0.0
-            for key in self._carried.values():
-                root[key][i] = -1
+            for key, value in self._at_start.items():
+                root[key][i] = value
+
+    def _reset_env(self, i: int, observation: np.ndarray) -> None:
+        """Start an episode of one environment, and write the first observation that is finite."""
+        env, name = self.envs[i], _name(self.envs[i])
+        for resets in range(_RESETS):
+            with one_line(name, "reset") if i in self._never_reset else nullcontext():
+                result = env.reset(seed=self._seeds[i])
+                check_reset(self._observation_space, result, name)
+            self._never_reset.discard(i)
+            self._seeds[i] = None  # later episodes continue the environment's own random stream
+            warn_of_lost_precision(self._observation_space, result[0], name)
+            observation[...] = self._flat(i, result[0])
+            if np.isfinite(observation).all():
+                if resets:
+                    _log.warning("%s was reset %d times until its observation was finite", name, resets + 1)
+                return
+        entry = int(np.flatnonzero(~np.isfinite(observation))[0])
+        raise NonFiniteError(
+            f"environment {name!r}: entry {entry} of the observation is {observation[entry]} after each of {_RESETS} "
+            "resets in a row: mend the environment, or what it is made with"
+        )
+
+    def _first_step(self, i: int, action: np.ndarray) -> tuple:
+        name = _name(self.envs[i])
+        with one_line(name, "step"):
+            result = self.envs[i].step(action)
+            check_step(self._observation_space, result, name)
+        warn_of_lost_precision(self._observation_space, result[0], name)
+        self._never_stepped.discard(i)
+        return result
+
+    def _flat(self, i: int, observed: Any) -> Any:
+        """A checked observation as a vector."""
+        check_observation(self._observation_space, observed, _name(self.envs[i]))
+        return flatten(self._observation_space, observed) if self._vector_shape == _NOT_A_VECTOR else observed
 
     def _tensordict(self, arrays: Arrays) -> TensorDict:
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
@@ -336,16 +405,20 @@ def make_env(
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigurationError(f"environment {id!r} needs a package that is not installed: {_line(error)}") from error
     except gymnasium.error.UnregisteredEnv as error:
-        raise ConfigurationError(f"unknown environment id {id!r}{_closest(id)}") from error
+        raise ConfigurationError(f"unknown environment id {id!r}{package(id) or closest(id)}") from error
     except ImportError as error:
-        raise ConfigurationError(f"environment {id!r} cannot be imported: {_line(error)}") from error
-    except (gymnasium.error.Error, TypeError) as error:
-        raise ConfigurationError(f"environment {id!r} cannot be made with {kwargs}: {_line(error)}") from error
+        raise ConfigurationError(f"environment {id!r} cannot be imported: {_line(error)}{package(id)}") from error
+    except Exception as error:  # whatever somebody's constructor may raise
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise ConfigurationError(f"environment {id!r} cannot be made with {kwargs}: {reason}") from error
     if velocity_limit is None:
         return GymnasiumEnv(envs, seed=seed, carry=carry)
     cost = VelocityCost(id, velocity_limit)
-    envs[0].reset()  # what it reports is known after a step, and should be known before a run
-    cost(envs[0].step(envs[0].action_space.sample())[4])
+    with one_line(id, "reset"):  # what it reports is known after a step, and should be known before a run
+        envs[0].reset()
+    with one_line(id, "step"):
+        *_, info = envs[0].step(envs[0].action_space.sample())
+    cost(info)
     return GymnasiumEnv(envs, seed=seed, carry=carry, cost=cost)
 
 
@@ -379,41 +452,17 @@ def _log_mujoco_warning(message: str) -> None:
     _log.log(logging.DEBUG if "is deprecated" in message else logging.WARNING, "MuJoCo: %s", message)
 
 
-def _closest(id: str) -> str:
-    known = {known_id.lower(): known_id for known_id in gymnasium.registry}
-    matches = difflib.get_close_matches(id.lower(), known, n=3, cutoff=0.6)
-    if not matches:
-        return ": list the known ones with gymnasium.pprint_registry()"
-    return f": did you mean {', '.join(known[match] for match in matches)}?"
-
-
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _with_flat_observation(env: gymnasium.Env) -> gymnasium.Env:
-    space = env.observation_space
-    if isinstance(space, Box) and len(space.shape) == 1:
-        return env
-    flat = FlattenObservation(env)
-    if not isinstance(flat.observation_space, Box):
-        raise ConfigurationError(f"environment {_name(env)!r} has observations that cannot be flattened: {space}")
-    return flat
-
-
-def _bounded_action_space(envs: Sequence[gymnasium.Env]) -> Box:
-    space = envs[0].action_space
-    if not isinstance(space, Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
-        raise ConfigurationError(
-            f"environment {_name(envs[0])!r} has the action space {space}: only continuous vectors (Box) are supported"
-        )
-    if not space.is_bounded("both"):
-        raise ConfigurationError(
-            f"environment {_name(envs[0])!r} has an unbounded action space {space}: wrap it so that its Box has bounds"
-        )
-    if any((env.action_space, env.observation_space) != (space, envs[0].observation_space) for env in envs):
+def _shared_spaces(envs: Sequence[gymnasium.Env]) -> tuple[Box, gymnasium.Space]:
+    """The action space and the observation space of all environments."""
+    observed, acted = (getattr(envs[0], name, None) for name in ("observation_space", "action_space"))
+    check_action_space(acted, _name(envs[0]))
+    if any((env.action_space, env.observation_space) != (acted, observed) for env in envs):
         raise ConfigurationError("all environments of a GymnasiumEnv must have the same spaces")
-    return space
+    return acted, observed
 
 
 def _name(env: gymnasium.Env) -> str:

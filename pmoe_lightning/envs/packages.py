@@ -1,0 +1,44 @@
+"""Where environments come from that Gymnasium does not bring: what to install, and how to name them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import gymnasium
+
+__all__ = ["closest", "package"]
+
+_ROBOTICS = r"Fetch|Hand(Reach|Manipulate)|AdroitHand|(Point|Ant)Maze|FrankaKitchen"
+#: Pattern of an id, what pip installs, and the module whose import registers it.
+_PACKAGES = (
+    (r"dm_control/", "shimmy[dm-control]", "shimmy"),
+    (r"\w+BulletEnv-", "pybullet-envs-gymnasium", "pybullet_envs_gymnasium"),
+    (_ROBOTICS, "gymnasium-robotics", "gymnasium_robotics"),
+    (r"Panda(Reach|Push|Slide|PickAndPlace|Stack|Flip)", "panda-gym", "panda_gym"),
+    (r"Meta-World/", "metaworld", "metaworld"),
+)
+#: Ids of packages whose actions are discrete.
+_DISCRETE = r"ALE/|MinAtar/|MiniGrid-|BabyAI-|bsuite/"
+
+
+def package(id: str) -> str:
+    """What to install for an id, and how to name it, to follow it in a message; empty if that is not known."""
+    plain = id.rpartition(":")[2]
+    if any(known.startswith(plain.rpartition("-v")[0] + "-v") for known in gymnasium.registry):
+        return ""  # it is installed and imported: something else is wrong
+    if re.match(_DISCRETE, plain, re.IGNORECASE):
+        return ": it is in a package of its own, and its actions are discrete: only continuous ones are supported"
+    for pattern, name, module in _PACKAGES:
+        if re.match(pattern, plain, re.IGNORECASE):
+            return f': it is in a package of its own, pip install "{name}", and is named env.id={module}:{plain}'
+    return ""
+
+
+def closest(id: str) -> str:
+    """The registered ids that are most like one that is not, to follow it in a message."""
+    known = {known_id.lower(): known_id for known_id in gymnasium.registry}
+    matches = difflib.get_close_matches(id.lower(), known, n=3, cutoff=0.6)
+    if not matches:
+        return ": list the known ones with gymnasium.pprint_registry(); one of another module is named module:Name-v0"
+    return f": did you mean {', '.join(known[match] for match in matches)}?"
