@@ -85,7 +85,7 @@ class Evaluation(Callback):
                 if self._env is None:
                     make_env = with_memory(self.make_env, pl_module.policy)
                     self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
-                policy = _judged_policy(pl_module)
+                policy = self.judged_policy(pl_module)
                 result = evaluate_policy(policy, self._env, episodes=self.episodes, seed=self.seed)
             mean, (low, high) = float(result.mean), result.interval
             frames = trainer.datamodule.env_frames
@@ -104,13 +104,14 @@ class Evaluation(Callback):
         # Every process needs the value: they decide together whether the checkpoint is the best.
         return trainer.strategy.broadcast(mean)
 
+    @staticmethod
+    def judged_policy(pl_module: LightningModule) -> TensorDictModuleBase:
+        """What is evaluated: the policy of a checkpoint saved now."""
+        if not pl_module.policy_description:
+            return pl_module.policy
+        return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device)
+
     def _close(self) -> None:
         if self._env is not None:
             self._env.close()
             self._env = None
-
-
-def _judged_policy(pl_module: LightningModule) -> TensorDictModuleBase:
-    if not pl_module.policy_description:
-        return pl_module.policy
-    return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device)

@@ -29,9 +29,9 @@ class FinalPolicy(Checkpoint):
     ``ModelCheckpoint``.
 
     Args:
-        video: film an episode.
+        video: film a whole episode.
         video_seed: seed of that episode.
-        video_frames: the film ends after this many frames, or with the episode.
+        video_frames: pictures of the film, about; a longer episode is drawn at every n-th step.
         model: package the policy; needs the ``MLflowLogger``.
         register_as: also make the model the next version of this registered MLflow model.
     """
@@ -41,7 +41,7 @@ class FinalPolicy(Checkpoint):
         *,
         video: bool = True,
         video_seed: int = 0,
-        video_frames: int = 1000,
+        video_frames: int = 250,
         model: bool = True,
         register_as: str | None = None,
     ) -> None:

@@ -10,13 +10,14 @@ from pmoe_lightning import figures
 from pmoe_lightning.callbacks.evaluation import Evaluation
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.reporting import find_callback, log_figure, warn_on_failure
+from pmoe_lightning.checkpoints.policy import trained_rule
 
 
 class LearningCurve(Callback):
     """Log the figure ``learning_curve`` when training ends, also when an error or an interrupt ends it.
 
-    Shows the training returns of the run's ``MetricsLogger`` and the evaluations of its ``Evaluation``; put this
-    callback after both.
+    Shows the training returns of the run's ``MetricsLogger`` and the evaluations of its ``Evaluation``, and says
+    by which rule a mixture acted in these; put this callback after both.
 
     Args:
         title: text above the axes, for example the environment and the algorithm.
@@ -26,16 +27,25 @@ class LearningCurve(Callback):
         self.title = title
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer)
+        self._draw(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with warn_on_failure("the learning curve was not logged"):
-            self._draw(trainer)
+            self._draw(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer) -> None:
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics, evaluation = find_callback(trainer, MetricsLogger), find_callback(trainer, Evaluation)
         episodes = metrics.episodes if metrics is not None else []
         evaluations = evaluation.history if evaluation is not None else []
         if episodes or evaluations:
-            draw = partial(figures.learning_curve, episodes, evaluations, title=self.title)
+            draw = partial(figures.learning_curve, episodes, evaluations, rule=_rule(pl_module), title=self.title)
             log_figure(trainer, "learning_curve", draw)
+
+
+def _rule(pl_module: LightningModule) -> str | None:
+    """How the mixture acted in the evaluations; None where there is no choice, or nobody said."""
+    if not pl_module.policy_description:
+        return None
+    arguments = pl_module.policy_description["arguments"]
+    several = max(arguments.get(key, 1) for key in ("num_components", "num_options")) > 1
+    return trained_rule(pl_module.policy_state()) if several else None

@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 from torch import Tensor
 
 from pmoe_lightning import figures
-from pmoe_lightning.callbacks.reporting import log_figure, log_metrics, reached, warn_on_failure
+from pmoe_lightning.acting import acting_component, mixture_at
+from pmoe_lightning.callbacks.evaluation import Evaluation
+from pmoe_lightning.callbacks.reporting import find_callback, log_figure, log_metrics, reached, warn_on_failure
 from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.envs import with_memory
+from pmoe_lightning.evaluation import follow_episode
+
+_STATES = 8  # columns of component_modes
 
 
 class MixtureDiagnostics(Callback):
@@ -24,7 +31,10 @@ class MixtureDiagnostics(Callback):
 
     ========================================== ================================================================
     ``mixture/weight_k``                       mean weight of component k
+    ``mixture/heaviest_k``                     share of the states in which component k has the largest weight
     ``mixture/router_entropy``                 mean over states of H(w(s)); log K where the router never decides
+    ``mixture/mutual_information``             H(mean w) - mean H(w(s)): what the state says about the component; 0
+                                               where it says nothing, log K where each state has one and all are used
     ``mixture/effective_components``           exp H(mean w): components in use at all; 1 means collapse
     ``mixture/effective_components_per_state`` mean of exp H(w(s)): components in use within one state
     ``mixture/component_distance``             mean distance between two component modes (see below); K > 1 only
@@ -34,9 +44,10 @@ class MixtureDiagnostics(Callback):
     The distance between two modes is the root mean square over action dimensions of their difference divided by the
     range of the action: 0 where they coincide, 1 at opposite corners.
 
-    Figures: ``mixture_weights``, the weights over the run, and ``component_modes``, the actions that the components
-    offer in a few states. Nothing is drawn at random, so training is not changed. A policy that is not a
-    ``TanhGaussianMixture`` is left alone.
+    Figures: ``mixture_weights``, how states were shared over the run, and ``component_modes``, the actions that the
+    components offer along one episode of the policy as it is judged, in the environment of the run's ``Evaluation``
+    (without one: in recent states). Global random states are as before afterwards, so training is not changed. A policy
+    that is not a ``TanhGaussianMixture`` is left alone.
 
     Args:
         every_frames: environment frames between two measurements.
@@ -47,6 +58,7 @@ class MixtureDiagnostics(Callback):
     def __init__(self, every_frames: int = 5000, figure_every_frames: int = 100_000, max_states: int = 256) -> None:
         self.every_frames, self.figure_every_frames, self.max_states = every_frames, figure_every_frames, max_states
         self.history: list[list[float]] = []
+        self.specialisation: list[list[float]] = []
         self._frames = self._figure_frames = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,10 +79,14 @@ class MixtureDiagnostics(Callback):
             self._finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": torch.tensor(self.history, dtype=torch.float64)}
+        rows = {"history": self.history, "specialisation": self.specialisation}
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"].tolist()
+        history = state_dict["history"]
+        # Checkpoints of version 1 have the mean weights alone.
+        specialisation = state_dict.get("specialisation", torch.full_like(history, torch.nan))
+        self.history, self.specialisation = history.tolist(), specialisation.tolist()
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         frames = trainer.datamodule.env_frames
@@ -85,18 +101,25 @@ class MixtureDiagnostics(Callback):
         if mixture is not None:
             metrics = mixture_metrics(mixture)
             log_metrics(trainer, metrics, frames)
-            weights = [metrics[f"mixture/weight_{k}"] for k in range(mixture.num_components)]
+            weights, heaviest = (
+                [metrics[f"mixture/{name}_{k}"] for k in range(mixture.num_components)]
+                for name in ("weight", "heaviest")
+            )
             self.history.append([float(frames), *weights])
+            self.specialisation.append([*heaviest, metrics["mixture/router_entropy"]])
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
         self._figure_frames = frames
         if frames > self._frames:
             self._measure(trainer, pl_module, frames)
         if self.history:
-            log_figure(trainer, "mixture_weights", partial(figures.mixture_weights, self.history), frames)
-        mixture = _recent_mixture(pl_module, 6)
-        if mixture is not None:
-            log_figure(trainer, "component_modes", partial(_draw_modes, mixture), frames)
+            log_figure(trainer, "mixture_weights", self._draw_weights, frames)
+        if _recent_mixture(pl_module, 1) is not None:
+            log_figure(trainer, "component_modes", partial(_draw_modes, trainer, pl_module), frames)
+
+    def _draw_weights(self) -> Figure:
+        heaviest, entropy = [row[:-1] for row in self.specialisation], [row[-1] for row in self.specialisation]
+        return figures.mixture_weights(self.history, heaviest, entropy)
 
 
 @torch.no_grad()
@@ -105,8 +128,11 @@ def mixture_metrics(mixture: TanhGaussianMixture) -> dict[str, float]:
     weights = mixture.weights
     mean_weights, entropy = weights.mean(0), _entropy(weights)
     values = {f"mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
+    heaviest = torch.nn.functional.one_hot(weights.argmax(-1), mixture.num_components).to(weights).mean(0)
+    values |= {f"mixture/heaviest_{k}": heaviest[k] for k in range(mixture.num_components)}
     values |= {
         "mixture/router_entropy": entropy.mean(),
+        "mixture/mutual_information": (_entropy(mean_weights) - entropy.mean()).clamp(min=0.0),
         "mixture/effective_components": _entropy(mean_weights).exp(),
         "mixture/effective_components_per_state": entropy.exp().mean(),
         "mixture/scale": mixture.scale.mean(),
@@ -136,7 +162,26 @@ def _recent_mixture(pl_module: LightningModule, num_states: int) -> TanhGaussian
     return mixture if isinstance(mixture, TanhGaussianMixture) else None
 
 
-def _draw_modes(mixture: TanhGaussianMixture) -> Figure:
+def _draw_modes(trainer: Trainer, pl_module: LightningModule) -> Figure:
+    evaluation = find_callback(trainer, Evaluation)
+    if evaluation is None:
+        return _modes_figure(_recent_mixture(pl_module, _STATES))
+    with isolate_rng():
+        policy = evaluation.judged_policy(pl_module)
+        env = with_memory(evaluation.make_env, policy)(num_envs=1, seed=evaluation.seed)
+        try:
+            episode = follow_episode(policy, env, seed=evaluation.seed)
+        finally:
+            env.close()
+    steps = torch.linspace(0, len(episode) - 1, min(_STATES, len(episode))).long()
+    states = episode[steps]
+    mixture = mixture_at(policy, states)
+    title = f"What each component would do along an episode of {len(episode)} steps"
+    labels = [f"step {step}" for step in steps.tolist()]
+    return _modes_figure(mixture, states=labels, acting=acting_component(mixture, states).cpu().numpy(), title=title)
+
+
+def _modes_figure(mixture: TanhGaussianMixture, **arguments: Any) -> Figure:
     action_dim = mixture.loc.shape[-1]
     lower, upper = mixture.squash(mixture.loc - mixture.scale), mixture.squash(mixture.loc + mixture.scale)
     return figures.component_modes(
@@ -146,4 +191,5 @@ def _draw_modes(mixture: TanhGaussianMixture) -> Figure:
         mixture.high.expand(action_dim).cpu().numpy(),
         lower=lower.cpu().numpy(),
         upper=upper.cpu().numpy(),
+        **arguments,
     )

@@ -14,7 +14,8 @@ from pmoe_lightning.callbacks.evaluation import Evaluation
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.reporting import find_callback
 
-_BAR_FORMAT = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} frames [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_COMPILING = "compiling the acting policy and the update: about half a minute, which the time left does not count"
+_BAR_FORMAT = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} frames [{elapsed}, {rate_fmt}{postfix}]"
 
 
 class FramesProgressBar(ProgressBar):
@@ -23,6 +24,10 @@ class FramesProgressBar(ProgressBar):
     Where standard output and standard error are terminals this is a bar; otherwise a plain line is printed after
     every 5 % of the frames and at the latest after 30 s (on runs over 25 minutes: 2 % of the time gone by). The
     returns are those of the ``MetricsLogger`` and ``Evaluation`` callbacks of the run, if it has them.
+
+    The time left is that of the mean pace since the run has settled: after its first iteration with updates, because
+    those before collect random actions only, and where programs are compiled after the second, because the update is
+    compiled in the first and the acting policy at the latest in the one that follows. Before that none is shown.
     """
 
     REFRESH_SECONDS = 0.25
@@ -33,6 +38,8 @@ class FramesProgressBar(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: tqdm | None = None
+        self._settling = 1  # iterations with updates until the pace is that of the rest of the run
+        self._settled: tuple[int, float] | None = None  # frames and time of that moment
 
     def enable(self) -> None:
         self._enabled = True
@@ -50,6 +57,9 @@ class FramesProgressBar(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._shown_at = time.monotonic()
         self._shown_frames = trainer.datamodule.env_frames
+        self._settling, self._settled, self._updates = 1 + pl_module.compiles, None, pl_module.updates
+        if self._enabled and pl_module.compiles:
+            print(_COMPILING, flush=True)
         if self._enabled and sys.stdout.isatty() and sys.stderr.isatty():
             total = trainer.datamodule.total_frames
             self._bar = tqdm(
@@ -64,6 +74,7 @@ class FramesProgressBar(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
+        self._settle(trainer.datamodule.env_frames, pl_module.updates, now)
         if self._bar is not None:
             if now - self._shown_at >= self.REFRESH_SECONDS:
                 self._show_bar(trainer, now)
@@ -82,7 +93,8 @@ class FramesProgressBar(ProgressBar):
 
     def _show_bar(self, trainer: Trainer, now: float) -> None:
         frames = min(trainer.datamodule.env_frames, self._bar.total)
-        self._bar.set_postfix_str(self._returns(trainer), refresh=False)
+        said = [self._returns(trainer), self._time_left(trainer, now)]
+        self._bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
         self._bar.update(frames - self._bar.n)
         self._shown_at = now
 
@@ -91,12 +103,22 @@ class FramesProgressBar(ProgressBar):
         speed = (frames - self._shown_frames) / max(now - self._shown_at, 1e-9)
         done = min(frames / total, 1.0)
         parts = [f"{done:4.0%}  {frames:,}/{total:,} frames", f"{speed:,.0f} frames/s"]
-        if returns := self._returns(trainer):
-            parts.append(returns)
-        if 0 < frames < total and speed > 0:
-            parts.append(f"{tqdm.format_interval((total - frames) / speed)} left")
+        parts += filter(None, [self._returns(trainer), self._time_left(trainer, now)])
         print(", ".join(parts), flush=True)
         self._shown_frames, self._shown_at = frames, now
+
+    def _settle(self, frames: int, updates: int, now: float) -> None:
+        if self._settling and updates > self._updates:
+            self._settling, self._updates = self._settling - 1, updates
+            if not self._settling:
+                self._settled = frames, now
+
+    def _time_left(self, trainer: Trainer, now: float) -> str:
+        frames, total = trainer.datamodule.env_frames, trainer.datamodule.total_frames
+        if self._settled is None or frames <= self._settled[0] or frames >= total:
+            return ""
+        pace = (now - self._settled[1]) / (frames - self._settled[0])
+        return f"{tqdm.format_interval((total - frames) * pace)} left"
 
     def _finish(self, trainer: Trainer) -> None:
         if self._bar is not None:

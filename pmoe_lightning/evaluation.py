@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
 
+from pmoe_lightning.acting import acting_component, mixture_at
 from pmoe_lightning.envs import GymnasiumEnv, carried_entries, make_env, with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.film import film_frame, steps_between_pictures
 
 # Matrix products of different row counts round differently, and a chaotic simulator magnifies that: with a constant
 # count an episode does not depend on how many others are run beside it.
 _POLICY_ROWS = 16
+_MAX_EPISODE_STEPS = 10_000  # of an environment that never ends
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,22 @@ def record_video(
     path: str | Path,
     *,
     seed: int = 0,
-    max_frames: int = 1000,
+    max_frames: int = 250,
     env_kwargs: Mapping[str, Any] | None = None,
     sample: bool = False,
 ) -> Path:
-    """Film the episode of ``seed`` as an H.264 file that browsers play.
+    """Film the whole episode of ``seed`` at the environment's own speed, as an H.264 file that browsers play.
+
+    Below every picture stand the step, the time, the return so far and, for a mixture, the component that acts; a band
+    shows which have acted. Long episodes are drawn at every n-th step only. To know n, the episode is run once before
+    it is filmed.
 
     Args:
         policy: as in :func:`evaluate_policy`.
         env_id: Gymnasium id of an environment that can render to arrays.
         path: the ``.mp4`` file to write; its folder is made.
         seed: seed of the episode, which is the first one of :func:`evaluate_policy` with this seed.
-        max_frames: the film ends here, or with the episode.
+        max_frames: pictures of the film, about; without a GPU each takes a tenth of a second or two.
         env_kwargs: further arguments of ``gymnasium.make``.
         sample: draw from the policy, in place of its deterministic action.
 
@@ -132,9 +140,11 @@ def record_video(
         raise RunError(f"cannot film {env_id}: {error}") from error
     try:
         with torch.no_grad(), _acting(policy, seed, sample) as act:
+            length = sum(1 for _ in _episode(act, env, seed)) - 1
+        with torch.no_grad(), _acting(policy, seed, sample) as act:
             _follow_the_body(env, env_kwargs or {})
             _coarsen_shadows(env)
-            _film(act, env, path, max_frames)
+            _film(policy, _episode(act, env, seed), env, path, length, max_frames)
     finally:
         env.close()
     return path
@@ -209,26 +219,91 @@ def _run_round(act: Any, env: GymnasiumEnv, count: int, seed: int) -> list[tuple
     return outcomes
 
 
-def _film(act: Any, env: GymnasiumEnv, path: Path, max_frames: int) -> None:
+def _episode(act: Any, env: GymnasiumEnv, seed: int) -> Iterator[tuple[TensorDictBase, float]]:
+    """The roots of the episode of ``seed``, each with its action and the return up to it, while ``env`` is there.
+
+    The last root is where the episode ended and has no action.
+    """
+    env.set_seed(seed)
+    root, total = env.reset(), 0.0
+    for _ in range(_MAX_EPISODE_STEPS):
+        yield act(root), total
+        step = env.step(root)
+        root, total = env.step_mdp(step), step["next", "episode_return"].item()
+        if step["next", "done"].any():
+            break
+    yield root, total
+
+
+@torch.no_grad()
+def follow_episode(policy: TensorDictModuleBase, env: GymnasiumEnv, *, seed: int) -> TensorDictBase:
+    """The roots [T] of the episode of ``seed``, with the actions of the policy, as :func:`evaluate_policy` runs it.
+
+    Args:
+        policy: as in :func:`evaluate_policy`.
+        env: one environment; it is left at the end of the episode.
+        seed: of the episode.
+    """
+    with _acting(policy, seed, sample=False) as act:
+        *roots, _ = (root for root, _ in _episode(act, env, seed))
+    return torch.cat(roots)
+
+
+def _film(
+    policy: TensorDictModuleBase,
+    episode: Iterator[tuple[TensorDictBase, float]],
+    env: GymnasiumEnv,
+    path: Path,
+    length: int,
+    max_frames: int,
+) -> None:
+    """Write every n-th state of the episode, and its last."""
     import imageio.v2 as imageio
 
-    root = env.reset()
-    frame = _render(env)
-    fps = env.envs[0].metadata.get("render_fps") or 30
+    seconds = _seconds_per_step(env)
+    every = steps_between_pictures(length, max_frames, seconds)
+    pictures = _pictures(policy, episode, env, every, seconds, length)
+    first = next(pictures)  # a machine that cannot draw leaves no file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # yuv420p, the only layout that browsers play, needs even sides: cut a line rather than stretch the picture.
+        # yuv420p is the only layout that browsers play.
         with imageio.get_writer(
-            path, fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=None, ffmpeg_log_level="error"
-        ) as writer:
-            for _ in range(max_frames):
-                writer.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
-                step, root = env.step_and_maybe_reset(act(root))
-                if step["next", "done"].any():
-                    break
-                frame = _render(env)
+            path, fps=1 / (seconds * every), codec="libx264", pixelformat="yuv420p", macro_block_size=None,
+            ffmpeg_log_level="error",
+        ) as writer:  # fmt: skip
+            for picture in chain([first], pictures):
+                writer.append_data(picture)
     except (OSError, ImportError) as error:
         raise RunError(f"cannot write the video {path}: {_line(error)}; is imageio[ffmpeg] installed?") from error
+
+
+def _pictures(
+    policy: TensorDictModuleBase,
+    episode: Iterator[tuple[TensorDictBase, float]],
+    env: GymnasiumEnv,
+    every: int,
+    seconds: float,
+    length: int,
+) -> Iterator[Any]:
+    """The film's pictures: every ``every``-th state of the episode, and the one in which it ended."""
+    acted, num_components = [], 1
+    for step, (root, total) in enumerate(episode):
+        over = root.get("action", None) is None
+        if not over:
+            mixture = mixture_at(policy, root)
+            num_components = 1 if mixture is None else mixture.num_components
+            acted.append(0 if mixture is None else int(acting_component(mixture, root)))
+        if over or step % every == 0:
+            caption = f"step {step} of {length}    {step * seconds:.1f} s    return {total:,.1f}"
+            yield film_frame(_render(env), caption, acted, num_components, length)
+
+
+def _seconds_per_step(env: GymnasiumEnv) -> float:
+    """Simulated seconds of a step: ``dt`` of the environment, or what its rendering metadata say."""
+    seconds = getattr(env.envs[0].unwrapped, "dt", None)
+    if isinstance(seconds, int | float) and 0 < seconds < math.inf:
+        return float(seconds)
+    return 1 / (env.envs[0].metadata.get("render_fps") or 30)
 
 
 def _follow_the_body(env: GymnasiumEnv, env_kwargs: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from pmoe_lightning import figures
 from pmoe_lightning.configuration import validate
 from pmoe_lightning.configuration.schemas import MLflowSchema
 from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.evaluation import student_t_interval
 from pmoe_lightning.tracking import MLflowLogger
 from pmoe_lightning.training import closed_as_it_ends, exit_on_sigterm, quieten, run_training, stopped_once
 
@@ -171,7 +172,10 @@ def _summarise(logger: MLflowLogger) -> None:
         return
     logger.log_text(as_csv(children), "sweep.csv")
     if any(isfinite(child.final_return) for child in children):
-        logger.log_figure("sweep", figures.sweep_returns(by_configuration(children)))
+        groups = by_configuration(children)
+        finals = {name: [final for final, _ in runs if isfinite(final)] for name, runs in groups.items()}
+        intervals = {name: student_t_interval(returns) for name, returns in finals.items()}
+        logger.log_figure("sweep", figures.sweep_returns(groups, intervals))
     print(f"\nsweep      {len(children)} runs below MLflow run {logger.run_id} in {logger.tracking_uri}")
     for child in children:
         print(f"  {child.status:<8}  final {child.final_return:>10.1f}  best {child.best_return:>10.1f}  {child.job}")

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 
+from pmoe_lightning import figures
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_ppo, make_sac
 from pmoe_lightning.callbacks import (
@@ -36,7 +37,7 @@ from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.estimators import Frequency, Pathwise
-from pmoe_lightning.evaluation import evaluate_policy
+from pmoe_lightning.evaluation import evaluate_policy, follow_episode
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 
 EPISODE, EPOCH, TOTAL = 20, 100, 300
@@ -362,6 +363,45 @@ def test_progress_in_a_log_file_is_a_few_plain_lines(tmp_path, capsys):
     assert lines[-1].endswith(f"evaluation {evaluation.history[-1][1]:.4g}")
 
 
+class Slow(Callback):
+    """A clock by which an iteration takes a second, and a hundred until the first update is over."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        self.now += 100.0 if pl_module.updates == 0 else 1.0
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_time_left_does_not_count_what_happens_once(tmp_path, monkeypatch, stream):
+    screen, clock = stream(), Slow()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("pmoe_lightning.callbacks.progress.time.monotonic", lambda: clock.now)
+    fit([clock, FramesProgressBar()], tmp_path)
+    left = [int(minutes) * 60 + int(seconds) for minutes, seconds in re.findall(r"(\d+):(\d+) left", screen.getvalue())]
+    assert left == sorted(range(1, len(left) + 1), reverse=True) and len(left) == 11  # 20 frames a second, from 60 on
+
+
+def test_the_time_left_waits_until_everything_is_compiled():
+    """The update in the first iteration that has one, the acting policy in the next at the latest."""
+    bar = FramesProgressBar()
+    bar._settling, bar._updates = 2, 0
+    for frames, updates, now in [(40, 0, 1.0), (60, 2, 30.0), (80, 4, 60.0), (100, 6, 61.0)]:
+        bar._settle(frames, updates, now)
+    assert bar._settled == (80, 60.0)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compiling_is_announced(tmp_path, capsys, compiles):
+    trainer, algorithm, data = make_run([FramesProgressBar()], tmp_path, total_frames=40)  # random actions, no update
+    algorithm.compiles = compiles
+    trainer.fit(algorithm, datamodule=data)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("compiling the acting policy and the update: about half a minute") == compiles
+
+
 def test_progress_in_a_terminal_is_a_bar_that_is_drawn_seldom(tmp_path, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
@@ -463,6 +503,8 @@ def test_mixture_metrics_tell_division_of_labour_from_collapse():
     for logits, used in ((divided, 2.0), (collapsed, 1.0)):
         metrics = mixture_metrics(TanhGaussianMixture(logits, loc, scale))
         assert metrics["mixture/effective_components"] == pytest.approx(used)
+        assert metrics["mixture/mutual_information"] == pytest.approx(math.log(used), abs=1e-6)
+        assert [metrics[f"mixture/heaviest_{k}"] for k in range(2)] == [1 / used, 1 - 1 / used]
         assert metrics["mixture/effective_components_per_state"] == pytest.approx(1.0)
         assert metrics["mixture/router_entropy"] == pytest.approx(0.0, abs=1e-6)
         assert metrics["mixture/component_distance"] == 0.0
@@ -482,7 +524,9 @@ def test_mixture_is_measured_and_drawn_at_intervals(tmp_path, num_components):
     logger, diagnostics = Recorder(), MixtureDiagnostics(100, 200)
     _, algorithm, _ = fit([diagnostics], tmp_path, logger=logger, num_components=num_components)
     assert logger.steps("mixture/router_entropy") == [100, 200, 300]
-    assert sum(logger.values(f"mixture/weight_{k}")[-1] for k in range(num_components)) == pytest.approx(1.0)
+    for name in ("weight", "heaviest"):
+        assert sum(logger.values(f"mixture/{name}_{k}")[-1] for k in range(num_components)) == pytest.approx(1.0)
+    assert 0.0 <= logger.values("mixture/mutual_information")[-1] <= math.log(num_components) + 1e-6
     assert bool(logger.steps("mixture/component_distance")) == (num_components > 1)
     names = ("mixture_weights", "component_modes")
     assert logger.figures == [(name, step) for step in (200, 300) for name in names]
@@ -495,6 +539,38 @@ def test_mixture_figures_are_logged_after_an_error(tmp_path):
         fit([MixtureDiagnostics(1000, 1000), StopAt(180, ZeroDivisionError())], tmp_path, logger=logger)
     assert logger.steps("mixture/weight_0") == [180]
     assert [name for name, _ in logger.figures] == ["mixture_weights", "component_modes"]
+
+
+def test_components_are_drawn_along_an_episode_of_the_judged_policy(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "component_modes", lambda *a, **k: drawn.append((a, k)) or Figure())
+    _, algorithm, _ = fit([Evaluation(pendulum, episodes=1, seed=7), MixtureDiagnostics(100, 300)], tmp_path,
+                          logger=Recorder())  # fmt: skip
+    (modes, *_), arguments = drawn[-1]
+    assert arguments["states"] == [f"step {step}" for step in (0, 2, 5, 8, 10, 13, 16, 19)]
+    assert f"an episode of {EPISODE} steps" in arguments["title"]
+    policy = load_policy({"policy": algorithm.policy_state()})
+    episode = follow_episode(policy, pendulum(seed=7), seed=7)
+    acted = modes[np.arange(8), arguments["acting"]]
+    np.testing.assert_allclose(acted, episode["action"][[0, 2, 5, 8, 10, 13, 16, 19]], atol=1e-5)
+
+
+def test_a_mixture_history_of_an_earlier_version_goes_on(tmp_path):
+    diagnostics = MixtureDiagnostics(100, 300)
+    diagnostics.load_state_dict({"history": torch.tensor([[50.0, 0.2, 0.3, 0.5]], dtype=torch.float64)})
+    fit([diagnostics], tmp_path, logger=Recorder())
+    kept = diagnostics.state_dict()
+    assert kept["history"].shape == kept["specialisation"].shape == (4, 4)
+    assert kept["specialisation"].isnan().all(1).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("num_components", "rule"), [(3, "max_weight"), (1, None)])
+def test_the_learning_curve_names_the_rule_of_its_evaluations(tmp_path, monkeypatch, num_components, rule):
+    drawn = []
+    monkeypatch.setattr(figures, "learning_curve", lambda *a, **k: drawn.append(k) or Figure())
+    callbacks = [MetricsLogger(50), LearningCurve("Pendulum")]
+    fit(callbacks, tmp_path, logger=Recorder(), num_components=num_components)
+    assert drawn == [{"rule": rule, "title": "Pendulum"}]
 
 
 # --- the end of a run -------------------------------------------------------------------------------------------------

@@ -49,7 +49,9 @@ ALLOWED = {
     "algorithms": MATHS | {"errors", "updates"},
     "envs": {"errors"},
     "data": {"checkpoints", "compilation", "envs", "errors", "lazy", "networks", "normalization"},
-    "evaluation": {"envs", "errors"},
+    "acting": {"distributions", "normalization", "options"},
+    "film": {"figures"},
+    "evaluation": {"acting", "envs", "errors", "film"},
     "checkpoints": {
         "hamiltonian",
         "actors",
@@ -63,6 +65,7 @@ ALLOWED = {
     },  # a reference may name an MLflow run
     "tracking": {"checkpoints", "errors", "lazy"},
     "callbacks": {
+        "acting",
         "checkpoints",
         "distributions",
         "envs",
@@ -126,7 +129,7 @@ def test_outside_packages_stay_where_they_belong():
         banned = {"callbacks", "conf", "tests"}  # they are pmoe_lightning.callbacks and pmoe_lightning.conf
         if part not in COMMANDS | {"configuration"}:
             banned |= {"hydra", "omegaconf"}  # nothing below the commands takes a configuration
-        if part in MATHS | {"normalization", "envs", "evaluation", "figures"}:
+        if part in MATHS | {"normalization", "acting", "envs", "evaluation", "figures", "film"}:
             banned |= {"lightning", "mlflow"}
         wrong += [f"{name} imports {other}" for other in outside & banned]
     assert not wrong

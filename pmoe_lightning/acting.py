@@ -1,0 +1,47 @@
+"""Which component of its mixture a policy follows."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.modules import SafeProbabilisticTensorDictSequential
+
+from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.normalization import ObservationNormalizer
+from pmoe_lightning.options import OptionActor
+
+_SAME = 1e-5  # as a share of the action range: the same mode in another batch size
+
+
+@torch.no_grad()
+def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> TanhGaussianMixture | None:
+    """The mixture of a policy at states [*B], whatever stands around its actor; None where it has none."""
+    actors = (m for m in policy.modules() if isinstance(m, SafeProbabilisticTensorDictSequential | OptionActor))
+    actor = next(actors, None)
+    if actor is None:
+        return None
+    inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
+    for normalizer in (m for m in policy.modules() if isinstance(m, ObservationNormalizer)):
+        inputs = normalizer(inputs)
+    distribution = actor.get_dist(inputs)
+    distribution = distribution.mixture if isinstance(actor, OptionActor) else distribution
+    return distribution if isinstance(distribution, TanhGaussianMixture) else None
+
+
+@torch.no_grad()
+def acting_component(mixture: TanhGaussianMixture, states: TensorDictBase) -> Tensor:
+    """The component behind every action of ``states`` [*B], int64 [*B].
+
+    That is the option that a policy with options wrote, the component whose mode the action is, or otherwise (the
+    action was drawn, or evolved by a transform) the one that is likeliest given the action.
+    """
+    option = states.get("option", None)
+    if option is not None:
+        return option.squeeze(-1)
+    action = states.get("action").to(mixture.loc.device)
+    distance = (mixture.component_modes - action.unsqueeze(-2)) / (mixture.high - mixture.low)
+    nearest = distance.abs().amax(-1).min(-1)
+    likeliest = mixture.component_posterior(action).argmax(-1)
+    return torch.where(nearest.values < _SAME, nearest.indices, likeliest)
