@@ -33,6 +33,8 @@ class FramesProgressBar(ProgressBar):
         super().__init__()
         self._enabled = True
         self._bar: tqdm | None = None
+        self._start = self._shown_at = time.monotonic()
+        self._shown_frames = 0
 
     def enable(self) -> None:
         self._enabled = True
