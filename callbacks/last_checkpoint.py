@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -16,10 +18,19 @@ class LastCheckpoint(ModelCheckpoint):
     A run that breaks off saves its state too, where it can: what goes wrong with that is a warning, because it would
     hide why the run failed. Often it cannot be saved: its weights are not finite, its disk is full, its environment
     broke in the middle of a rollout. With several processes it is saved only if a signal has stopped all of them
-    together: saving takes every process, and of an error in one the others know nothing. The one before it stays.
+    together: saving takes every process, and of an error in one the others know nothing. The one before it stays, and
+    so does the one that a run was resumed from until there is something to add to it.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_trained = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._has_trained = True
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.world_size == 1 or isinstance(exception, (Interrupted, Preempted, SIGTERMException)):
+        alone = trainer.world_size == 1
+        if self._has_trained and (alone or isinstance(exception, (Interrupted, Preempted, SIGTERMException))):
             with warn_on_failure("the end of the run was not saved"):
                 super().on_exception(trainer, pl_module, exception)

@@ -40,6 +40,8 @@ class FramesProgressBar(ProgressBar):
         self._bar: tqdm | None = None
         self._settling = 1  # iterations with updates until the pace is that of the rest of the run
         self._settled: tuple[int, float] | None = None  # frames and time of that moment
+        self._start = self._shown_at = time.monotonic()
+        self._shown_frames = 0
 
     def enable(self) -> None:
         self._enabled = True

@@ -63,6 +63,8 @@ class StopAfterIteration(Callback):
         asked = self._asked
         if trainer.world_size > 1:
             asked = largest_over_processes(asked, trainer.strategy.root_device)
+        if asked:
+            ignore_further_stops()
         if asked == signal.SIGINT:
             raise Interrupted
         if asked == signal.SIGTERM:
@@ -78,6 +80,7 @@ class StopAfterIteration(Callback):
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == self._asked == signal.SIGINT:
+            ignore_further_stops()
             raise KeyboardInterrupt
         if not self._asked:
             again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
@@ -86,8 +89,15 @@ class StopAfterIteration(Callback):
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._ask:  # not where a stop has silenced those that follow
+                signal.signal(number, handler)
         self._previous = {}
+
+
+def ignore_further_stops() -> None:
+    """What follows a stop, saving and closing, is not cut short: ``mlflow run`` adds a SIGTERM to Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def requeue() -> None:

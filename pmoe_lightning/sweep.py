@@ -33,7 +33,7 @@ from pmoe_lightning.configuration.schemas import MLflowSchema
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluation import student_t_interval
 from pmoe_lightning.tracking import MLflowLogger
-from pmoe_lightning.training import closed_as_it_ends, exit_on_sigterm, quieten, run_training, stopped_once
+from pmoe_lightning.training import closed_as_it_ends, exit_on_signals, quieten, run_training, stopped_once
 
 _log = logging.getLogger(__name__)
 _RETURN = "eval/episode_return"
@@ -81,7 +81,7 @@ def sweep_run(jobs: Sequence[DictConfig]) -> Iterator[None]:
         logger.start()
     with closed_as_it_ends(logger):
         try:
-            with stopped_once(), exit_on_sigterm(), _parent_of_new_runs(logger):
+            with stopped_once(), exit_on_signals(), _parent_of_new_runs(logger):
                 yield
         except Exception as failure:
             raise RunError("jobs of the sweep have failed: see what they said above") from failure

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.checkpoints.files import remove_leftovers
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.networks import bfloat16_over_float32, set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe, take_checkpoint
-from pmoe_lightning.stopping import Preempted, StopAfterIteration, requeue
+from pmoe_lightning.stopping import Preempted, StopAfterIteration, ignore_further_stops, requeue
 from pmoe_lightning.tracking import check_server, run_status
 
 _log = logging.getLogger(__name__)
@@ -85,23 +86,24 @@ def run_training(cfg: DictConfig) -> None:
     already_read = {Path(cfg.resume): take_checkpoint(cfg.resume)} if cfg.resume else {}
     resumed = already_read[Path(cfg.resume)]["run"] if cfg.resume else {}
     logger = _make_logger(cfg, resumed.get("mlflow", {}))
-    with closed_as_it_ends(logger), stopped_once():
-        with exit_on_sigterm():
-            trainer = make_trainer(cfg, logger, output_dir, already_read)
-            if resumed and resumed["processes"] != trainer.world_size:
-                raise ConfigurationError(
-                    f"resume={cfg.resume} holds the experience of {resumed['processes']} training processes, and this "
-                    f"run has {trainer.world_size}: set trainer.devices, times trainer.num_nodes, to as many"
-                )
-            algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
-            if logger is not None:
-                logger.start()
-                logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(HydraConfig.get().overrides.task)})
-                logger.log_hyperparams(_parameters(cfg))
-                logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
-        fit(trainer, algorithm, data, cfg.resume)
-    if trainer.is_global_zero:
-        print(describe_results(trainer, output_dir))
+    with closed_as_it_ends(logger), stopped_once(), exit_on_signals():
+        trainer = make_trainer(cfg, logger, output_dir, already_read)
+        if resumed and resumed["processes"] != trainer.world_size:
+            raise ConfigurationError(
+                f"resume={cfg.resume} holds the experience of {resumed['processes']} training processes, and this "
+                f"run has {trainer.world_size}: set trainer.devices, times trainer.num_nodes, to as many"
+            )
+        algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
+        if logger is not None:
+            logger.start()
+            logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(HydraConfig.get().overrides.task)})
+            logger.log_hyperparams(_parameters(cfg))
+            logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
+        try:
+            fit(trainer, algorithm, data, cfg.resume)
+        finally:
+            if trainer.is_global_zero:
+                print(describe_results(trainer, output_dir), flush=True)
 
 
 def make_trainer(
@@ -113,7 +115,7 @@ def make_trainer(
         cfg.trainer,
         accelerator=_accelerator(cfg.trainer.accelerator),
         max_epochs=-1,  # the data end the run, at total_frames
-        callbacks=[*callbacks, RunRecord(describe(cfg)), StopAfterIteration()],
+        callbacks=[AtLeastOneUpdate(), *callbacks, RunRecord(describe(cfg)), StopAfterIteration()],
         logger=logger or False,
         plugins=[AtomicCheckpointIO(already_read)],
         default_root_dir=output_dir,
@@ -237,21 +239,62 @@ def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
 
 
 def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule, resume: str | None = None) -> None:
-    """``trainer.fit``, with the shell's exit codes for a run that was stopped."""
+    """``trainer.fit``, with the shell's exit codes for a run that was stopped.
+
+    Raises:
+        RunError: there was nothing to do an update with.
+    """
+    for part in (*trainer.callbacks, data):
+        _report_failures_of(part, "on_exception")
+    for logger in trainer.loggers:
+        _report_failures_of(logger, "finalize")
     try:
         with PeerWatch(trainer):
             trainer.fit(algorithm, datamodule=data, ckpt_path=resume)
-    except SIGTERMException:
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except Preempted:
-        if trainer.is_global_zero:
+    except (SIGTERMException, SystemExit) as stop:
+        ignore_further_stops()  # Lightning has put back the handlers from before the iterations
+        if isinstance(stop, SIGTERMException):
+            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(stop, Preempted) and trainer.is_global_zero:
             requeue()
-        raise
-    except SystemExit as stop:
         # Lightning turns Ctrl-C into exit code 1.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise SystemExit(128 + signal.SIGINT) from None
         raise
+
+
+def _report_failures_of(part: Any, hook: str) -> None:
+    """Make an error in what a part does at the end of a run a line: raised, it would hide the error that ended it.
+
+    It would also keep the parts behind from closing what they hold.
+    """
+    method = getattr(part, hook)
+
+    @wraps(method)
+    def report_failure(*arguments: Any, **keywords: Any) -> None:
+        try:
+            method(*arguments, **keywords)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            _log.warning("%s.%s failed: %s: %s", type(part).__name__, hook, type(error).__name__, reason)
+
+    setattr(part, hook, report_failure)
+
+
+class AtLeastOneUpdate(Callback):
+    """Ends a run that has trained nothing with an error, whatever the reason, because it looks like one that has."""
+
+    def __init__(self) -> None:
+        self._updates = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._updates = pl_module.updates
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.updates == self._updates:
+            raise RunError(
+                f"nothing was trained: no update was due by frame {trainer.datamodule.env_frames:,}; raise total_frames"
+            )
 
 
 class RunRecord(Callback):
@@ -383,6 +426,8 @@ def closed_as_it_ends(logger: Any) -> Iterator[None]:
         raise
     finally:
         if logger is not None:
+            if error is not None:
+                _report_failures_of(logger, "finish")
             logger.finish(run_status(error))
 
 
@@ -392,20 +437,25 @@ def stopped_once() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_further_stops()
         raise
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Outside ``fit``, where Lightning handles the signal: end through the normal exits, so that the run is closed."""
+def exit_on_signals() -> Iterator[None]:
+    """Before and after the iterations, where ``StopAfterIteration`` takes over: end at once, through the normal exits.
+
+    So that the run is closed, at whatever stage Ctrl-C or SIGTERM comes.
+    """
 
     def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        ignore_further_stops()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)

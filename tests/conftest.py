@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -99,3 +100,30 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path: Path, empty_store: Path) -> Path:
     """The database that a command run in ``tmp_path`` uses."""
     return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The train command inside this process, because starting Python costs more than these runs: what it printed."""
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def train(*words: str, code: int = 0) -> str:
+        from pmoe_lightning.train import main
+
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            main()
+            left = 0
+        except SystemExit as ending:
+            left = ending.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        printed = "".join(capfd.readouterr())
+        assert left == code, printed
+        return printed
+
+    return train

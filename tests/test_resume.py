@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from pmoe_lightning.algorithms.sac import SAC as SAC_ALGORITHM
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
 from pmoe_lightning.data.collection import CollectedData
-from pmoe_lightning.train import main
 
 SAC = ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.frames_per_epoch=160"]
 PPO = ["data.frames_per_batch=64", "data.frames_per_epoch=128", "algo.num_epochs=2", "algo.minibatch_size=32"]
@@ -52,31 +50,6 @@ def differing(a: Any, b: Any, path: str = "") -> list[str]:
 def state_of(folder: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(folder / LAST)
     return {key: value for key, value in checkpoint.items() if key not in LIGHTNINGS_OWN}
-
-
-@pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The train command inside this process, because starting Python costs more than these runs: what it printed."""
-    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-
-    def train(*words: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["train", *words])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            main()
-            left = 0
-        except SystemExit as ending:
-            left = ending.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        printed = "".join(capfd.readouterr())
-        assert left == code, printed
-        return printed
-
-    return train
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,20 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from lightning.pytorch import Callback
 from mlflow.tracking import MlflowClient
 from tensordict import TensorDict
 from waiting import HANG_SECONDS, RETRIES_SECONDS, wait_until
 
+import pmoe_lightning.callbacks.evaluation
 import pmoe_lightning.train
+import pmoe_lightning.training
 from pmoe_lightning import load_policy
+from pmoe_lightning.algorithms.base import AbstractAlgorithm
+from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
+from pmoe_lightning.callbacks import Evaluation, FinalPolicy, FramesProgressBar
+from pmoe_lightning.data import OnPolicyData
+from pmoe_lightning.data.collection import CollectedData
 
 ROOT = Path(__file__).resolve().parents[1]
 CRASHING_ENV = """
@@ -205,6 +213,90 @@ def test_two_processes_are_one_run(run_module, tmp_path, algo):
     assert max(point.step for point in client.get_metric_history(run.info.run_id, "eval/episode_return")) == 1280
     (checkpoint,) = (tmp_path / "outputs").rglob("last.ckpt")
     assert_acts(checkpoint)
+
+
+# -- runs that end early -----------------------------------------------------------------------------------------------
+STAGES = {
+    "the trainer is made": (pmoe_lightning.training, "make_trainer"),
+    "networks are made": (pmoe_lightning.training, "make_run"),
+    "parameters are logged": (pmoe_lightning.training, "_parameters"),
+    "data are set up": (OnPolicyData, "setup"),
+    "callbacks are set up": (FramesProgressBar, "setup"),
+    "the fit starts": (AbstractAlgorithm, "on_fit_start"),
+    "the first policy is evaluated": (pmoe_lightning.callbacks.evaluation, "evaluate_policy"),
+    "the first rollout is collected": (CollectedData, "collect"),
+    "the first update is made": (OnPolicyAlgorithm, "training_step"),
+    "the policy is evaluated again": (Evaluation, "on_train_epoch_end"),
+    "the best policy is kept": (FinalPolicy, "on_train_end"),
+}
+ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "a bug": None}
+SHORT = ["env=Pendulum-v1", "+env.max_episode_steps=20", "algo.hidden_sizes=[8]", "algo.num_epochs=1"]
+SHORT += ["data.num_envs=2"]
+SHORT += ["data.frames_per_batch=64", "data.frames_per_epoch=128", "total_frames=256"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "end"),
+    [
+        pytest.param(stage, end, marks=[] if (i + j) % len(ENDS) == 0 else pytest.mark.slow)
+        for i, stage in enumerate(STAGES)
+        for j, end in enumerate(ENDS)
+    ],
+)
+def test_at_whatever_stage_a_run_ends_it_says_why(stage, end, train, tmp_path, store, monkeypatch):
+    owner, name = STAGES[stage]
+    method, calls = getattr(owner, name), []
+
+    def ends(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) > 1:
+            return method(*arguments, **keywords)
+        if ENDS[end] is None:
+            raise ZeroDivisionError("a bug in this stage")
+        os.kill(os.getpid(), ENDS[end])
+        return method(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, ends)
+    words = [*SHORT, "callbacks=[default,final_policy]", "callbacks.final_policy.video=false", "hydra.run.dir=run"]
+    words += ["callbacks.final_policy.model=false", "callbacks.evaluation.episodes=1"]
+    said = ""
+    if ENDS[end] is None:
+        with pytest.raises(ZeroDivisionError, match="a bug in this stage"):
+            train(*words)
+    else:
+        said = train(*words, code=128 + ENDS[end])
+    assert calls and "Error" not in said and "failed" not in said
+    if "made" in stage and "update" not in stage:
+        return
+    assert the_run(tmp_path)[0].info.status == ("FAILED" if end == "a bug" else "KILLED")
+    if said:
+        assert f"results    {tmp_path / 'run'}" in said
+        assert (
+            ("resume  " in said) == ("evaluate  " in said) == (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+        )
+
+
+class FailsAtEveryEnd(Callback):
+    """A callback that answers an error with another one, before it has even begun."""
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        raise AttributeError(f"{self} was never started")
+
+
+def test_an_error_in_answer_to_an_error_is_a_line(train, tmp_path, store, monkeypatch, capfd):
+    def breaks(self, *_):
+        raise ZeroDivisionError("the reason")
+
+    monkeypatch.setattr(CollectedData, "teardown", breaks)
+    monkeypatch.setattr(OnPolicyAlgorithm, "training_step", breaks)
+    words = [*SHORT, "callbacks=minimal", "+callbacks.mine._target_=test_train.FailsAtEveryEnd"]
+    with pytest.raises(ZeroDivisionError, match="the reason") as caught:
+        train(*words)
+    assert caught.value.__context__ is None
+    lines = [line.partition(" - ")[2] for line in capfd.readouterr().out.splitlines() if " failed: " in line]
+    assert len(lines) == 2 and lines[0].startswith("FailsAtEveryEnd.on_exception failed: AttributeError: ")
+    assert lines[1] == "OnPolicyData.on_exception failed: ZeroDivisionError: the reason"
+    assert the_run(tmp_path)[0].info.status == "FAILED"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

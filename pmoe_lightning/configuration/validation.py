@@ -104,10 +104,20 @@ def _check_frames(cfg: DictConfig) -> None:
             f"data.frames_per_batch={data.frames_per_batch}"
         )
     if OmegaConf.get_type(data) is OffPolicySchema:
-        if data.init_random_frames >= cfg.total_frames:
+        # Whole iterations: the warm-up and the run are both rounded up to them.
+        warm_up, frames = (
+            -(-count // data.frames_per_batch) * data.frames_per_batch
+            for count in (data.init_random_frames, cfg.total_frames)
+        )
+        if warm_up >= cfg.total_frames:
             raise ConfigurationError(
                 f"data.init_random_frames={data.init_random_frames} leaves nothing of "
                 f"total_frames={cfg.total_frames} to learn from"
+            )
+        if (frames - warm_up) * data.utd_ratio < 1:
+            raise ConfigurationError(
+                f"data.utd_ratio={data.utd_ratio} owes no update for the {frames - warm_up} frames after the warm-up: "
+                f"raise it, or total_frames={cfg.total_frames}"
             )
         if data.buffer_size < max(data.batch_size, data.init_random_frames, data.frames_per_batch):
             raise ConfigurationError(

@@ -88,13 +88,19 @@ class OffPolicyData(CollectedData):
                 f"data.init_random_frames={init_random_frames} leaves nothing of total_frames={total_frames} "
                 "to train on: lower it"
             )
+        self.utd_ratio = Fraction(utd_ratio).limit_denominator(1_000_000)
+        learned_from = round_up(total_frames, frames_per_batch) - self.warm_up
+        if learned_from * self.utd_ratio < 1:
+            raise ConfigurationError(
+                f"data.utd_ratio={utd_ratio} owes no update for the {learned_from} frames after the warm-up: raise it, "
+                f"or total_frames={total_frames}"
+            )
         if max(self.warm_up, frames_per_batch) > capacity:
             raise ConfigurationError(
                 f"data.buffer_size={buffer_size} must hold at least data.init_random_frames={init_random_frames} "
                 f"and data.frames_per_batch={frames_per_batch}"
             )
         self.capacity, self.batch_size = capacity, batch_size
-        self.utd_ratio = Fraction(utd_ratio).limit_denominator(1_000_000)
         self.updates_owed = Fraction(0)
         self.buffer: ReplayBuffer | None = None
         self._given = 0  # frames of all processes that were for their buffers, whether or not they could be used

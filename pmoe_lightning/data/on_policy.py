@@ -29,7 +29,8 @@ class OnPolicyData(CollectedData):
     With a ``normalizer`` the policy must contain it, so that it writes ``observation_normalized`` while acting;
     ``next.observation_normalized`` is added with the same statistics, and only then does the rollout enter them. The
     first rollout of a fresh run only initialises the statistics: it is counted but not yielded, because a network whose
-    input changes scale after its first update would have to unlearn that update.
+    input changes scale after its first update would have to unlearn that update. Where no other rollout follows, it is
+    trained on as it is, and the statistics stay empty.
     With a ``reward_scaler`` the reward is the scaled one; episode returns remain in the environment's own units.
 
     Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
@@ -76,7 +77,7 @@ class OnPolicyData(CollectedData):
         self.normalizer, self.reward_scaler = normalizer, reward_scaler
 
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
-        """Normalise the rollout and update the statistics; None if they had been empty."""
+        """Normalise the rollout and update the statistics; None if they had been empty and there are frames to come."""
         batch = rollout.exclude(*_LEFT_OUT).to(self.device)
         if self.reward_scaler is not None:
             reward, done = rollout.get(("next", "reward")), rollout.get(("next", "done"))
@@ -85,6 +86,8 @@ class OnPolicyData(CollectedData):
             return batch
         batch.set(("next", "observation_normalized"), self.normalizer.normalize(batch.get(("next", "observation"))))
         uninitialised = int(self.normalizer.count) == 0
+        if uninitialised and self.env_frames >= self.total_frames:
+            return batch
         self.normalizer.update(self._gather(batch.get("observation")))
         return None if uninitialised else batch
 
