@@ -33,7 +33,9 @@ from update import Products, readable_form
 from pmoe_lightning import load_policy, make_env, make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_sac
 from pmoe_lightning.checkpoints import read_checkpoint
+from pmoe_lightning.checkpoints.policy import policy_entry
 from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.distributions import TanhBounds
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation import student_t_interval
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
@@ -156,7 +158,7 @@ def gain(checkpoint: str, states: int = 1200) -> None:
     from pmoe_lightning.critics import make_qvalue_network, stacked_qvalue_at
 
     content = read_checkpoint(checkpoint)
-    entry, alpha = content["policy"], content["state_dict"]["loss.log_alpha"].exp()
+    entry, alpha = policy_entry(content), content["state_dict"]["loss.log_alpha"].exp()
     description, policy = entry["description"], load_policy(content)
     sizes = description["observation_dim"], len(description["action_low"])
     critics = [make_qvalue_network(*sizes, **description["critic"]) for _ in entry["action_values"]]
@@ -170,7 +172,7 @@ def gain(checkpoint: str, states: int = 1200) -> None:
     distribution = policy.get_dist(TensorDict({"observation": observation}, [len(observation)]))
     parameters = TensorDict.from_modules(*critics, as_module=True)["module"]
     state = {"observation": observation, "qvalue": stacked_qvalue_at(critics[0].module, parameters, observation)}
-    state |= {"bounds": distribution, "alpha": alpha}
+    state |= {"bounds": TanhBounds.normalized(observation), "alpha": alpha}
     u = distribution.rsample_unsquashed()
     log_prob = distribution.log_prob_unsquashed(u)
     print("| force | magnitude | step size | Q gain | moved | change of energy | acceptance | rejected |")
@@ -181,7 +183,7 @@ def gain(checkpoint: str, states: int = 1200) -> None:
             transform = make_hamiltonian_transform(*sizes, force=force, step_size=step_size, **strength)
             evolution = transform(u, log_prob, transform.sample_momentum(u), **state)
             found = {
-                k.removeprefix("hamiltonian_"): v for k, v in transform.diagnose(u, evolution, distribution).items()
+                k.removeprefix("hamiltonian_"): v for k, v in transform.diagnose(u, evolution, state["bounds"]).items()
             }
             change = evolution.energy_error[~evolution.stays].mean()
             row = (
