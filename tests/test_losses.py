@@ -203,7 +203,7 @@ def foreign_critics() -> list:
         ({"priority_key": "x"}, RuntimeError, "priority_key"),
         ({"nonsense": 1}, TypeError, "nonsense"),
     ],
-    ids=str,
+    ids=["value_network", "skip_done_states", "gamma", "priority_key", "nonsense"],
 )
 def test_arguments_that_sac_does_not_have_are_refused(arguments, error, message):
     with pytest.raises(error, match=message) as raised:
