@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase, dispatch, skip_existing
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -153,27 +153,60 @@ class MixtureSampler(SafeProbabilisticModule):
         parameters = (tensordict.get(key) for key in self.in_keys)
         return TanhGaussianMixture(*parameters, self.low, self.high, **self.distribution_kwargs)
 
+    @dispatch(auto_batch_size=False)
     def forward(
         self,
         tensordict: TensorDictBase,
         tensordict_out: TensorDictBase | None = None,
         _requires_sample: bool = True,
     ) -> TensorDictBase:
-        if not self.return_log_prob or not _requires_sample:
-            return super().forward(tensordict, tensordict_out, _requires_sample=_requires_sample)
+        if not _requires_sample:
+            return super().forward(tensordict, tensordict_out, _requires_sample=False)
+        if skip_existing() and all(tensordict.get(key, None) is not None for key in self.out_keys):
+            return tensordict
         distribution = self.get_dist(tensordict)
-        kind = interaction_type() or self.default_interaction_type
-        if kind is InteractionType.RANDOM:
-            u = distribution.rsample_unsquashed()
-        elif kind is InteractionType.MODE:
-            u = distribution.mode_unsquashed()
-        else:
-            u = distribution.deterministic_unsquashed()
-        log_prob = distribution.log_prob_unsquashed(u) - distribution.log_abs_det_jacobian(u)
+        u = _unsquashed_action(distribution, interaction_type() or self.default_interaction_type)
         out = tensordict if tensordict_out is None else tensordict_out
         key = self.dist_sample_keys[0]
-        out.set(key, distribution.squash(u)).set(beside(key, "_unsquashed"), u)
-        return out.set(self.log_prob_key, log_prob)
+        out.set(key, distribution.squash(u))
+        if self.return_log_prob:
+            log_prob = distribution.log_prob_unsquashed(u) - distribution.log_abs_det_jacobian(u)
+            out.set(beside(key, "_unsquashed"), u).set(self.log_prob_key, log_prob)
+        return out
+
+
+def _unsquashed_action(distribution: TanhGaussianMixture, kind: InteractionType) -> Tensor:
+    """The u whose action TorchRL asks for by this exploration type."""
+    if kind is InteractionType.RANDOM:
+        return distribution.rsample_unsquashed()
+    if kind is InteractionType.MODE:
+        return distribution.mode_unsquashed()
+    if kind is InteractionType.MEAN:
+        return distribution.mean_unsquashed()
+    if kind is InteractionType.MEDIAN:
+        return distribution.median_unsquashed()
+    return distribution.deterministic_unsquashed()
+
+
+class MixtureActor(SafeProbabilisticTensorDictSequential):
+    """A network and its ``MixtureSampler``, of which only the sampler's entries come out.
+
+    K (2 A + 1) parameters a step would otherwise go into every buffer.
+    """
+
+    def __init__(self, network: TensorDictModuleBase, sampler: MixtureSampler) -> None:
+        super().__init__(network, sampler)
+        self.select_out_keys(*sampler.out_keys)
+
+    @property
+    def spec(self) -> Composite:
+        """That of the entries that come out: TorchRL's combined modules take no other."""
+        entries = {key: spec for key, spec in self._spec.items(True, True) if key in self.out_keys}
+        return Composite(entries, shape=self._spec.shape, device=self._spec.device)
+
+    @spec.setter
+    def spec(self, spec: Composite) -> None:
+        self._spec = spec
 
 
 def make_pmoe_actor(
@@ -378,7 +411,7 @@ def _make_actor(
     )
     if compose is not None:
         network = ComposedNetwork(network, compose)
-    actor = SafeProbabilisticTensorDictSequential(
+    return MixtureActor(
         TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
         MixtureSampler(
             low,
@@ -389,6 +422,3 @@ def _make_actor(
             spec=Bounded(low.clone(), high.clone(), shape=low.shape),
         ),
     )
-    # K (2 A + 1) parameters a step would otherwise go into every buffer.
-    sampler = actor.module[-1]
-    return actor.select_out_keys(*sampler.out_keys)

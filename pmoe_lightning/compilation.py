@@ -28,9 +28,10 @@ Function = Callable[..., tuple[Tensor, ...]]
 def compile_tensors(function: Function, state: Sequence[Tensor], examples: Sequence[Tensor], name: str) -> Function:
     """``function`` for arguments of these shapes, types and devices; compiled before this returns.
 
-    The program does not look at what it is given: whoever calls it makes another where the ``signature`` differs. The program writes into its arguments where the function does. It draws its random numbers from PyTorch's generator
-    in the order of the function, so the same seed gives the same draws. Neither the arguments nor the generator are
-    touched here. The program has to be called without gradients; gradients may be taken inside the function.
+    The program does not look at what it is given: whoever calls it makes another where the ``signature`` differs. It
+    writes into its arguments where the function does. It draws its random numbers from PyTorch's generator in the order
+    of the function, so the same seed gives the same draws. Neither the arguments nor the generator are touched here.
+    The program has to be called without gradients; gradients may be taken inside the function.
 
     On a GPU the program is recorded as a CUDA graph.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.modules import (
+    ActorCriticOperator,
+    ActorCriticWrapper,
+    ActorValueOperator,
+    ProbabilisticActor,
+    SafeSequential,
+    TanhNormal,
+    ValueOperator,
+)
 from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
 
 from pmoe_lightning.actors import (
@@ -25,6 +34,8 @@ from pmoe_lightning.actors import (
 from pmoe_lightning.compositions import add_actions, multiply_densities
 from pmoe_lightning.critics import make_qvalue_network, make_value_network
 from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.envs import make_env
+from pmoe_lightning.options import make_option_actor
 
 OBSERVATION, A, B = 5, 2, 16
 LOW, HIGH = [-2.0, 0.5], [1.0, 2.0]
@@ -119,6 +130,139 @@ def test_exploration_types(rule, return_log_prob):
         assert torch.equal(chosen, distribution.weights.argmax(-1))
     else:  # weights near 1/4 each: every component is used
         assert set(chosen.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ExplorationType, ids=str)
+@pytest.mark.parametrize("rule", ["max_weight", "sample_component"])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_scoring_an_action_does_not_change_it(maker, rule, kind):
+    """Under every exploration type the action with a log-probability is the one without, and is scored where it is."""
+    arguments = {"deterministic": rule} if maker in (make_pmoe_actor, make_gaussian_actor) else {}
+    results = []
+    for return_log_prob in (False, True):
+        actor = make(maker, return_log_prob=return_log_prob, **arguments)
+        torch.manual_seed(1)
+        with set_exploration_type(kind), torch.no_grad():
+            results.append(actor(states(B)))
+    plain, scored = results
+    assert torch.equal(plain["action"], scored["action"])
+    distribution = actor.get_dist(states(B))
+    torch.testing.assert_close(scored["action"], distribution.squash(scored["action_unsquashed"]), rtol=0, atol=0)
+    if kind in (ExplorationType.MEAN, ExplorationType.MEDIAN):
+        expected = getattr(distribution, kind.name.lower())
+        torch.testing.assert_close(scored["action"], expected)
+
+
+def test_any_probabilistic_actor_can_act_by_mean_and_median():
+    ours = make()
+    theirs = ProbabilisticActor(
+        ours[0],
+        in_keys=["mixture_logits", "loc", "scale"],
+        distribution_class=TanhGaussianMixture,
+        distribution_kwargs={"low": torch.tensor(LOW), "high": torch.tensor(HIGH)},
+        spec=ours.spec["action"],
+    )
+    for kind in (ExplorationType.MEAN, ExplorationType.MEDIAN, MODE, DETERMINISTIC):
+        with set_exploration_type(kind):
+            torch.testing.assert_close(theirs(states(B))["action"], ours(states(B))["action"])
+
+
+# --- TorchRL's combined modules --------------------------------------------------------------------------------------
+
+
+def make_common() -> TensorDictModule:
+    return TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION), in_keys=["observation"], out_keys=["hidden"])
+
+
+class HiddenValue(nn.Module):
+    """Reads what it is given, whatever that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LazyLinear(1)
+
+    def forward(self, *inputs):
+        return self.layer(torch.cat(inputs, -1))
+
+
+def make_policies(return_log_prob: bool = False) -> dict:
+    """Every policy of the package, by name, as makers that take the key of the observation."""
+
+    def best_value(observation_key="observation"):
+        keys = {"observation_key": observation_key}
+        critics = [make_qvalue_network(OBSERVATION, A, hidden_sizes=SIZES, **keys) for _ in range(2)]
+        return BestValueActor(make(**keys), critics)
+
+    def options(observation_key="observation"):
+        keys = {"observation_key": observation_key, "return_log_prob": return_log_prob}
+        return make_option_actor(OBSERVATION, LOW, HIGH, hidden_sizes=SIZES, **keys)
+
+    plain = {maker.__name__: partial(make, maker, return_log_prob=return_log_prob) for maker in FACTORIES}
+    selected = lambda **keys: make(return_log_prob=True, **keys).select_out_keys("action")  # noqa: E731
+    return plain | {"best_value": best_value, "options": options, "selected": selected}
+
+
+COMBINED = {
+    "SafeSequential": lambda make_policy: SafeSequential(
+        make_policy(), ValueOperator(HiddenValue(), in_keys=["observation", "action"])
+    ),
+    "ActorCriticWrapper": lambda make_policy: ActorCriticWrapper(
+        make_policy(), ValueOperator(HiddenValue(), in_keys=["observation"])
+    ),
+    "ActorValueOperator": lambda make_policy: ActorValueOperator(
+        make_common(), make_policy(observation_key="hidden"), ValueOperator(HiddenValue(), in_keys=["hidden"])
+    ),
+    "ActorCriticOperator": lambda make_policy: ActorCriticOperator(
+        make_common(), make_policy(observation_key="hidden"), ValueOperator(HiddenValue(), in_keys=["hidden", "action"])
+    ),
+}
+
+
+@pytest.mark.parametrize("return_log_prob", [False, True])
+@pytest.mark.parametrize("combination", COMBINED)
+@pytest.mark.parametrize("name", make_policies())
+def test_torchrls_combined_modules_take_every_policy(name, combination, return_log_prob):
+    """What they promise is what they write, and no parameter of a distribution is part of it."""
+    combined = COMBINED[combination](make_policies(return_log_prob)[name])
+    data = states(B)
+    if name == "options":
+        data["option_previous"] = torch.zeros(B, 1, dtype=torch.long)
+    written = {*combined(data.copy()).keys()} - {*data.keys()}
+    assert written == {*combined.out_keys} == {*combined.spec.keys()}
+    assert not written & {"mixture_logits", "loc", "scale"}
+    if combination in ("ActorValueOperator", "ActorCriticOperator"):
+        torch.manual_seed(1)
+        whole = combined(data.copy())
+        torch.manual_seed(1)
+        assert torch.equal(combined.get_policy_operator()(data.copy())["action"], whole["action"])
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_policy_taken_out_of_a_combined_module_has_its_distribution(maker):
+    """TorchRL makes it of the actor's layers, whose entries ``select_out_keys`` hides again."""
+    combined = COMBINED["ActorValueOperator"](partial(make, maker))
+    policy = combined.get_policy_operator()
+    assert isinstance(policy.get_dist(states(B)), TanhGaussianMixture)
+    assert {*policy.select_out_keys("action")(states(B)).keys()} == {"observation", "action"}
+
+
+def test_rollouts_of_a_combined_module_hold_no_parameters():
+    env = make_env("Pendulum-v1", num_envs=2, seed=0)
+    low, high = env.action_spec.space.low[0], env.action_spec.space.high[0]
+    actor = make_pmoe_actor(3, low, high, hidden_sizes=SIZES, return_log_prob=True)
+    policy = ActorCriticWrapper(actor, ValueOperator(nn.Linear(3, 1), in_keys=["observation"]))
+    rollout = env.rollout(3, policy)
+    assert {"action", "action_unsquashed", "action_log_prob", "state_value"} <= {*rollout.keys()}
+    assert not {"mixture_logits", "loc", "scale"} & {*rollout.keys()}
+    env.close()
+
+
+def test_the_spec_follows_what_is_selected():
+    actor = make(return_log_prob=True)
+    assert {*actor.spec.keys()} == {*actor.out_keys}
+    assert {*actor.select_out_keys("action").spec.keys()} == {"action"}
+    assert actor.spec["action"].is_in(actor(states(B))["action"])
+    assert actor.to(torch.float64).spec["action"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("return_log_prob", [False, True])

@@ -477,3 +477,192 @@ def test_unknown_deterministic_rule_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="best_value.*max_weight.*sample_component"):
         random_mixture(deterministic="best_value")
+
+
+# --- moments, probabilities and the rest of what torch.distributions have -----------------------------------------------
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+@pytest.mark.parametrize("action_dim", [1, 2])
+def test_mean_and_variance_equal_quadrature(num_components, action_dim):
+    exact, mixture = exact_and_tested(num_components, action_dim)
+    for d in range(action_dim):
+
+        def action(u, d=d):
+            return squash(u, *bounds(action_dim))[:, d]
+
+        mean = expectation(exact, lambda u, _, of=action: of(u), spacing=0.125)
+        variance = expectation(exact, lambda u, _, of=action, m=mean: (of(u) - m).square(), spacing=0.125)
+        torch.testing.assert_close(mixture.mean[d], mean, rtol=0, atol=1e-7)
+        torch.testing.assert_close(mixture.variance[d], variance, rtol=0, atol=1e-7)
+    torch.testing.assert_close(mixture.stddev, mixture.variance.sqrt())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.05, 1.0, 1.001, 7.4, 300.0])
+@pytest.mark.parametrize("loc", [-20.0, -1.0, 0.0, 3.0])
+def test_mean_and_variance_where_tanh_is_narrow_or_wide(loc, scale):
+    """Against a sum over two million nodes, at every ratio of the two widths."""
+    u = torch.linspace(loc - 10 * scale, loc + 10 * scale, 2_000_001, dtype=torch.float64)
+    weights = torch.distributions.Normal(loc, scale).log_prob(u).softmax(0)
+    mean = (weights * u.tanh()).sum()
+    variance = (weights * (u.tanh() - mean).square()).sum()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    mixture = TanhGaussianMixture(one[0], loc * one, scale * one)
+    torch.testing.assert_close(mixture.mean[0], mean, rtol=0, atol=1e-8)
+    torch.testing.assert_close(mixture.variance[0], variance, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_and_standard_deviation_of_samples(dtype):
+    mixture = random_mixture(4, dtype=dtype)
+    torch.manual_seed(0)
+    draws = mixture.sample((40_000,)).double()
+    mean, variance = mixture.mean, mixture.variance
+    assert mean.dtype == variance.dtype == dtype and mean.shape == variance.shape == (4, 2)
+    assert_mean(draws, mean.double(), resolution=0.05)
+    assert_mean((draws - mean.double()).square(), variance.double(), resolution=0.05)
+
+
+def test_the_mean_is_differentiable():
+    exact, _ = exact_and_tested(3, 1)
+    leaves = Parameters(*(value.clone().requires_grad_() for value in exact))
+    found = torch.autograd.grad(TanhGaussianMixture(*leaves, *bounds(1)).mean.sum(), leaves)
+    _, expected = expectation_and_gradient(exact, lambda u, _: squash(u, *bounds(1))[:, 0], spacing=0.125)
+    torch.testing.assert_close(found, tuple(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_components", [1, 4])
+def test_cdf_is_the_integral_of_the_density(num_components):
+    _, mixture = exact_and_tested(num_components, 1)
+    low, high = bounds(1)
+    for upper in torch.linspace(low.item() + 0.1, high.item() - 0.1, 7, dtype=torch.float64):
+        actions, weights = gauss_legendre(low, upper.view(1), 400)
+        expected = (weights * mixture.log_prob(actions).exp()).sum()
+        torch.testing.assert_close(mixture.cdf(upper.view(1)), expected, rtol=0, atol=1e-6)
+    assert mixture.cdf(low) == 0 and mixture.cdf(high) == 1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+def test_icdf_is_the_inverse(dtype, tolerance):
+    mixture = random_mixture(6, K=4, A=1, dtype=dtype)
+    probability = torch.linspace(0.001, 0.999, 50, dtype=dtype).unsqueeze(-1).expand(50, 6)
+    action = mixture.icdf(probability)
+    assert action.shape == (50, 6, 1) and (action.diff(dim=0) > 0).all()
+    torch.testing.assert_close(mixture.cdf(action), probability, rtol=0, atol=tolerance)
+    torch.testing.assert_close(mixture.icdf(torch.full((6,), 0.5, dtype=dtype)), mixture.median)
+    edges = mixture.icdf(torch.tensor([[0.0], [1.0]], dtype=dtype).expand(2, 6)).squeeze(-1)
+    assert (edges[0] == mixture.low).all() and (edges[1] == mixture.high).all()
+
+
+def test_the_median_halves_every_dimension():
+    mixture = random_mixture(3)
+    torch.manual_seed(0)
+    below = (mixture.sample((20_000,)) < mixture.median).double()
+    assert_mean(below, torch.full((3, 2), 0.5, dtype=torch.float64), resolution=0.05)
+
+
+@pytest.mark.parametrize("method", ["cdf", "icdf"])
+def test_probabilities_of_several_dimensions_are_refused(method):
+    with pytest.raises(NotImplementedError, match=f"{method} needs an action of one dimension, not of 2"):
+        getattr(random_mixture(4), method)(torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("rule", ["max_weight", "sample_component"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("validate_args", [False, True])
+def test_expand_repeats_the_distribution(rule, dtype, validate_args):
+    mixture = random_mixture(4, dtype=dtype, deterministic=rule, validate_args=validate_args)
+    expanded = mixture.expand((3, 4))
+    assert isinstance(expanded, TanhGaussianMixture)
+    assert expanded.batch_shape == (3, 4) and expanded.event_shape == mixture.event_shape
+    assert expanded.deterministic == rule and expanded._validate_args == validate_args
+    assert torch.equal(expanded.low, mixture.low) and torch.equal(expanded.high, mixture.high)
+    assert expanded.loc.data_ptr() == mixture.loc.data_ptr()
+    action = expanded.sample((2,))
+    assert action.shape == (2, 3, 4, 2) and action.dtype == dtype
+    torch.testing.assert_close(expanded.log_prob(action), mixture.log_prob(action))
+    for name in ("mean", "variance", "median", "mode", "weights", "component_modes"):
+        value = getattr(mixture, name)
+        torch.testing.assert_close(getattr(expanded, name), value.expand(3, *value.shape))
+    assert expanded.entropy().shape == expanded.deterministic_sample.shape[:-1] == (3, 4)
+    assert mixture.expand([4]).batch_shape == (4,)
+
+
+def test_a_subclass_with_its_own_arguments_says_that_it_needs_its_own_expand():
+    class Other(TanhGaussianMixture):
+        def __init__(self, loc):
+            super().__init__(loc.new_zeros(loc.shape[:-1]), loc, loc.exp())
+
+    with pytest.raises(NotImplementedError, match="expand"):
+        Other(torch.zeros(4, 3, 2)).expand((2, 4))
+
+
+def test_kl_of_single_gaussians():
+    """That of the Gaussians, since squashing is one to one; and the mean of log p - log q over samples of p."""
+    p, q = random_mixture(4, K=1, dtype=torch.float64), random_mixture(4, K=1, dtype=torch.float64)
+    q = TanhGaussianMixture(q.mixture_logits, q.loc + 0.2, 1.3 * q.scale, *bounds(2))
+    normals = [distributions.Independent(distributions.Normal(d.loc[:, 0], d.scale[:, 0]), 1) for d in (p, q)]
+    kl = distributions.kl_divergence(p, q)
+    torch.testing.assert_close(kl, distributions.kl_divergence(*normals))
+    torch.manual_seed(0)
+    u = p.rsample_unsquashed((40_000,))
+    assert_mean(p.log_prob_unsquashed(u) - q.log_prob_unsquashed(u), kl, resolution=0.05)
+    assert (distributions.kl_divergence(p, p) == 0).all()
+
+
+@pytest.mark.parametrize("components", [(3, 1), (1, 3), (3, 3)])
+def test_kl_of_mixtures_is_refused(components):
+    with pytest.raises(NotImplementedError, match="mixtures has no closed form"):
+        distributions.kl_divergence(*(random_mixture(4, K=k) for k in components))
+
+
+def test_kl_between_different_bounds_is_refused():
+    p = random_mixture(4, K=1)
+    with pytest.raises(NotImplementedError, match="different bounds"):
+        distributions.kl_divergence(p, TanhGaussianMixture(p.mixture_logits, p.loc, p.scale))
+
+
+def test_repr_shows_shapes_bounds_and_rule():
+    mixture = TanhGaussianMixture(torch.zeros(8, 4), torch.zeros(8, 4, 2), torch.ones(8, 4, 2), -1.0, 2.0)
+    assert repr(mixture) == (
+        "TanhGaussianMixture(mixture_logits: (8, 4), loc: (8, 4, 2), scale: (8, 4, 2), low: -1.0, high: 2.0, "
+        "deterministic: 'max_weight')"
+    )
+
+
+INVALID = {
+    "mixture_logits": (math.nan, 0.0, 1.0),
+    "loc": (0.0, math.nan, 1.0),
+    "scale zero": (0.0, 0.0, 0.0),
+    "scale negative": (0.0, 0.0, -1.0),
+    "scale": (0.0, 0.0, math.nan),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_parameters_are_refused_where_it_is_asked_for(name):
+    logits, loc, scale = INVALID[name]
+    numbers = torch.full((8, 4), logits), torch.full((8, 4, 2), loc), torch.full((8, 4, 2), scale)
+    with pytest.raises(ValueError, match=f"parameter {name.split()[0]}"):
+        TanhGaussianMixture(*numbers, validate_args=True)
+    for unchecked in (None, False):
+        TanhGaussianMixture(*numbers, validate_args=unchecked)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, -1.0), (0.0, 0.0), (math.nan, 1.0)])
+def test_bounds_that_are_not_ordered_are_refused_where_it_is_asked_for(low, high):
+    numbers = torch.zeros(4), torch.zeros(4, 2), torch.ones(4, 2)
+    with pytest.raises(ValueError, match="low < high"):
+        TanhGaussianMixture(*numbers, low, high, validate_args=True)
+
+
+@pytest.mark.parametrize("method", ["log_prob", "component_log_prob", "component_posterior", "cdf"])
+def test_actions_out_of_bounds_are_refused_where_it_is_asked_for(method):
+    checked, unchecked = (random_mixture(4, A=1, validate_args=flag) for flag in (True, None))
+    for value in (5.0, math.nan):
+        action = torch.full((4, 1), value)
+        with pytest.raises(ValueError, match="support"):
+            getattr(checked, method)(action)
+        getattr(unchecked, method)(action)
+    inside = checked.sample()
+    torch.testing.assert_close(getattr(checked, method)(inside), getattr(unchecked, method)(inside))

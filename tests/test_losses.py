@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.modules import ProbabilisticActor, TanhNormal
-from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
+from torchrl.data import Bounded
+from torchrl.modules import PercentileValueNorm, ProbabilisticActor, TanhNormal
+from torchrl.objectives import ClipPPOLoss, LossModule, PPOLoss, SACLoss, SoftUpdate
 
 from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.critics import make_qvalue_network, make_value_network
@@ -110,6 +112,205 @@ def test_sac_with_one_component_equals_torchrl(estimator):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(actor_mine, actor_theirs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(critic_mine, critic_theirs, rtol=1e-6, atol=1e-6)
+
+
+def one_component(**arguments):
+    torch.manual_seed(0)
+    return make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=1, hidden_sizes=SIZES, **arguments)
+
+
+def assert_equal_outcomes(mine: LossModule, theirs: LossModule, data: TensorDict, *left_out: str) -> None:
+    """The same entries and numbers, under the same random numbers."""
+    outs = []
+    for loss in (theirs, mine):
+        torch.manual_seed(1)
+        outs.append(loss(data.copy()).exclude(*left_out).to_dict())
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+
+
+SAC_ARGUMENTS = [
+    {"num_qvalue_nets": 2},
+    {"loss_function": "smooth_l1"},
+    {"loss_function": "l1"},
+    {"alpha_init": 0.3},
+    {"alpha_init": 0.3, "min_alpha": 0.5},
+    {"alpha_init": 0.3, "max_alpha": 0.1},
+    {"alpha_init": 0.3, "fixed_alpha": True},
+    {"action_spec": Bounded(-1.0, 1.0, shape=(A,))},
+    {"target_entropy": "auto"},
+    {"delay_actor": True},
+    {"delay_qvalue": False},
+    {"delay_value": False},
+    {"separate_losses": True},
+    {"reduction": "sum"},
+    {"reduction": "none", "scalar_output_mode": "exclude"},
+    {"reduction": "none", "scalar_output_mode": "non_tensor"},
+    {"skip_done_states": False},
+    {"value_network": None},
+    {"deactivate_vmap": True},
+    {"use_prioritized_weights": True},
+    {"use_prioritized_weights": False},
+    {"gamma": None},
+    {"priority_key": None},
+]
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["own", "foreign"])
+@pytest.mark.parametrize("arguments", SAC_ARGUMENTS, ids=str)
+def test_every_argument_of_sac_acts_as_in_torchrl(arguments, foreign):
+    """One component, with critics of the package and with others, which run under ``vmap``."""
+    actor, qvalues = one_component(), foreign_critics() if foreign else critics()
+    arguments = {"loss_function": "l2", "target_entropy": -float(A)} | arguments
+    losses = []
+    for cls, policy in ((SACLoss, tanh_normal_twin(actor)), (PMOESACLoss, actor)):
+        losses.append(cls(policy, qvalues, **arguments))
+        losses[-1].make_value_estimator(gamma=0.9)
+        if arguments.get("delay_qvalue", True):
+            SoftUpdate(losses[-1], tau=0.005)
+    peer, ours = losses
+    ours.qvalue_network_params.data.copy_(peer.qvalue_network_params.data)
+    if arguments.get("delay_qvalue", True):
+        for loss in losses:
+            loss.target_qvalue_network_params.data.copy_(loss.qvalue_network_params.data.apply(lambda x: x * 0.9))
+    weights = torch.rand(B, generator=torch.Generator().manual_seed(5))
+    assert_equal_outcomes(ours, peer, transitions().set("priority_weight", weights))
+    assert {name for name, _ in inspect.signature(SACLoss.__init__).parameters.items()} - {"self"} == {
+        "actor_network",
+        "qvalue_network",
+        *(name for row in SAC_ARGUMENTS for name in row),
+    }
+
+
+def foreign_critics() -> list:
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(OBSERVATION_DIM + A, 8), nn.Tanh(), nn.Linear(8, 1))
+
+        def forward(self, observation, action):
+            return self.layers(torch.cat([observation, action], -1))
+
+    keys = {"in_keys": ["observation", "action"], "out_keys": ["state_action_value"]}
+    return [TensorDictModule(Critic(), **keys) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"value_network": make_value_network(OBSERVATION_DIM)}, ValueError, "PMOESACLoss has no value_network"),
+        ({"skip_done_states": True}, ValueError, "PMOESACLoss has no skip_done_states"),
+        ({"gamma": 0.9}, TypeError, "gamma"),
+        ({"priority_key": "x"}, RuntimeError, "priority_key"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+    ],
+    ids=["value_network", "skip_done_states", "gamma", "priority_key", "nonsense"],
+)
+def test_arguments_that_sac_does_not_have_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message) as raised:
+        PMOESACLoss(one_component(), critics(), **arguments)
+    assert error is not ValueError or "\n" not in str(raised.value)
+
+
+PPO_ARGUMENTS = [
+    {"clip_epsilon": 0.05},
+    {"clip_epsilon": (0.05, 0.1)},
+    {"entropy_bonus": False},
+    {"samples_mc_entropy": 1},
+    {"entropy_coeff": 0.0},
+    {"entropy_coeff": 0.3},
+    {"log_explained_variance": False},
+    {"critic_coeff": 0.3},
+    {"critic_coeff": 0.0},
+    {"critic_coeff": None},
+    {"loss_critic_type": "smooth_l1"},
+    {"loss_critic_type": "l1"},
+    {"normalize_advantage": True},
+    {"normalize_advantage": True, "normalize_advantage_exclude_dims": (1,)},
+    {"advantage_norm": PercentileValueNorm()},
+    {"separate_losses": True},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"clip_value": True},
+    {"clip_value": 0.01},
+    {"delay_actor": True},
+    {"max_importance_ratio": 1.1},
+    {"device": torch.device("cpu")},
+    {"functional": True},
+    {"functional": False},
+    {"gamma": None},
+    {"advantage_key": None},
+    {"value_target_key": None},
+    {"value_key": None},
+]
+
+
+@pytest.mark.parametrize("arguments", PPO_ARGUMENTS, ids=str)
+def test_every_argument_of_ppo_acts_as_in_torchrl(arguments):
+    """One component whose entropy TorchRL's loss draws as ours does, on actions another policy took."""
+    data = rollout(one_component(return_log_prob=True)).set("state_value", torch.zeros(B, 1))
+    actor, value = one_component(return_log_prob=True), make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES)
+    with torch.no_grad():
+        network_loc(actor).bias += 0.3
+    arguments = {"loss_critic_type": "l2"} | arguments
+    ours, peer = (cls(actor, value, **arguments) for cls in (PMOEPPOLoss, ClipPPOLoss))
+    if "delay_actor" in arguments:
+        for loss in (ours, peer):
+            network_of_target = loss.target_actor_network_params["module", "0"]  # the other module holds the bounds
+            network_of_target.data.apply_(lambda x: x.mul_(0.9))
+    assert_equal_outcomes(ours, peer, data)
+    known = {*inspect.signature(ClipPPOLoss.__init__).parameters, *inspect.signature(PPOLoss.__init__).parameters}
+    tested = {name for row in PPO_ARGUMENTS for name in row}
+    assert known - {"self", "kwargs", "actor", "critic"} == tested | {"actor_network", "critic_network"}
+
+
+def network_loc(actor) -> nn.Linear:
+    return actor[0].module.loc
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"samples_mc_entropy": 4}, ValueError, "PMOEPPOLoss has no samples_mc_entropy"),
+        ({"entropy_coeff": {"action_log_prob": 0.1}}, ValueError, "give a number, not a mapping"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+        ({"actor": None}, TypeError, "actor"),
+        ({"entropy_coef": 0.1}, TypeError, "entropy_coef"),
+        ({"gamma": 0.9}, TypeError, "gamma"),
+        ({"value_key": "x"}, RuntimeError, "value"),
+        ({"functional": False, "delay_actor": True}, ValueError, "functional=True"),
+    ],
+    ids=str,
+)
+def test_arguments_that_ppo_does_not_have_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PMOEPPOLoss(one_component(), make_value_network(OBSERVATION_DIM), **arguments)
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_routed_loss_may_own_its_networks(functional):
+    """With ``functional=False`` the modules themselves get the gradients, those of the functional form."""
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES, return_log_prob=True)
+    value, qvalue = make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES), critics()[0]
+    data, found = rollout(actor), []
+    for owns in (True, functional):
+        loss = PMOEPPOLoss(actor, value, qvalue, routing=Frequency(), functional=owns)
+        torch.manual_seed(1)
+        out = loss(data)
+        for network in (actor, value, qvalue):
+            network.zero_grad()
+        sum(out[name] for name in ("loss_objective", "loss_entropy", "loss_critic", "loss_qvalue")).backward()
+        found.append([parameter.grad for network in (actor, value, qvalue) for parameter in network.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_the_router_learns_from_the_current_policy_beside_a_delayed_one():
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, hidden_sizes=SIZES, return_log_prob=True)
+    value, qvalue = make_value_network(OBSERVATION_DIM, hidden_sizes=SIZES), critics()[0]
+    loss = PMOEPPOLoss(actor, value, qvalue, routing=Frequency(), delay_actor=True)
+    loss(rollout(actor))["loss_frequency"].backward()
+    assert actor[0].module.router.weight.grad.any()
 
 
 def gradients_of_critics(loss) -> list[torch.Tensor]:

@@ -29,6 +29,7 @@ from pmoe_lightning.updates import SACUpdate
 
 OBSERVATION_DIM, A, B, TAU = 5, 2, 16, 0.05
 LOW, HIGH = [-1.0, -2.0], [1.0, 3.0]
+slow = pytest.mark.slow
 ESTIMATORS: dict[str, Callable[[], AbstractEstimator]] = {
     "frequency": Frequency,
     "frequency-all-mixture": lambda: Frequency(backpropagate="all", log_prob="mixture", rank_by="soft_q"),
@@ -173,7 +174,6 @@ def test_200_updates_equal_the_readable_form_for_every_actor(name):
 
 #: About the mean cost of the minibatches, so that the multiplier goes up and down.
 CONSTRAINT = CostConstraint(cost_limit=0.5, gamma=0.8, multiplier_init=0.1)
-slow = pytest.mark.slow
 BEYOND_PLAIN_SAC = [
     pytest.param("raw", None, id="raw"),
     pytest.param("gated", None, id="gated"),
@@ -200,12 +200,13 @@ OTHER_BATCHES = {
 
 
 @pytest.mark.usefixtures("traces_only")
-def test_a_program_belongs_to_names_shapes_and_types():
+@pytest.mark.parametrize("names", [["order", "size"], pytest.param([*OTHER_BATCHES], marks=slow)], ids=["some", "all"])
+def test_a_program_belongs_to_names_shapes_and_types(names):
     """Batches of other kinds between two of the first kind: each gets the numbers of the readable form."""
     readable = Readable(*make(make_gaussian_actor, Pathwise()))
     update = SACUpdate(*make(make_gaussian_actor, Pathwise()), tau=TAU)
-    for name, change in ({"first": TensorDict.clone} | OTHER_BATCHES | {"first again": TensorDict.clone}).items():
-        batch = change(minibatches(2))
+    for name in ("first", *names, "first again"):
+        batch = OTHER_BATCHES.get(name, TensorDict.clone)(minibatches(2))
         with torch.random.fork_rng():
             expected = readable(batch.clone())
         metrics = update(batch)

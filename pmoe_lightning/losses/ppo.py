@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 
 from pmoe_lightning.actors import stated_bounds
 from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
@@ -45,10 +48,12 @@ class PMOEPPOLoss(ClipPPOLoss):
         routing: the frequency estimator whose frequency loss trains the router.
         qvalue_coeff: weight of the regression of Q on the value target.
         **arguments: of ``ClipPPOLoss`` (``clip_epsilon``, ``entropy_coeff``, ``critic_coeff`` ...). The critic's
-            distance is ``l2`` unless ``loss_critic_type`` says otherwise.
+            distance is ``l2`` unless ``loss_critic_type`` says otherwise. ``samples_mc_entropy`` and one
+            ``entropy_coeff`` per action head are refused: the estimator decides how the one entropy is drawn.
 
     Raises:
-        ValueError: ``routing`` without a ``qvalue_network``.
+        ValueError: ``routing`` without a ``qvalue_network``, or an argument that would be without effect.
+        TypeError: an argument that ``ClipPPOLoss`` does not have; TorchRL itself would ignore it.
     """
 
     @dataclass
@@ -80,32 +85,41 @@ class PMOEPPOLoss(ClipPPOLoss):
         loss_critic_type: str = "l2",
         **arguments: Any,
     ) -> None:
-        super().__init__(actor_network, critic_network, loss_critic_type=loss_critic_type, **arguments)
+        _check_arguments(arguments)
         if routing is not None and qvalue_network is None:
             raise ValueError("routing ranks the components by Q(s, a): give PMOEPPOLoss a qvalue_network")
+        super().__init__(actor_network, critic_network, loss_critic_type=loss_critic_type, **arguments)
         self.estimator = Marginalized() if estimator is None else estimator
         self.routing = routing
-        if routing is not None:
-            self.convert_to_functional(qvalue_network, "qvalue_network")
+        if routing is not None and self.functional:
+            shared = list(actor_network.parameters()) if self.separate_losses else None
+            self.convert_to_functional(qvalue_network, "qvalue_network", compare_against=shared)
+        elif routing is not None:
+            self.qvalue_network, self.qvalue_network_params = qvalue_network, None
         self.set_keys(action_unsquashed=beside(self.tensor_keys.action, "_unsquashed"))
         for name, bound in zip(("low", "high"), stated_bounds(actor_network), strict=True):
             self.register_buffer(f"action_{name}", bound.to(self.entropy_coeff), persistent=False)
         self.register_buffer("qvalue_coeff", torch.tensor(qvalue_coeff, device=self.entropy_coeff.device))
 
     def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictParams | None = None):
+        is_current = params is None  # otherwise the one that ``delay_actor`` compares with
         unsquashed = tensordict.get(self.tensor_keys.action_unsquashed, None)
         if unsquashed is None:
             log_prob, distribution, is_composite = super()._get_cur_log_prob(tensordict, params)
         else:
-            params = self.actor_network_params if params is None else params
-            with params.to_module(self.actor_network, preserve_module_state=False):
+            with self._with(self.actor_network_params if is_current else params, self.actor_network):
                 distribution = self.actor_network.get_dist(tensordict)
             log_prob = distribution.log_prob_unsquashed(unsquashed) - distribution.log_abs_det_jacobian(unsquashed)
             is_composite = False
-        # ``forward`` needs this very distribution again, and the tensordict with the advantages that the parent has
-        # computed where there were none. The parent hands out neither.
-        self.__dict__["_scored"] = tensordict, distribution
+        if is_current:
+            # ``forward`` needs this very distribution again, and the tensordict with the advantages that the parent has
+            # computed where there were none. The parent hands out neither.
+            self.__dict__["_scored"] = tensordict, distribution
         return log_prob, distribution, is_composite
+
+    def _with(self, parameters: TensorDictParams | None, network: TensorDictModuleBase) -> AbstractContextManager:
+        """Within this context the network has these parameters; with ``functional=False`` it has its own."""
+        return parameters.to_module(network, preserve_module_state=False) if self.functional else nullcontext()
 
     def objective(self, tensordict: TensorDictBase | None, distribution: TanhGaussianMixture) -> Objective:
         """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s), of the normalised action."""
@@ -120,8 +134,8 @@ class PMOEPPOLoss(ClipPPOLoss):
     def _get_entropy(self, dist: TanhGaussianMixture, adv_shape: torch.Size) -> Float[Tensor, "*B 1"]:
         return -self.estimator(dist, self.objective(None, dist)).expected_cost.unsqueeze(-1)
 
-    def _qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> Tensor:
-        with parameters.to_module(self.qvalue_network, preserve_module_state=False):
+    def _qvalue(self, tensordict: TensorDictBase) -> Tensor:
+        with self._with(self.qvalue_network_params, self.qvalue_network):
             return self.qvalue_network(tensordict).get(self.tensor_keys.state_action_value)
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> Float[Tensor, "*B 1"]:
@@ -129,7 +143,7 @@ class PMOEPPOLoss(ClipPPOLoss):
         key = self.tensor_keys.action
         normalized = TanhBounds(self.action_low, self.action_high).normalize(tensordict.get(key))
         inputs = tensordict.select(*self.qvalue_network.in_keys).set(key, normalized)
-        qvalue = self._qvalue(inputs, self.qvalue_network_params)
+        qvalue = self._qvalue(inputs)
         return self.qvalue_coeff * (qvalue - tensordict.get(self.tensor_keys.value_target)).square()
 
     def frequency_loss(
@@ -142,7 +156,7 @@ class PMOEPPOLoss(ClipPPOLoss):
             entries = {key: tensordict.get(key).expand(*u.shape[:-1], -1) for key in state_keys}
             entries[self.tensor_keys.action] = TanhBounds.normalized(u).squash(u)
             inputs = TensorDict(entries, batch_size=u.shape[:-1])
-            return self._qvalue(inputs, self.qvalue_network_params).squeeze(-1)
+            return self._qvalue(inputs).squeeze(-1)
 
         loss, diagnostics = self.routing.routing_loss(distribution, score)
         return loss.unsqueeze(-1), diagnostics
@@ -175,3 +189,15 @@ class PMOEPPOLoss(ClipPPOLoss):
         for name, value in losses.items():
             out.set(name, self._reduce_loss(value, tensordict).squeeze(-1))
         return out.update(diagnostics)
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that would be ignored."""
+    known = {name for cls in (ClipPPOLoss, PPOLoss) for name in inspect.signature(cls.__init__).parameters}
+    for name in arguments:
+        if name not in known - {"actor", "critic", "kwargs"}:
+            raise TypeError(f"PMOEPPOLoss got an unexpected argument {name!r}")
+    if arguments.get("samples_mc_entropy", 1) != 1:
+        raise ValueError("PMOEPPOLoss has no samples_mc_entropy: its estimator draws the entropy's samples")
+    if isinstance(arguments.get("entropy_coeff"), Mapping):
+        raise ValueError("PMOEPPOLoss has one action and so one entropy_coeff: give a number, not a mapping")

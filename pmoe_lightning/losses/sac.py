@@ -55,7 +55,8 @@ class PMOESACLoss(SACLoss):
         action_transform: evolves the drawn actions, in actor loss and critic target as its ``used_in`` says, along the
             loss's own critics; its parameters learn from the actor loss. ``acting_policy`` acts with it.
         loss_function: distance of the critics to their target; ``l2`` here (TorchRL's own default is ``smooth_l1``).
-        **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...).
+        **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...), but for
+            ``value_network`` and ``skip_done_states``, which are refused.
 
     Output keys: ``loss_actor``, ``loss_qvalue``, ``loss_alpha``, the estimator's auxiliary losses (such as
     ``loss_frequency``), ``alpha``, ``entropy``, and the estimator's diagnostics.
@@ -77,6 +78,9 @@ class PMOESACLoss(SACLoss):
         loss_function: str = "l2",
         **arguments: Any,
     ) -> None:
+        for name in ("value_network", "skip_done_states"):
+            if arguments.get(name) not in (None, False):
+                raise ValueError(f"PMOESACLoss has no {name}: its target needs the critics and all next states alone")
         if isinstance(qvalue_network, Sequence):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))

@@ -18,7 +18,7 @@ class OnPolicyUpdate(AbstractUpdate):
     """
 
     def required_keys(self) -> list[NestedKey]:
-        """What the loss reads of the step itself: rows that were shuffled have no next one to estimate advantages from."""
+        """What the loss reads of the step itself: shuffled rows are no trajectory to estimate advantages from."""
         keys = [key for key in self.loss.in_keys if not (isinstance(key, tuple) and key[0] == "next")]
         if not isinstance(self.loss, PPOLoss):
             return keys
