@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import packages_distributions
+from importlib.metadata import entry_points, packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+
+import pmoe_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,7 +41,39 @@ def test_the_wheel_holds_every_module_and_every_configuration_file(wheel):
     for folder in ("callbacks", "conf"):
         paths = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")]
         expected |= {f"pmoe_lightning/{path.relative_to(ROOT)}" for path in paths}
-    assert shipped == expected - {"pmoe_lightning/conf/python_env.yaml"}
+    assert shipped == expected - {"pmoe_lightning/conf/python_env.yaml"} | {"pmoe_lightning/py.typed"}
+
+
+def test_the_license_is_shipped_and_named_alike_everywhere(wheel):
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+    archive = zipfile.ZipFile(wheel)
+    (shipped,) = [name for name in archive.namelist() if name.endswith("/LICENSE")]
+    assert archive.read(shipped).decode() == text
+    (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    assert "License-Expression: Apache-2.0\n" in archive.read(metadata).decode()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["license"], citation["version"]) == (PROJECT["license"], pmoe_lightning.__version__)
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_the_commands_say_their_version(monkeypatch, capsys):
+    scripts = {script.name: script for script in entry_points(group="console_scripts")}
+    for name in PROJECT["scripts"]:
+        monkeypatch.setattr(sys, "argv", [name, "--version"])
+        with pytest.raises(SystemExit) as ended:
+            scripts[name].load()()
+        assert ended.value.code is None
+        assert capsys.readouterr().out == f"pmoe_lightning {pmoe_lightning.__version__}\n"
+
+
+def test_bash_completes_what_is_typed_to_the_train_command(clean_environ):
+    command = Path(sys.executable).with_name("pmoe-train")
+    environ = clean_environ | {"COMP_LINE": "pmoe-train algo=", "COMP_POINT": "16"}
+    done = subprocess.run([command, "-sc", "query=bash"], env=environ, capture_output=True, text=True)
+    assert done.stdout.split() == ["algo=dac", "algo=ppo", "algo=sac"], done.stderr
+    done = subprocess.run([command, "--shell-completion", "install=bash"], env=environ, capture_output=True, text=True)
+    assert done.stdout.endswith("hydra_bash_completion pmoe-train\n")
 
 
 def test_the_installed_wheel_prints_its_configuration_from_another_folder(wheel, tmp_path, clean_environ):
