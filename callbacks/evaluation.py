@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.callbacks.reporting import log_metrics
+from pmoe_lightning.callbacks.reporting import find_callback, log_metrics
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.envs import with_memory
-from pmoe_lightning.evaluation import evaluate_policy
+from pmoe_lightning.evaluation import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy
+from pmoe_lightning.stopping import StopAfterIteration
 
 _MAX_ENVS = 16
 
@@ -29,7 +31,8 @@ class Evaluation(Callback):
 
     Logs against environment frames: ``eval/episode_return`` (mean undiscounted return),
     ``eval/episode_return_low`` and ``eval/episode_return_high`` (its 95 % interval), ``eval/episode_length`` and
-    ``time/evaluation_seconds``; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
+    ``time/evaluation_seconds``; ``eval/cut_short``, the number of episodes that did not end by themselves, where there
+    are any; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
     ``eval/violations`` (mean number of steps with a cost). ``ModelCheckpoint(monitor="eval/episode_return",
     mode="max")`` keeps the best policy; the evaluation before training is not offered to it.
 
@@ -37,33 +40,46 @@ class Evaluation(Callback):
     Python, NumPy and torch are put back afterwards. Every evaluation starts from the same seed, so
     the policy alone decides the outcome. With several devices the first process evaluates and the others wait.
 
+    A signal that stops the run also stops an evaluation, which then has no result. A run that goes on from that stop
+    makes up for it, in its curves though not in the choice of the best checkpoint.
+
     Args:
         make_env: called as ``make_env(num_envs=..., seed=...)`` at the first evaluation; for a policy with memory also
             with ``carry=...``.
         episodes: episodes of one evaluation.
         seed: seed of the evaluation environments; choose one that the training environments do not use.
         every_epochs: epochs between two evaluations. The last epoch is always evaluated.
+        max_episode_steps: an episode that has not ended by then is cut short.
 
     Attributes:
         history: rows (env_frames, mean return, low, high), one per evaluation.
     """
 
     def __init__(
-        self, make_env: Callable[..., EnvBase], *, episodes: int = 10, seed: int = 0, every_epochs: int = 1
+        self,
+        make_env: Callable[..., EnvBase],
+        *,
+        episodes: int = 10,
+        seed: int = 0,
+        every_epochs: int = 1,
+        max_episode_steps: int = MAX_EPISODE_STEPS,
     ) -> None:
         self.make_env, self.episodes, self.seed, self.every_epochs = make_env, episodes, seed, every_epochs
+        self.max_episode_steps = max_episode_steps
+        self._stopped_at: int | None = None  # the frames of an evaluation that is to be made up for
         self.history: list[list[float]] = []
         self._env: EnvBase | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.datamodule.env_frames == 0:
+        if trainer.datamodule.env_frames in (0, self._stopped_at):
             self._evaluate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
         if (trainer.current_epoch + 1) % self.every_epochs == 0 or data.env_frames >= data.total_frames:
             mean = self._evaluate(trainer, pl_module)
-            pl_module.log("eval/episode_return", mean, logger=False, batch_size=1)
+            if mean is not None:
+                pl_module.log("eval/episode_return", mean, logger=False, batch_size=1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
@@ -72,37 +88,56 @@ class Evaluation(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": torch.tensor(self.history, dtype=torch.float64)}
+        return {"history": torch.tensor(self.history, dtype=torch.float64), "stopped_at": self._stopped_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"].tolist()
+        self._stopped_at = state_dict.get("stopped_at")
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        mean = 0.0
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """The mean return; None if the evaluation was stopped."""
+        mean = None
         if trainer.is_global_zero:
-            start = time.monotonic()
-            with isolate_rng():
-                if self._env is None:
-                    make_env = with_memory(self.make_env, pl_module.policy)
-                    self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
-                policy = self.judged_policy(pl_module)
-                result = evaluate_policy(policy, self._env, episodes=self.episodes, seed=self.seed)
-            mean, (low, high) = float(result.mean), result.interval
-            frames = trainer.datamodule.env_frames
-            self.history.append([float(frames), mean, float(low), float(high)])
-            metrics = {
-                "eval/episode_return": mean,
-                "eval/episode_return_low": float(low),
-                "eval/episode_return_high": float(high),
-                "eval/episode_length": sum(result.lengths) / len(result.lengths),
-                "time/evaluation_seconds": time.monotonic() - start,
-            }
-            if result.costs:
-                metrics["eval/episode_cost"] = sum(result.costs) / len(result.costs)
-                metrics["eval/violations"] = sum(result.violations) / len(result.violations)
-            log_metrics(trainer, {name: value for name, value in metrics.items() if math.isfinite(value)}, frames)
+            with suppress(EvaluationStopped):
+                self._stopped_at = trainer.datamodule.env_frames
+                mean = self._run_episodes(trainer, pl_module)
+                self._stopped_at = None
         # Every process needs the value: they decide together whether the checkpoint is the best.
         return trainer.strategy.broadcast(mean)
+
+    def _run_episodes(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        start, stop = time.monotonic(), find_callback(trainer, StopAfterIteration)
+        if stop is not None:
+            stop.listen()  # the first evaluation comes before its own start
+        with isolate_rng():
+            if self._env is None:
+                make_env = with_memory(self.make_env, pl_module.policy)
+                self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
+            result = evaluate_policy(
+                self.judged_policy(pl_module),
+                self._env,
+                episodes=self.episodes,
+                seed=self.seed,
+                max_episode_steps=self.max_episode_steps,
+                should_stop=lambda: stop is not None and stop.is_asked,
+            )
+        mean, (low, high) = float(result.mean), result.interval
+        frames = trainer.datamodule.env_frames
+        self.history.append([float(frames), mean, float(low), float(high)])
+        metrics = {
+            "eval/episode_return": mean,
+            "eval/episode_return_low": float(low),
+            "eval/episode_return_high": float(high),
+            "eval/episode_length": sum(result.lengths) / len(result.lengths),
+            "time/evaluation_seconds": time.monotonic() - start,
+        }
+        if result.cut_short:
+            metrics["eval/cut_short"] = float(result.cut_short)
+        if result.costs:
+            metrics["eval/episode_cost"] = sum(result.costs) / len(result.costs)
+            metrics["eval/violations"] = sum(result.violations) / len(result.violations)
+        log_metrics(trainer, {name: value for name, value in metrics.items() if math.isfinite(value)}, frames)
+        return mean
 
     @staticmethod
     def judged_policy(pl_module: LightningModule) -> TensorDictModuleBase:

@@ -38,6 +38,7 @@ class Request:
 
     checkpoint: str
     episodes: int = 10
+    max_episode_steps: int = 10_000
     seed: int = 0
     rule: str = "trained"
     env: str = ""
@@ -61,6 +62,7 @@ class Judged:
 _HELP = {
     "checkpoint": "a file, an MLflow run id, models:/<name>@<alias> or models:/<name>/<version>",
     "episodes": "number of episodes",
+    "max_episode_steps": "an episode that has not ended by then is cut short",
     "seed": "episode i is seeded with seed + i",
     "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
     "sample_component (of a drawn one), sample, or trained (actor.deterministic of its training)",
@@ -212,7 +214,7 @@ def _convert(key: str, value: str, kind: Any) -> Any:
             raise ConfigurationError(f"{key} must be true or false, not {value!r}")
         return _WORDS[value.lower()]
     if kind is int:
-        lowest = 1 if key == "episodes" else 0
+        lowest = 0 if key == "seed" else 1
         if not value.isdecimal() or not lowest <= int(value) < 2**31:
             raise ConfigurationError(f"{key} must be a whole number of at least {lowest}, not {value!r}")
         return int(value)
@@ -229,7 +231,7 @@ def _nearest(word: str, known: Any) -> str:
 def _help_parser() -> argparse.ArgumentParser:
     defaults = {field.name: str(field.default).lower() for field in fields(Request) if field.default is not MISSING}
     defaults |= {"checkpoint": "required", "+env.KEY": "as in training"}
-    lines = [f"  {key:<11} {text} [{defaults[key]}]" for key, text in _HELP.items()]
+    lines = [f"  {key:<17} {text} [{defaults[key]}]" for key, text in _HELP.items()]
     return argparse.ArgumentParser(
         prog="pmoe-evaluate",
         usage="%(prog)s checkpoint=PATH [key=value ...] [--json] [--version] [--shell-completion install=bash]",
@@ -262,7 +264,8 @@ def evaluate(request: Request) -> Judged:
     env = with_memory(make_env, policy)(env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
         _check_fit(entry["description"], env_id, env)
-        result = evaluate_policy(policy, env, episodes=request.episodes, seed=request.seed, sample=sample)
+        limits = {"episodes": request.episodes, "max_episode_steps": request.max_episode_steps}
+        result = evaluate_policy(policy, env, seed=request.seed, sample=sample, **limits)
     finally:
         env.close()
     return Judged(policy, env_id, env_kwargs, rule, result)
@@ -328,6 +331,7 @@ def _summary(request: Request, judged: Judged, video: Path | None = None) -> dic
         "interval": [_finite(low), _finite(high)],
         "returns": [_finite(value) for value in result.returns],
         "lengths": list(result.lengths),
+        "cut_short": result.cut_short,
         **({"costs": list(result.costs), "violations": list(result.violations)} if result.costs else {}),
         "video": None if video is None else str(video),
     }
@@ -350,6 +354,8 @@ def _table(request: Request, judged: Judged) -> str:
         "": f"min {min(result.returns):.2f}, max {max(result.returns):.2f}",
         "length": f"mean {sum(lengths) / len(lengths):.1f}, min {min(lengths)}, max {max(lengths)}",
     }
+    if result.cut_short:
+        rows["cut short"] = f"{result.cut_short} episodes that had not ended after {max(lengths):,} steps"
     if result.costs:
         count, steps = sum(result.violations), sum(lengths)
         rows["cost"] = f"mean {sum(result.costs) / len(result.costs):.1f}, {count} of {steps} steps with a cost"

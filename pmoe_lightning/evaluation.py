@@ -1,10 +1,11 @@
 """How good is a policy: whole episodes, an honest interval, and a video."""
 
+import logging
 import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -22,10 +23,12 @@ from pmoe_lightning.envs import GymnasiumEnv, carried_entries, make_env, with_me
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.film import film_frame, steps_between_pictures
 
+_log = logging.getLogger(__name__)
+#: An episode that has not ended by itself after so many steps is ended here.
+MAX_EPISODE_STEPS = 10_000
 # Matrix products of different row counts round differently, and a chaotic simulator magnifies that: with a constant
 # count an episode does not depend on how many others are run beside it.
 _POLICY_ROWS = 16
-_MAX_EPISODE_STEPS = 10_000  # of an environment that never ends
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,15 @@ class Evaluation:
     """Undiscounted returns and lengths of whole episodes; episode i was seeded with ``seed + i``.
 
     ``costs`` are their undiscounted costs, and ``violations`` their numbers of steps with a cost; empty where the
-    environment writes no cost.
+    environment writes no cost. ``cut_short`` counts the episodes that did not end by themselves: their returns and
+    lengths are those of their first ``max_episode_steps``.
     """
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
     costs: tuple[float, ...] = ()
     violations: tuple[int, ...] = ()
+    cut_short: int = 0
 
     @property
     def mean(self) -> float:
@@ -50,6 +55,10 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """95 % confidence interval of the mean return over episodes of this one policy (not over training seeds)."""
         return student_t_interval(self.returns)
+
+
+class EvaluationStopped(Exception):
+    """``should_stop`` ended an evaluation before it had a result."""
 
 
 def student_t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -72,7 +81,14 @@ def student_t_interval(values: Sequence[float], confidence: float = 0.95) -> tup
 
 @torch.no_grad()
 def evaluate_policy(
-    policy: TensorDictModuleBase, env: GymnasiumEnv, *, episodes: int, seed: int, sample: bool = False
+    policy: TensorDictModuleBase,
+    env: GymnasiumEnv,
+    *,
+    episodes: int,
+    seed: int,
+    sample: bool = False,
+    max_episode_steps: int = MAX_EPISODE_STEPS,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Run ``episodes`` whole episodes; episode i starts from a reset with seed ``seed + i``.
 
@@ -88,17 +104,30 @@ def evaluate_policy(
         episodes: number of episodes, at least 1.
         seed: seed of episode 0.
         sample: draw from the policy, in place of its deterministic action.
+        max_episode_steps: an episode that has not ended by then is cut short; the result counts it, a warning says so.
+        should_stop: asked before every step.
 
     Raises:
-        ConfigurationError: ``episodes`` is not positive.
+        ConfigurationError: ``episodes`` or ``max_episode_steps`` is not positive.
+        EvaluationStopped: ``should_stop`` said so.
     """
-    if episodes < 1:
-        raise ConfigurationError(f"episodes must be at least 1, not {episodes}")
+    for name, value in (("episodes", episodes), ("max_episode_steps", max_episode_steps)):
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, not {value}")
     outcomes: list[tuple[float, ...]] = []
+    cut_short = 0
     with _acting(policy, seed, sample) as act:
         for first in range(0, episodes, env.batch_size[0]):
-            outcomes += _run_round(act, env, min(env.batch_size[0], episodes - first), seed + first)
-    return Evaluation(*zip(*outcomes, strict=True))
+            count = min(env.batch_size[0], episodes - first)
+            finished, unfinished = _run_round(act, env, count, seed + first, max_episode_steps, should_stop)
+            outcomes += finished
+            cut_short += unfinished
+    if cut_short:
+        _log.warning(
+            "%d of %d evaluation episodes did not end within %s steps and were cut short there (max_episode_steps)",
+            *(cut_short, episodes, f"{max_episode_steps:,}"),
+        )
+    return Evaluation(*zip(*outcomes, strict=True), cut_short=cut_short)
 
 
 def record_video(
@@ -196,27 +225,34 @@ def _padded(values: Tensor, rows: int) -> Tensor:
     return padded
 
 
-def _run_round(act: Any, env: GymnasiumEnv, count: int, seed: int) -> list[tuple[float, ...]]:
+def _run_round(
+    act: Any, env: GymnasiumEnv, count: int, seed: int, max_steps: int, should_stop: Callable[[], bool]
+) -> tuple[list[tuple[float, ...]], int]:
     """The first episodes of the first ``count`` environments, seeded with ``seed``, ``seed + 1``, ...
 
-    Of each the entries of an ``Evaluation``.
+    Returns:
+        of each the entries of an ``Evaluation``, and how many were cut short.
     """
     env.set_seed(seed)
     root = env.reset()
     outcomes: list[tuple[float, ...]] = [()] * count
     running, violations = set(range(count)), [0] * count
-    while running:
+    for _ in range(max_steps):
+        if should_stop():
+            raise EvaluationStopped
         step, root = env.step_and_maybe_reset(act(root))
         following = step.get("next")
         done, cost = following.get("done").flatten().tolist(), following.get("cost", None)
         if cost is not None:
             violations = [n + (c > 0) for n, c in zip(violations, cost.flatten().tolist(), strict=False)]
-        for i in [i for i in running if done[i]]:
+        for i in running:
             outcomes[i] = following.get("episode_return")[i].item(), int(following.get("episode_length")[i])
             if cost is not None:
                 outcomes[i] += following.get("episode_cost")[i].item(), violations[i]
-            running.remove(i)
-    return outcomes
+        running = {i for i in running if not done[i]}
+        if not running:
+            break
+    return outcomes, len(running)
 
 
 def _episode(act: Any, env: GymnasiumEnv, seed: int) -> Iterator[tuple[TensorDictBase, float]]:
@@ -226,7 +262,7 @@ def _episode(act: Any, env: GymnasiumEnv, seed: int) -> Iterator[tuple[TensorDic
     """
     env.set_seed(seed)
     root, total = env.reset(), 0.0
-    for _ in range(_MAX_EPISODE_STEPS):
+    for _ in range(MAX_EPISODE_STEPS):
         yield act(root), total
         step = env.step(root)
         root, total = env.step_mdp(step), step["next", "episode_return"].item()

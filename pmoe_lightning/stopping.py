@@ -36,6 +36,9 @@ class StopAfterIteration(Callback):
 
     Lightning's own handlers work inside the signal: that of SIGUSR1 saves in the middle of an update, from where no run
     can go on exactly, and that of SIGTERM pairs its broadcast with whatever reduction another process is in.
+
+    Whatever takes long between two iterations, such as an evaluation, looks at :attr:`is_asked`. After the last
+    iteration Ctrl-C and SIGTERM still end the run, with its last checkpoint but without a film and a packaged policy.
     """
 
     def __init__(self) -> None:
@@ -47,9 +50,18 @@ class StopAfterIteration(Callback):
             # Lightning leaves a signal alone that has a handler by now.
             signal.signal(signal.SIGUSR1, self._ask)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _in_main_thread():
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal has asked the run to stop."""
+        return self._asked != 0
+
+    def listen(self) -> None:
+        """Answer Ctrl-C and SIGTERM from now on, at the latest from the start of training."""
+        if _in_main_thread() and not self._previous:
             self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # What belongs to the end of an epoch, evaluation and best checkpoint, would not be made up for.
@@ -59,21 +71,27 @@ class StopAfterIteration(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_asked(trainer)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
+    def _stop_if_asked(self, trainer: Trainer, ignored: int = 0) -> None:
         asked = self._asked
         if trainer.world_size > 1:
             asked = largest_over_processes(asked, trainer.strategy.root_device)
+        if asked == ignored:
+            return
         if asked:
             ignore_further_stops()
         if asked == signal.SIGINT:
             raise Interrupted
         if asked == signal.SIGTERM:
             raise SIGTERMException
-        if asked:
+        if asked == signal.SIGUSR1:
             raise Preempted(128 + signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked(trainer, ignored=signal.SIGUSR1)  # a complete run has nothing to be requeued for
+        listened = bool(self._previous)
         self._restore()
+        if listened:  # Lightning's own only takes a note, which nobody reads any more
+            signal.signal(signal.SIGTERM, _end_at_once)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
@@ -112,6 +130,11 @@ def requeue() -> None:
         _log.warning("SLURM job %s is saved but could not be requeued: %s", job, " ".join(str(reason).split()))
     else:
         _log.warning("SLURM job %s is saved and requeued; it goes on if its command says resume=auto", job)
+
+
+def _end_at_once(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise SIGTERMException
 
 
 def _in_main_thread() -> bool:

@@ -1,15 +1,16 @@
 """The batched Gymnasium environment against plain Gymnasium loops and a scripted environment."""
 
 import logging
+from functools import partial
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Sequence
+from gymnasium.spaces import Box, Dict, Discrete, Sequence, Tuple
 from probe_envs import ScriptedEnv, expected_transitions, make_scripted_env
 from tensordict import TensorDictBase
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, FrameSkipTransform, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from pmoe_lightning.envs import GymnasiumEnv, make_env
@@ -42,13 +43,8 @@ def test_keys_dtypes_and_shapes() -> None:
     stored = play(env, random_actions(env, 5))
     flags = {"done": torch.bool, "terminated": torch.bool, "truncated": torch.bool}
     root = {"observation": torch.float32, "action": torch.float32, **flags}
-    following = {
-        "observation": torch.float32,
-        **flags,
-        "reward": torch.float32,
-        "episode_return": torch.float32,
-        "episode_length": torch.int64,
-    }
+    root |= {"episode_return": torch.float32, "episode_length": torch.int64}
+    following = {key: dtype for key, dtype in root.items() if key != "action"} | {"reward": torch.float32}
     assert {key: value.dtype for key, value in stored.exclude("next").items()} == root
     assert {key: value.dtype for key, value in stored["next"].items()} == following
     sizes = {"observation": 11, "action": 3}
@@ -72,6 +68,9 @@ def test_transitions_are_exactly_those_of_the_script(num_envs: int) -> None:
             assert step["next", "done"].item() == (expected.terminated or expected.truncated)
             assert step["next", "episode_return"].item() == expected.episode_return
             assert step["next", "episode_length"].item() == expected.episode_length
+            began = expected.episode_length == 1
+            assert step["episode_length"].item() == expected.episode_length - 1
+            assert step["episode_return"].item() == (0 if began else expected.episode_return - expected.reward)
             assert not step["done"].item() and not step["terminated"].item() and not step["truncated"].item()
 
 
@@ -195,6 +194,15 @@ def test_observations_that_are_not_vectors_are_flattened() -> None:
     assert env.observation_spec["observation"].dtype == torch.float32
 
 
+def box(low: list[float], high: list[float], dtype: str = "f4") -> Box:
+    return Box(np.array(low, dtype), np.array(high, dtype), dtype=np.dtype(dtype).type)
+
+
+def with_nan(space: Box) -> Box:
+    space.low[0] = np.nan
+    return space
+
+
 def probe_with(**attributes) -> ScriptedEnv:
     probe = ScriptedEnv()
     for name, value in attributes.items():
@@ -212,11 +220,40 @@ def probe_with(**attributes) -> ScriptedEnv:
         (lambda: make_env("nosuchmodule:Hopper-v5"), "nosuchmodule"),
         (lambda: make_env("Hopper-v3"), "'Hopper-v3' cannot be"),
         (lambda: make_env("ant maze, large"), "unknown environment id|cannot be made"),
+        (
+            lambda: make_env("dm_control/cheetah-run-v0"),
+            r"shimmy\[dm-control\].*env.id=shimmy:dm_control/cheetah-run-v0",
+        ),
+        (lambda: make_env("shimmy:dm_control/cheetah-run-v0"), r"No module named 'shimmy'.*shimmy\[dm-control\]"),
+        (lambda: make_env("HopperBulletEnv-v0"), "pybullet-envs-gymnasium.*pybullet_envs_gymnasium:HopperBulletEnv-v0"),
+        (lambda: make_env("FetchReach-v4"), "gymnasium-robotics.*gymnasium_robotics:FetchReach-v4"),
+        (lambda: make_env("AntMaze_UMaze-v5"), "gymnasium_robotics:AntMaze_UMaze-v5"),
+        (lambda: make_env("PandaReach-v3"), "panda-gym.*panda_gym:PandaReach-v3"),
+        (lambda: make_env("Meta-World/MT1"), "metaworld:Meta-World/MT1"),
+        (lambda: make_env("ALE/Pong-v5"), "its actions are discrete"),
         (lambda: make_env("Hopper-v5", nonsense=1), "nonsense"),
         (lambda: make_env("CartPole-v1"), "only continuous vectors"),
         (lambda: make_env("Hopper-v5", num_envs=0), "num_envs >= 1"),
         (lambda: GymnasiumEnv([probe_with(action_space=Box(-np.inf, np.inf, (2,)))]), "unbounded"),
         (lambda: GymnasiumEnv([probe_with(action_space=Box(-1, 1, (2, 2)))]), "only continuous vectors"),
+        (lambda: GymnasiumEnv([probe_with(action_space=Box(-1, 1, ()))]), "only continuous vectors"),
+        (lambda: GymnasiumEnv([probe_with(action_space=Box(-1, 1, (0,)))]), "no dimension"),
+        (lambda: GymnasiumEnv([probe_with(action_space=None)]), "only continuous vectors"),
+        (lambda: GymnasiumEnv([probe_with(action_space=box([-1, 2, -1], [1, 2, 1]))]), "dimension 1.*not below"),
+        (lambda: GymnasiumEnv([probe_with(action_space=box([-1, -1], [1, np.inf]))]), "dimension 1.*unbounded"),
+        (lambda: GymnasiumEnv([probe_with(action_space=with_nan(box([-1, -1], [1, 1])))]), "dimension 0.*NaN"),
+        (lambda: GymnasiumEnv([probe_with(action_space=box([-1, -1e39], [1, 1e39], "f8"))]), "dimension 1.*too large"),
+        (lambda: GymnasiumEnv([probe_with(action_space=box([-3e38] * 2, [3e38] * 2))]), "dimension 0.*too large"),
+        (lambda: GymnasiumEnv([probe_with(action_space=box([1e9] * 2, [1e9 + 1] * 2, "f8"))]), "one number in float32"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84, 3), np.uint8))]), "no encoder"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84), np.uint8))]), "no encoder"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 1, (3, 64, 64)))]), "no encoder"),
+        (
+            lambda: GymnasiumEnv([probe_with(observation_space=Dict(a=Tuple([Box(0, 9, (5, 5, 3), np.uint8)])))]),
+            r"images as observation\['a'\]\[0\].*flat vector of features",
+        ),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 1, (0,)))]), "empty"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=None)]), "cannot be flattened"),
         (lambda: GymnasiumEnv([probe_with(action_space=Box(0, 9, (2,), np.int64))]), "only continuous vectors"),
         (lambda: GymnasiumEnv([probe_with(observation_space=Sequence(Discrete(2)))]), "cannot be flattened"),
         (lambda: GymnasiumEnv([ScriptedEnv(), probe_with(action_space=Box(-1, 1, (2,)))]), "same spaces"),
@@ -226,6 +263,141 @@ def test_what_cannot_work_is_one_clear_line(make, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+class Strange(ScriptedEnv):
+    """Returns what it is told to, from its first reset or from a step."""
+
+    def __init__(self, *, reset: object = None, step: object = None, at: int = 1, space: object = None) -> None:
+        super().__init__()
+        self.observation_space = space or self.observation_space
+        self.given, self.at = {"reset": reset, "step": step}, at
+
+    def _say(self, call: str, usual: tuple) -> object:
+        given = self.given[call]
+        if isinstance(given, Exception):
+            raise given
+        if isinstance(given, dict):  # some parts of the tuple, by their places
+            return tuple(given.get(i, part) for i, part in enumerate(usual))
+        return usual if given is None else given
+
+    def reset(self, **arguments):
+        return self._say("reset", super().reset(**arguments))
+
+    def step(self, action):
+        usual = super().step(action)
+        return self._say("step", usual) if len(self.actions) == self.at else usual
+
+
+VECTOR = np.zeros(3)
+STRANGE = [
+    ({"reset": VECTOR}, r"returned a ndarray from reset, which must return \(observation, info\)"),
+    ({"reset": (VECTOR,)}, "a tuple of 1 from reset"),
+    ({"reset": {1: None}}, "a NoneType as the info of its reset"),
+    ({"reset": {0: np.zeros(1)}}, r"of shape \(1,\), but its space declares \(3,\)"),
+    ({"reset": {0: np.zeros((1, 3))}}, r"of shape \(1, 3\)"),
+    ({"reset": {0: 0.5}}, r"of shape \(\)"),
+    ({"reset": {0: {"a": VECTOR}}}, r"of shape \(\)"),
+    ({"reset": {0: [[1, 2], [3]]}}, r"of shape \(2,\)"),
+    ({"reset": {0: np.array(["1", "2", "3"])}}, "of <U1, but its space declares float64"),
+    ({"reset": {0: np.zeros(3, complex)}}, "of complex128"),
+    ({"reset": {0: np.array([1.0, None, 2.0])}}, "of object"),
+    ({"reset": {0: np.full(3, 0.5)}, "space": Box(0, 9, (3,), np.int64)}, "of float64, but its space declares int64"),
+    ({"reset": RuntimeError("no\nlicence")}, "failed in its first reset.*RuntimeError: no licence"),
+    ({"reset": {0: np.zeros((3, 2))}, "space": Box(0, 1, (2, 3))}, r"of shape \(3, 2\)"),
+    ({"reset": {0: {"b": VECTOR}}, "space": Dict(a=Box(0, 1, (3,)))}, r"keys \['b'\].*declares \['a'\]"),
+    ({"reset": {0: {"a": VECTOR[:1]}}, "space": Dict(a=Box(0, 1, (3,)))}, r"observation\['a'\] of shape \(1,\)"),
+    ({"reset": {0: (VECTOR,)}, "space": Tuple([Discrete(2), Discrete(2)])}, "1 parts as observation.*tuple of 2"),
+    ({"reset": {0: 7}, "space": Discrete(3)}, r"observation=7, not in Discrete\(3\)"),
+    ({"step": (VECTOR, 0.0, False, {})}, r"a tuple of 4 from step, which must return \(observation, reward, term"),
+    ({"step": {0: np.zeros(1)}}, r"of shape \(1,\)"),
+    ({"step": {1: None}}, "the reward None: it must be one number"),
+    ({"step": {1: np.zeros(2)}}, r"the reward array\(\[0., 0.\]\): it must be one number"),
+    ({"step": {1: "1.0"}}, "the reward '1.0'"),
+    ({"step": {1: 1j}}, "the reward 1j"),
+    ({"step": {2: None}}, "terminated=None: it must be True or False"),
+    ({"step": {3: "no"}}, "truncated='no'"),
+    ({"step": {3: np.zeros(2, bool)}}, "truncated=array"),
+    ({"step": {4: [1]}}, "a list as the info of its step"),
+    ({"step": KeyError("gone")}, "failed in its first step.*KeyError: 'gone'"),
+    ({"step": {0: np.zeros(1)}, "at": 4}, r"of shape \(1,\)"),
+    ({"step": {0: np.zeros((3, 1))}, "at": 4}, r"of shape \(3, 1\)"),
+    ({"step": {1: np.zeros(2)}, "at": 4}, "the reward"),
+]
+
+
+@pytest.mark.parametrize(("said", "message"), STRANGE)
+def test_what_an_environment_must_not_return_is_one_clear_line(said: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as error:
+        play(env := GymnasiumEnv([Strange(**said)]), random_actions(env, 4))
+    assert "\n" not in str(error.value) and "Strange" in str(error.value)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    "said",
+    [{1: np.ones((1,))}, {1: np.ones((1, 1), np.float32)}, {1: np.float32(1)}, {1: 1}, {1: torch.ones(1)}]
+    + [{0: [1.0, 2.0, 3.0], 1: 1.0}, {0: np.arange(3, dtype=np.int32), 1: 1.0}, {0: np.ones(3, np.float32), 1: 1.0}]
+    + [{1: 1.0, 2: np.array([False]), 3: np.False_}, {1: 1.0, 2: 0, 3: np.zeros(1, bool)}],
+)
+def test_what_is_as_good_as_the_declared_is_taken(said: dict, at: int) -> None:
+    env = GymnasiumEnv([Strange(step=said, at=at)])
+    last = play(env, random_actions(env, at))[0, -1]["next"]
+    assert last["reward"].item() == 1.0 and not last["terminated"]
+    if 0 in said:
+        assert last["observation"].tolist() == np.asarray(said[0]).tolist()
+
+
+def make_failing(**kwargs) -> gymnasium.Env:
+    raise ValueError("two\nlines")
+
+
+def test_whatever_a_constructor_raises_is_one_clear_line() -> None:
+    gymnasium.register("Failing-v0", entry_point=make_failing)
+    try:
+        with pytest.raises(ConfigurationError, match="'Failing-v0' cannot be made with {}: ValueError: two lines"):
+            make_env("Failing-v0")
+    finally:
+        del gymnasium.registry["Failing-v0"]
+
+
+@pytest.mark.parametrize(
+    ("space", "observation", "entry"),
+    [
+        (Box(-np.inf, np.inf, (3,), np.float64), np.array([0.0, 1e9 + 0.3, 0.0]), "entry 1 of its observation"),
+        (Box(0, 2**40, (3,), np.int64), np.array([0, 0, 2**30 + 1]), "entry 2 of its observation"),
+        (Dict(a=Discrete(2), t=Box(0, np.inf, (1,), np.float64)), {"a": 0, "t": np.array([1.7e9 + 1])}, "'t'"),
+    ],
+)
+def test_numbers_that_float32_loses_are_said_in_one_line(space, observation, entry, caplog) -> None:
+    said = {"reset": {0: observation}, "space": space}
+    for _ in range(2):
+        env = GymnasiumEnv([Strange(**said), Strange(**said)])
+        env.envs[0].spec = env.envs[1].spec = gymnasium.envs.registration.EnvSpec(f"Large{entry[6:7]}-v0")
+        env.reset()
+    assert len(caplog.records) == 1 and entry in caplog.text and "float32" in caplog.text
+
+
+def test_numbers_that_float32_holds_are_not_warned_of(caplog) -> None:
+    GymnasiumEnv([Strange(reset={0: np.array([2.0**24, 0.1, 2.0**40])})]).reset()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("carry", [[], ["option"]])
+def test_transforms_of_torchrl_know_the_reward(carry: list[str]) -> None:
+    make = partial(make_env, "Hopper-v5", num_envs=2, seed=0, carry=carry, velocity_limit=0.1)
+    env = make()
+    assert env.reward_key == "reward" and env.reward_keys == ["reward"]
+    check_env_specs(env)
+    summed = TransformedEnv(make(), RewardSum())
+    check_env_specs(summed)
+    rollout = summed.rollout(60, break_when_any_done=False)["next"]
+    assert rollout["done"].any()
+    assert torch.allclose(rollout["episode_reward"], rollout["episode_return"], atol=1e-4)
+    skipping = TransformedEnv(make(), FrameSkipTransform(3))
+    check_env_specs(skipping)
+    step = skipping.rollout(1)["next"]
+    assert (step["episode_length"] == 3).all() and torch.allclose(step["reward"], step["episode_return"])
 
 
 def test_missing_dependency_is_named() -> None:
@@ -305,5 +477,6 @@ def test_an_environment_that_carries_describes_what_it_returns() -> None:
 
 def test_nothing_is_carried_unless_asked_for() -> None:
     env = make_env("Pendulum-v1")
-    assert set(env.observation_spec.keys()) == {"observation"}
-    assert set(env.reset().keys()) == {"observation", "done", "terminated", "truncated"}
+    totals = {"episode_return", "episode_length"}
+    assert set(env.observation_spec.keys()) == {"observation", *totals}
+    assert set(env.reset().keys()) == {"observation", "done", "terminated", "truncated", *totals}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import mujoco  # noqa: F401 - rendering must work although it was imported befor
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import PendulumEnv
 from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS
@@ -28,7 +31,13 @@ from pmoe_lightning.checkpoints.files import write_checkpoint
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import Request, _environment, main, parse
-from pmoe_lightning.evaluation import evaluate_policy, record_video, student_t_interval
+from pmoe_lightning.evaluation import (
+    MAX_EPISODE_STEPS,
+    EvaluationStopped,
+    evaluate_policy,
+    record_video,
+    student_t_interval,
+)
 
 
 def test_student_t_interval_matches_a_textbook_value() -> None:
@@ -105,6 +114,60 @@ def test_evaluation_leaves_no_trace() -> None:
 def test_no_episode_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="episodes must be at least 1, not 0"):
         evaluate_policy(make_policy()[0], make_env("Pendulum-v1"), episodes=0, seed=0)
+
+
+def endless(**kwargs: Any) -> gymnasium.Env:
+    return PendulumEnv(**kwargs)  # which only Gymnasium's time limit ends
+
+
+@pytest.fixture
+def endless_id() -> Iterator[str]:
+    gymnasium.register("Endless-v0", entry_point=endless)
+    yield "Endless-v0"
+    del gymnasium.registry["Endless-v0"]
+
+
+def test_an_episode_that_does_not_end_is_cut_short_and_said(endless_id: str, caplog) -> None:
+    policy = load_policy(make_policy()[1])
+    env = make_env(endless_id, num_envs=2)
+    result = evaluate_policy(policy, env, episodes=3, seed=0, max_episode_steps=25)
+    assert result.lengths == (25,) * 3 and result.cut_short == 3
+    assert [record.message for record in caplog.records] == [
+        "3 of 3 evaluation episodes did not end within 25 steps and were cut short there (max_episode_steps)"
+    ]
+    caplog.clear()
+    limited = make_env("Pendulum-v1", num_envs=2, max_episode_steps=25)
+    whole = evaluate_policy(policy, limited, episodes=3, seed=0, max_episode_steps=25)
+    assert whole.returns == result.returns and whole.cut_short == 0 and not caplog.records
+    assert inspect.signature(evaluate_policy).parameters["max_episode_steps"].default == MAX_EPISODE_STEPS == 10_000
+
+
+def test_only_what_did_not_end_counts_as_cut_short() -> None:
+    policy = load_policy(make_policy("Hopper-v5")[1])
+    whole = evaluate_policy(policy, make_env("Hopper-v5", num_envs=3), episodes=5, seed=40)
+    limit = sorted(whole.lengths)[2]
+    result = evaluate_policy(policy, make_env("Hopper-v5", num_envs=3), episodes=5, seed=40, max_episode_steps=limit)
+    assert result.lengths == tuple(min(length, limit) for length in whole.lengths)
+    assert result.cut_short == sum(length > limit for length in whole.lengths) > 0
+
+
+def test_an_evaluation_stops_when_asked(endless_id: str) -> None:
+    asked = iter([False] * 7 + [True])
+    with pytest.raises(EvaluationStopped):
+        env = make_env(endless_id)
+        evaluate_policy(make_policy()[0], env, episodes=1, seed=0, should_stop=lambda: next(asked))
+    assert env._lengths == [7]
+
+
+def test_the_command_says_what_was_cut_short(
+    endless_id: str, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"checkpoint={checkpoint}", f"env={endless_id}", "episodes=2", "max_episode_steps=9"]
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert (result["cut_short"], result["lengths"]) == (2, [9, 9])
+    assert main(words) == 0
+    assert "cut short" in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------ video
@@ -200,6 +263,7 @@ def test_json_is_the_only_output(checkpoint: Path, capfd: pytest.CaptureFixture[
         "interval": list(reference.interval),
         "returns": list(reference.returns),
         "lengths": [20] * 3,
+        "cut_short": 0,
         "video": None,
     }
 
@@ -398,6 +462,11 @@ def test_the_result_is_there_however_the_film_ends(
         (["chekpoint=x"], 2, "did you mean checkpoint?"),
         (["checkpoint={}", "--epsiodes", "3"], 2, "did you mean episodes?"),
         (["checkpoint={}", "episodes=0"], 2, "episodes must be a whole number of at least 1, not '0'"),
+        (
+            ["checkpoint={}", "max_episode_steps=0"],
+            2,
+            "max_episode_steps must be a whole number of at least 1",
+        ),
         (["checkpoint={}", "episodes=many"], 2, "episodes must be a whole number"),
         (["checkpoint={}", "seed=-1"], 2, "seed must be a whole number of at least 0"),
         (["checkpoint={}", "rule=max_wait"], 2, "did you mean max_weight?"),

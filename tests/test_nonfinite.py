@@ -167,6 +167,48 @@ def test_the_run_stops_for_an_environment_but_not_for_mujoco():
     assert data.breakdowns == 1 and data.env_frames == 96
 
 
+class SickAtReset(gymnasium.Wrapper):
+    """Returns a value in the observation of some of its resets."""
+
+    def __init__(self, env: gymnasium.Env, value: float, is_sick: Callable[[int], bool]) -> None:
+        super().__init__(env)
+        self.value, self.is_sick, self.resets = value, is_sick, 0
+
+    def reset(self, **arguments: Any) -> tuple:
+        observation, info = super().reset(**arguments)
+        self.resets += 1
+        return (np.array([0, self.value, 0]) if self.is_sick(self.resets) else observation), info
+
+
+def sick_at_reset(value: float, is_sick: Callable[[int], bool], *, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
+    envs = [gymnasium.make("Pendulum-v1", max_episode_steps=5) for _ in range(num_envs)]
+    return GymnasiumEnv([SickAtReset(envs[0], value, is_sick), *envs[1:]], seed=seed)
+
+
+@pytest.mark.parametrize("value", [*VALUES, 1e39])
+@pytest.mark.parametrize("make_algorithm", [sac, ppo])
+def test_a_reset_that_is_not_finite_is_repeated(make_algorithm, value, caplog):
+    algorithm = make_algorithm()
+    data = data_for(algorithm, partial(sick_at_reset, value, lambda reset: reset % 3 != 2))
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: TensorDictBase, batch_idx: int) -> None:
+            assert is_finite(batch)
+
+    fit(algorithm, data, NonFiniteGuard("skip"), Watch())
+    assert data.env_frames == 96 and data.breakdowns == 0
+    assert caplog.text.count("until its observation was finite") == 10  # one environment, 48 steps of 5 in an episode
+
+
+def test_an_environment_that_no_reset_makes_finite_is_named():
+    algorithm = sac()
+    data = data_for(algorithm, partial(sick_at_reset, np.nan, lambda reset: reset > 1))
+    message = "environment 'Pendulum-v1': entry 1 of the observation is nan after each of 10 resets"
+    with pytest.raises(NonFiniteError, match=message) as error:
+        fit(algorithm, data, NonFiniteGuard("skip"))
+    assert "\n" not in str(error.value) and "policy" not in str(error.value)
+
+
 @pytest.mark.parametrize("value", VALUES)
 def test_an_action_that_is_not_finite_is_never_taken(value):
     """Nor brought within the bounds: replay would remember it as it was."""

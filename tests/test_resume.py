@@ -24,6 +24,7 @@ from pmoe_lightning.algorithms.sac import SAC as SAC_ALGORITHM
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
 from pmoe_lightning.data.collection import CollectedData
+from pmoe_lightning.envs import GymnasiumEnv
 
 SAC = ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.frames_per_epoch=160"]
 PPO = ["data.frames_per_batch=64", "data.frames_per_epoch=128", "algo.num_epochs=2", "algo.minibatch_size=32"]
@@ -152,7 +153,7 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_exactly(number, clean_envir
     assert sorted(os.listdir(last.parent)) == ["last.ckpt", "last.previous.ckpt"]
 
 
-def test_a_stop_in_the_last_iteration_of_an_epoch_comes_after_its_evaluation(train, tmp_path, monkeypatch):
+def test_a_stop_in_the_last_iteration_of_an_epoch_loses_no_evaluation(train, tmp_path, monkeypatch):
     words = [*SAC, "env=Pendulum-v1", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
     words += ["+env.max_episode_steps=50", "logger=none", "callbacks=[evaluation,checkpoint_last]"]
     words += ["callbacks.evaluation.episodes=1"]
@@ -170,11 +171,45 @@ def test_a_stop_in_the_last_iteration_of_an_epoch_comes_after_its_evaluation(tra
     assert read_checkpoint(tmp_path / "stopped" / LAST)["policy"]["env_frames"] == 320
     train(*words, "resume=stopped")
     assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")) == []
-    histories = []
-    for run in ("whole", "stopped"):
-        callbacks = read_checkpoint(tmp_path / run / LAST)["callbacks"]
-        histories += [state["history"][:, :2] for state in callbacks.values() if "history" in state]
-    assert histories[0][:, 0].tolist() == [0, 160, 320, 480] and torch.equal(*histories)
+    whole, stopped = histories(tmp_path / "whole", tmp_path / "stopped")
+    assert whole[:, 0].tolist() == [0, 160, 320, 480] and torch.equal(whole, stopped)
+
+
+def histories(*folders: Path) -> list[torch.Tensor]:
+    """Frames and mean returns of the evaluations of runs."""
+    states = [state for folder in folders for state in read_checkpoint(folder / LAST)["callbacks"].values()]
+    return [state["history"][:, :2] for state in states if "history" in state]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_in_an_evaluation_ends_it_and_the_resumed_run_makes_up_for_it(
+    number, code, train, tmp_path, monkeypatch
+):
+    words = [*SAC, "env=Pendulum-v1", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
+    words += ["+env.max_episode_steps=50", "logger=none", "callbacks=[evaluation,checkpoint_last]"]
+    words += ["callbacks.evaluation.episodes=1"]
+    train(*words, "hydra.run.dir=whole")
+    step = GymnasiumEnv.step_and_maybe_reset  # which training has a faster way than
+
+    for frames, evaluation in ((0, 0), (320, 2), (480, 3)):
+        folder, steps = tmp_path / f"stopped-at-{frames}", []
+
+        def step_and_stop(self, root, steps=steps, at=50 * evaluation + 10):
+            steps.append(1)
+            if len(steps) == at:
+                os.kill(os.getpid(), number)
+            return step(self, root)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GymnasiumEnv, "step_and_maybe_reset", step_and_stop)
+            train(*words, f"hydra.run.dir={folder.name}", code=code)
+        assert len(steps) == 50 * evaluation + 10
+        assert read_checkpoint(folder / LAST)["policy"]["env_frames"] == frames
+        assert [len(history) for history in histories(folder)] == [evaluation]
+        if frames < 480:
+            train(*words, f"resume={folder.name}")
+            assert differing(state_of(tmp_path / "whole"), state_of(folder)) == []
+            assert torch.equal(*histories(tmp_path / "whole", folder))
 
 
 SLURM = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "here"}

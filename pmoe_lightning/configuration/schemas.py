@@ -279,6 +279,7 @@ class EvaluationSchema:
     episodes: int = _at_least(1)
     seed: int = _between(0, 2**31 - 1)
     every_epochs: int = _at_least(1)
+    max_episode_steps: int = _at_least(1)
 
 
 @dataclass

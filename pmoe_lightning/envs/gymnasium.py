@@ -48,7 +48,6 @@ _COSTS = ("cost", "episode_cost")
 _PREVIOUS = "_previous"
 _RESETS = 10  # in a row, until an observation is finite
 _NOT_A_VECTOR = (-1,)  # the shape of no array
-_NUMBERS = (float, int, np.number)
 _BAD_STATES = slice(3, 7)  # mjWARN_BADQPOS, BADQVEL, BADQACC and BADCTRL
 _mujoco_breakdowns: list[str] = []  # what MuJoCo has said since this was last looked at
 Arrays = Mapping[str, np.ndarray]
@@ -222,15 +221,14 @@ class GymnasiumEnv(EnvBase):
         observation, reward, done, terminated, truncated, episode_return, episode_length = (
             outcome[key] for key in _STEPPED
         )
-        ended = []
+        ended, never_stepped, shape = [], self._never_stepped, self._vector_shape
         # Scalar by scalar, because one NumPy operation costs as much as a dozen assignments.
         for i, env in enumerate(self.envs):
-            outcome_i = self._first_step(i, actions[i]) if i in self._never_stepped else env.step(actions[i])
-            observed, value, ends, is_cut, info = outcome_i
-            if getattr(observed, "shape", None) != self._vector_shape:
-                observed = self._flat(i, observed)
-            observation[i] = observed
-            value = float(value) if isinstance(value, _NUMBERS) else one_number(value, _name(env))
+            stepped = self._first_step(i, actions[i]) if i in never_stepped else env.step(actions[i])
+            observed, value, ends, is_cut, info = stepped
+            observation[i] = observed if getattr(observed, "shape", None) == shape else self._flat(i, observed)
+            if not isinstance(value, float):
+                value = one_number(value, _name(env))
             ends, is_cut = bool(ends), bool(is_cut)
             self._returns[i] += value
             self._lengths[i] += 1
