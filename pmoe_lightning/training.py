@@ -92,7 +92,7 @@ def run_training(cfg: DictConfig) -> None:
                 )
             algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
             if logger is not None:
-                words = list(HydraConfig.get().overrides.task)
+                words = [without_secrets(word) for word in HydraConfig.get().overrides.task]
                 logger.start(describe_run(_run_name(cfg), words, cfg.total_frames, output_dir))
                 logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(words)})
                 logger.log_dict({"overrides": words}, "overrides.json")

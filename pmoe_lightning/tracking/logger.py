@@ -262,8 +262,8 @@ class MLflowLogger(MLFlowLogger):
         if not self._writer.close(_EXIT_PATIENCE_SECONDS):
             print(
                 f"warning: the MLflow server at {without_secrets(self._tracking_uri)} did not answer; "
-                f"{len(self._writer.spool)} entries of run {self._run_id} are kept; send them with: python -m pmoe_lightning.tracking.resend "
-                f"{self._writer.spool.folder}",
+                f"{len(self._writer.spool)} entries of run {self._run_id} are kept; send them with: "
+                f"python -m pmoe_lightning.tracking.resend {self._writer.spool.folder}",
                 file=sys.stderr,
             )
         elif status == "KILLED":

@@ -88,7 +88,7 @@ def _check_folder(uri: str) -> None:
     if not MLFLOW_ALLOW_FILE_STORE.get():
         raise RunError(
             f"MLflow no longer writes runs into a folder ({uri}, which it takes by itself where ./mlruns holds old "
-            "runs): set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or MLFLOW_ALLOW_FILE_STORE=true to go on with the folder"
+            "runs): set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or MLFLOW_ALLOW_FILE_STORE=true to go on with it"
         )
 
 
