@@ -21,11 +21,12 @@ help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1|/' | column -t -s '|'
 
 train: $(VENV)/.installed ## train as one MLflow run: ALGO=sac ENV=Hopper-v5 FRAMES=50000 SEED=1 OVERRIDES="key=value ..."
+	$(BIN)/python -m pmoe_lightning.tracking.server
 	PATH="$(BIN):$$PATH" mlflow run . --env-manager local --experiment-name pmoe_lightning $(PARAMETERS)
 	@echo "look       make ui"
 
 ui: $(VENV)/.installed ## look at the runs in a browser
-	$(BIN)/mlflow ui
+	$(BIN)/python -m pmoe_lightning.tracking.ui
 
 test: $(VENV)/.installed ## the test suite, minutes
 	$(PYTEST)

@@ -10,6 +10,7 @@ is stopped (Ctrl-C, SIGTERM) ends the sweep. The parent run holds ``sweep.csv`` 
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import shlex
@@ -20,9 +21,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from math import isfinite, nan
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +36,8 @@ from pmoe_lightning.configuration import validate
 from pmoe_lightning.configuration.schemas import MLflowSchema
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluation import student_t_interval
-from pmoe_lightning.tracking import MLflowLogger
+from pmoe_lightning.tracking import MLflowLogger, describe_sweep, first_line, sweep_name, without_secrets
+from pmoe_lightning.tracking.logger import MAX_TAG_LENGTH
 from pmoe_lightning.training import closed_as_it_ends, exit_on_signals, quieten, run_training, stopped_once
 
 _log = logging.getLogger(__name__)
@@ -64,21 +69,25 @@ def check_sweep(jobs: Sequence[DictConfig]) -> None:
         if len(places := {OmegaConf.select(cfg, key) for cfg in jobs}) > 1:
             raise ConfigurationError(
                 f"a sweep is one MLflow run with a child per job, so {key} must be the same for all, "
-                f"not {', '.join(sorted(map(str, places)))}"
+                f"not {', '.join(sorted(without_secrets(str(place)) for place in places))}"
             )
 
 
 @contextmanager
-def sweep_run(jobs: Sequence[DictConfig]) -> Iterator[None]:
+def sweep_run(jobs: Sequence[DictConfig], words: Sequence[str] = ()) -> Iterator[None]:
     """Within this context the jobs' runs are children of one run, which is closed and described at the end.
+
+    Args:
+        jobs: their configurations.
+        words: the command line, which names the run.
 
     Raises:
         RunError: a job failed, or the tracking server cannot be used.
     """
     quieten()
-    logger = _parent_logger(jobs[0])
+    logger = _parent_logger(jobs[0], words)
     if logger is not None:
-        logger.start()
+        logger.start(describe_sweep(words, len(jobs)))
     with closed_as_it_ends(logger):
         try:
             with stopped_once(), exit_on_signals(), _parent_of_new_runs(logger):
@@ -100,7 +109,8 @@ def run_job(cfg: DictConfig) -> None:
     except Exception as error:
         is_plain = isinstance(error, ConfigurationError | RunError)
         said = " ".join(str(error).split()) if is_plain else traceback.format_exc()
-        print(f"error: job {' '.join(HydraConfig.get().overrides.task)}: {said}", file=sys.stderr)
+        job = " ".join(HydraConfig.get().overrides.task)
+        print(without_secrets(f"error: job {job}: {said}"), file=sys.stderr)
         raise
 
 
@@ -109,7 +119,7 @@ def read_children(client: MlflowClient, parent_id: str) -> list[Child]:
     experiment = client.get_run(parent_id).info.experiment_id
     condition = f"tags.`mlflow.parentRunId` = '{parent_id}'"
     runs = client.search_runs([experiment], condition, max_results=_MAX_CHILDREN, order_by=["start_time ASC"])
-    commands = [shlex.split(run.data.tags.get("overrides", "")) for run in runs]
+    commands = [_command(client, run) for run in runs]
     shared = set.intersection(*map(set, commands)) if len(commands) > 1 else set()
     children = []
     for run, command in zip(runs, commands, strict=True):
@@ -120,6 +130,16 @@ def read_children(client: MlflowClient, parent_id: str) -> list[Child]:
         job = shlex.join(word for word in command if word not in shared)
         children.append(Child(job, run.info.status, frames, final, best, run.info.run_id))
     return children
+
+
+def _command(client: MlflowClient, run: Run) -> list[str]:
+    """The words that the run was started with; a long tag is cut, so that they are taken from its file then."""
+    tag = run.data.tags.get("overrides", "")
+    if len(tag) < MAX_TAG_LENGTH:
+        return shlex.split(tag)
+    with TemporaryDirectory() as folder:
+        path = Path(client.download_artifacts(run.info.run_id, "overrides.json", folder))
+        return [str(word) for word in json.loads(path.read_text())["overrides"]]
 
 
 def as_csv(children: Sequence[Child]) -> str:
@@ -140,12 +160,12 @@ def by_configuration(children: Sequence[Child]) -> dict[str, list[tuple[float, f
     return groups
 
 
-def _parent_logger(cfg: DictConfig) -> MLflowLogger | None:
+def _parent_logger(cfg: DictConfig, words: Sequence[str]) -> MLflowLogger | None:
     """The logger of the parent run, which it opens, or adopts where ``mlflow run`` has opened one."""
     if OmegaConf.get_type(cfg.logger) is not MLflowSchema:
         return None
     where = {key: cfg.logger[key] for key in ("experiment_name", "tracking_uri", "flush_seconds")}
-    return MLflowLogger(run_name="sweep", **where)
+    return MLflowLogger(run_name=sweep_name(words), **where)
 
 
 @contextmanager
@@ -168,7 +188,7 @@ def _summarise(logger: MLflowLogger) -> None:
     try:
         children = read_children(logger.experiment, logger.run_id)
     except (MlflowException, OSError, RunError) as error:
-        _log.warning("the jobs of the sweep cannot be compared: %s", str(error).splitlines()[0])
+        _log.warning("the jobs of the sweep cannot be compared: %s", first_line(error))
         return
     logger.log_text(as_csv(children), "sweep.csv")
     if any(isfinite(child.final_return) for child in children):
@@ -176,6 +196,8 @@ def _summarise(logger: MLflowLogger) -> None:
         finals = {name: [final for final, _ in runs if isfinite(final)] for name, runs in groups.items()}
         intervals = {name: student_t_interval(returns) for name, returns in finals.items()}
         logger.log_figure("sweep", figures.sweep_returns(groups, intervals))
-    print(f"\nsweep      {len(children)} runs below MLflow run {logger.run_id} in {logger.tracking_uri}")
+    print(
+        f"\nsweep      {len(children)} runs below MLflow run {logger.run_id} in {without_secrets(logger.tracking_uri)}"
+    )
     for child in children:
         print(f"  {child.status:<8}  final {child.final_return:>10.1f}  best {child.best_return:>10.1f}  {child.job}")

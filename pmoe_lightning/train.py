@@ -72,7 +72,7 @@ def main() -> None:
         with _one_line_errors():
             words, jobs = _refuse_what_cannot_run(normalise_argv(sys.argv[1:]))
             sys.argv[1:] = words
-            with _sweep(jobs) if jobs else nullcontext():
+            with _sweep(jobs, words) if jobs else nullcontext():
                 _hydra_main()
     except KeyboardInterrupt:
         sys.exit(130)
@@ -89,10 +89,10 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(_print_line("error", error, code=1))
 
 
-def _sweep(jobs: list[DictConfig]) -> AbstractContextManager[None]:
+def _sweep(jobs: list[DictConfig], words: list[str]) -> AbstractContextManager[None]:
     from pmoe_lightning.sweep import sweep_run
 
-    return sweep_run(jobs)
+    return sweep_run(jobs, words)
 
 
 def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfig]]:

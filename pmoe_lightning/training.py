@@ -38,7 +38,7 @@ from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe, take_checkpoint
 from pmoe_lightning.stopping import Preempted, StopAfterIteration, ignore_further_stops, requeue
-from pmoe_lightning.tracking import check_server, run_status
+from pmoe_lightning.tracking import check_server, describe_run, run_name, run_status, runs_page, without_secrets
 
 _log = logging.getLogger(__name__)
 #: Below this many updates in a process, a run is over before compiling has repaid the time it takes.
@@ -82,6 +82,7 @@ def run_training(cfg: DictConfig) -> None:
     """Train as configured, inside a Hydra job."""
     _prepare_process(cfg)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
+    _hide_secrets(output_dir / (HydraConfig.get().output_subdir or ".hydra"))
     remove_leftovers(output_dir / "checkpoints")
     already_read = {Path(cfg.resume): take_checkpoint(cfg.resume)} if cfg.resume else {}
     resumed = already_read[Path(cfg.resume)]["run"] if cfg.resume else {}
@@ -95,8 +96,10 @@ def run_training(cfg: DictConfig) -> None:
             )
         algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
         if logger is not None:
-            logger.start()
-            logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(HydraConfig.get().overrides.task)})
+            words = [without_secrets(word) for word in HydraConfig.get().overrides.task]
+            logger.start(describe_run(_run_name(cfg), words, cfg.total_frames, output_dir))
+            logger.set_tags({"output_dir": output_dir, "overrides": shlex.join(words)})
+            logger.log_dict({"overrides": words}, "overrides.json")
             logger.log_hyperparams(_parameters(cfg))
             logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
         try:
@@ -306,7 +309,8 @@ class RunRecord(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {"configuration": self.configuration, "processes": trainer.world_size}
         for logger in trainer.loggers:
-            checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": logger.tracking_uri}
+            where = without_secrets(logger.tracking_uri)
+            checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": where}
 
 
 def describe_results(trainer: Trainer, output_dir: Path) -> str:
@@ -322,13 +326,21 @@ def describe_results(trainer: Trainer, output_dir: Path) -> str:
                 last = saver.best_model_path
                 lines.append(f"last       {last}")
     for logger in trainer.loggers:
-        lines.append(f"MLflow     run {logger.run_id} in {logger.tracking_uri}")
-        lines.append(f"curves     mlflow ui --backend-store-uri {logger.tracking_uri}")
+        lines += _describe_run_pages(logger)
     if last:
-        lines.append(f"resume     {command(HydraConfig.get().overrides.task, output_dir)}")
+        lines.append(f"resume     {command(list(map(without_secrets, HydraConfig.get().overrides.task)), output_dir)}")
     if best or last:
         lines.append(f"evaluate   {Path(sys.executable).name} -m pmoe_lightning.evaluate checkpoint={best or last}")
     return "\n".join(lines)
+
+
+def _describe_run_pages(logger: Any) -> list[str]:
+    where = without_secrets(logger.tracking_uri)
+    lines = [f"MLflow     run {logger.run_id} in {where}"]
+    if where.startswith("http"):
+        return [*lines, f"curves     {runs_page(where, logger.experiment_id)}"]
+    lines.append(f"curves     mlflow ui --backend-store-uri {shlex.quote(where)}")
+    return [*lines, f"           then {runs_page('http://127.0.0.1:5000', logger.experiment_id)}"]
 
 
 def _prepare_process(cfg: DictConfig) -> None:
@@ -359,9 +371,24 @@ def _make_logger(cfg: DictConfig, resumed: Mapping[str, str]) -> Any:
     """The logger; it continues a resumed MLflow run, unless ``mlflow run`` has opened one or it is in another store."""
     if not cfg.logger:
         return None
-    here = resumed.get("tracking_uri") == (cfg.logger.tracking_uri or mlflow.get_tracking_uri())
-    run_id = resumed["run_id"] if here and "MLFLOW_RUN_ID" not in os.environ else None
-    return _call(cfg.logger, run_id=run_id, nested=HydraConfig.get().mode is RunMode.MULTIRUN)
+    here, there = cfg.logger.tracking_uri or mlflow.get_tracking_uri(), resumed.get("tracking_uri")
+    is_same = there is not None and without_secrets(there) == without_secrets(here)
+    run_id = resumed["run_id"] if is_same and "MLFLOW_RUN_ID" not in os.environ else None
+    name = {"run_name": _run_name(cfg)} if cfg.logger.get("run_name", "") is None else {}
+    return _call(cfg.logger, run_id=run_id, nested=HydraConfig.get().mode is RunMode.MULTIRUN, **name)
+
+
+def _hide_secrets(folder: Path) -> None:
+    """Take the passwords of addresses out of the files in which Hydra keeps the configuration."""
+    for path in folder.glob("*.yaml"):
+        text = path.read_text()
+        if without_secrets(text) != text:
+            path.write_text(without_secrets(text))
+
+
+def _run_name(cfg: DictConfig) -> str:
+    hydra = HydraConfig.get()
+    return run_name({**hydra.runtime.choices, "env": cfg.env.id}, list(hydra.overrides.task), cfg.seed)
 
 
 def _partial(node: DictConfig) -> Callable[..., Any]:

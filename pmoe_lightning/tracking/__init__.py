@@ -9,6 +9,13 @@ _HOMES = {
     "MLflowLogger": "logger",
     "run_status": "logger",
     "check_server": "server",
+    "without_secrets": "address",
+    "first_line": "address",
+    "runs_page": "address",
+    "run_name": "naming",
+    "describe_run": "naming",
+    "sweep_name": "naming",
+    "describe_sweep": "naming",
     "provenance": "origin",
     "log_policy_model": "policy_model",
 }

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.address import first_line
 from pmoe_lightning.tracking.server import check_server
 from pmoe_lightning.tracking.spool import Entry, Spool
 
@@ -53,7 +54,7 @@ class Delivery:
                 return self._wait(error)
             if len(entries) > 1:
                 return all(self._send_points([entry], spool) for entry in entries)
-            _log.warning("MLflow refused %d metric points, dropped: %s", len(points), _first_line(error))
+            _log.warning("MLflow refused %d metric points, dropped: %s", len(points), first_line(error))
         spool.remove(entries)
         return True
 
@@ -66,7 +67,7 @@ class Delivery:
         except Exception as error:
             if not _refused(error) and (entry.kind == "status" or not self._answers()):
                 return self._wait(error)
-            _log.warning("could not log %s to MLflow: %s", entry.values.get("name", entry.kind), _first_line(error))
+            _log.warning("could not log %s to MLflow: %s", entry.values.get("name", entry.kind), first_line(error))
         spool.remove([entry])
         return True
 
@@ -89,7 +90,7 @@ class Delivery:
 
     def _wait(self, error: Exception) -> bool:
         if not self._away:
-            _log.warning("MLflow does not answer, everything is kept and sent later: %s", _first_line(error))
+            _log.warning("MLflow does not answer, everything is kept and sent later: %s", first_line(error))
         self._away = True
         return False
 
@@ -113,7 +114,3 @@ def _refused(error: Exception) -> bool:
         and 400 <= error.get_http_status_code() < 500
         and error.get_http_status_code() not in (408, 429)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

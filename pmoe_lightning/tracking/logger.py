@@ -1,6 +1,7 @@
 """The MLflow logger: one run per training, written in the background, closed with the status it deserves."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +21,18 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from mlflow.entities import Param, RunTag
+from mlflow.entities import Experiment, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
+from sqlalchemy.exc import SQLAlchemyError
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.address import first_line, without_secrets
 from pmoe_lightning.tracking.delivery import Delivery
+from pmoe_lightning.tracking.naming import EXPERIMENT_NOTE, NOTE, is_invented
 from pmoe_lightning.tracking.origin import provenance
-from pmoe_lightning.tracking.server import check_server
+from pmoe_lightning.tracking.server import check_server, prepare_store
 from pmoe_lightning.tracking.spool import Spool
 from pmoe_lightning.tracking.stay_killed import stay_killed
 from pmoe_lightning.tracking.writer import BackgroundWriter
@@ -37,8 +42,12 @@ if TYPE_CHECKING:
 
 _MAX_NAME_LENGTH = 250
 _MAX_VALUE_LENGTH = 6000
+#: A longer tag is cut; MLflow itself allows 8,000 characters today and 5,000 before.
+MAX_TAG_LENGTH = 5000
+_DEFAULT_EXPERIMENT = "0"
 _MAX_PARAMS_PER_REQUEST = 100
 _EXIT_PATIENCE_SECONDS = 15.0
+_log = logging.getLogger(__name__)
 
 
 def run_status(error: BaseException | None) -> str:
@@ -62,7 +71,8 @@ class MLflowLogger(MLFlowLogger):
 
     Args:
         experiment_name: default ``MLFLOW_EXPERIMENT_ID`` or ``MLFLOW_EXPERIMENT_NAME``, else ``"pmoe_lightning"``.
-        run_name: shown in the MLflow UI; MLflow invents one when ``None``.
+        run_name: shown in the MLflow UI, also in place of a name that MLflow has invented for an adopted run; MLflow
+            invents one when ``None``.
         tracking_uri: default ``mlflow.get_tracking_uri()``.
         run_id: continue this run; default ``MLFLOW_RUN_ID``, which ``mlflow run`` sets.
         nested: with ``MLFLOW_RUN_ID`` set, open a child of that run in its experiment, in place of adopting it (one
@@ -70,6 +80,9 @@ class MLflowLogger(MLFlowLogger):
         tags: tags of the run.
         flush_seconds: metrics reach the server at most this late.
         spool: folder for what has not arrived yet; by default a temporary one, which is not found again after a crash.
+
+    Raises:
+        RunError: the store cannot be opened.
     """
 
     def __init__(
@@ -87,13 +100,20 @@ class MLflowLogger(MLFlowLogger):
         opened = os.environ.get("MLFLOW_RUN_ID") or None
         # A progress bar per uploaded file would tear the training's own one to pieces.
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        super().__init__(
-            experiment_name=experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pmoe_lightning",
-            run_name=run_name,
-            tracking_uri=tracking_uri or mlflow.get_tracking_uri(),
-            run_id=run_id or (None if nested else opened),
-            tags=dict(tags or {}),
-        )
+        uri = tracking_uri or mlflow.get_tracking_uri()
+        if without_secrets(uri) != uri:
+            os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # MLflow would print the password with it
+        prepare_store(uri)
+        try:
+            super().__init__(
+                experiment_name=experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pmoe_lightning",
+                run_name=run_name,
+                tracking_uri=uri,
+                run_id=run_id or (None if nested else opened),
+                tags={key: _tag(value) for key, value in (tags or {}).items()},
+            )
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise RunError(f"cannot open the MLflow store {without_secrets(uri)}: {first_line(error)}") from error
         if experiment_name is None:
             self._experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
         self._parent_run_id = opened if nested and not run_id else None
@@ -106,11 +126,14 @@ class MLflowLogger(MLFlowLogger):
     # ------------------------------------------------------------------ the run
 
     @rank_zero_only
-    def start(self) -> str:
-        """Open the run (or adopt one), describe where it comes from, and return its id.
+    def start(self, description: str | None = None) -> str:
+        """Open the run (or adopt one), describe it and where it comes from, and return its id.
 
         Whoever starts the run ends it: after ``start`` a successful ``Trainer.fit`` leaves the run open for what
         follows (packaging, a last evaluation) until :meth:`finish`.
+
+        Args:
+            description: shown on the run's page, unless it has one.
 
         Raises:
             RunError: when the tracking server cannot be used or the run to continue does not exist.
@@ -121,13 +144,15 @@ class MLflowLogger(MLFlowLogger):
         origin = provenance()
         tags = {key: str(value) for key in ("git_commit", "git_dirty") if (value := origin[key]) is not None}
         tags |= {"python": origin["python"], "platform": origin["platform"]}
+        if description and NOTE not in self.experiment.get_run(run_id).data.tags:
+            tags[NOTE] = description
         self.set_tags(tags)
         self.log_dict(origin, "versions.json")
         return run_id
 
     @property
     def tracking_uri(self) -> str:
-        """The store this run is written to."""
+        """The store this run is written to; it may hold a password."""
         return self._tracking_uri
 
     @property
@@ -142,7 +167,8 @@ class MLflowLogger(MLFlowLogger):
             try:
                 self._open()
             except (MlflowException, OSError) as error:
-                raise RunError(f"cannot open an MLflow run in {self._tracking_uri}: {_first_line(error)}") from error
+                where = without_secrets(self._tracking_uri)
+                raise RunError(f"cannot open an MLflow run in {where}: {first_line(error)}") from error
             self._initialized = True
         return self._mlflow_client
 
@@ -162,6 +188,9 @@ class MLflowLogger(MLFlowLogger):
             self._experiment_id = run.info.experiment_id
             if run.info.status != "RUNNING":
                 client.update_run(self._run_id, status="RUNNING")
+            if self._run_name and is_invented(run.info.run_name):
+                client.update_run(self._run_id, name=self._run_name)
+            self._describe_experiment(client.get_experiment(self._experiment_id))
             for key, value in self.tags.items():
                 client.set_tag(self._run_id, key, value)
             self._writer = self._make_writer()
@@ -188,12 +217,26 @@ class MLflowLogger(MLFlowLogger):
                 last[name] = max(step, last.get(name, -1))
         return last
 
+    def _describe_experiment(self, experiment: Experiment) -> None:
+        """Say what the experiment holds, unless somebody has, and that MLflow's pages are those for training."""
+        if experiment.experiment_id == _DEFAULT_EXPERIMENT:
+            if self._run_id == os.environ.get("MLFLOW_RUN_ID"):
+                _log.warning(
+                    "this run is in MLflow's experiment Default, as `mlflow run` opened it there: give it "
+                    "--experiment-name pmoe_lightning, or set MLFLOW_EXPERIMENT_NAME"
+                )
+            return
+        tags = {NOTE: EXPERIMENT_NOTE, "mlflow.experimentKind": "custom_model_development"}
+        with suppress(MlflowException):  # whoever may not change the experiment may still train
+            for key in tags.keys() - experiment.tags.keys():
+                self._mlflow_client.set_experiment_tag(experiment.experiment_id, key, tags[key])
+
     def _find_experiment(self) -> str:
         client, name = self._mlflow_client, self._experiment_name
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return client.create_experiment(name)
+                found = client.get_experiment(client.create_experiment(name))
             except MlflowException:
                 # Another run of the same sweep may have created it in between.
                 found = client.get_experiment_by_name(name)
@@ -201,6 +244,7 @@ class MLflowLogger(MLFlowLogger):
                     raise
         if found.lifecycle_stage == "deleted":
             raise MlflowException(f"experiment {name!r} was deleted; restore it or choose another name")
+        self._describe_experiment(found)
         return found.experiment_id
 
     @rank_zero_only
@@ -217,9 +261,9 @@ class MLflowLogger(MLFlowLogger):
             self._status = status
         if not self._writer.close(_EXIT_PATIENCE_SECONDS):
             print(
-                f"warning: the MLflow server at {self._tracking_uri} did not answer; {len(self._writer.spool)} entries "
-                f"of run {self._run_id} are kept; send them with: python -m pmoe_lightning.tracking.resend "
-                f"{self._writer.spool.folder}",
+                f"warning: the MLflow server at {without_secrets(self._tracking_uri)} did not answer; "
+                f"{len(self._writer.spool)} entries of run {self._run_id} are kept; send them with: "
+                f"python -m pmoe_lightning.tracking.resend {self._writer.spool.folder}",
                 file=sys.stderr,
             )
         elif status == "KILLED":
@@ -263,7 +307,9 @@ class MLflowLogger(MLFlowLogger):
         has all of them) is left as it is; where the value differs, the tag ``changed_params`` tells both. A value
         longer than MLflow allows is cut, and says so.
         """
-        flat = {_legal(name): _short(value) for name, value in _flatten(_convert_params(params or {}))}
+        flat = {
+            _legal(name): _short(without_secrets(str(value))) for name, value in _flatten(_convert_params(params or {}))
+        }
         client = self.experiment
         present = client.get_run(self._run_id).data.params
         new = [Param(name, value) for name, value in flat.items() if name not in present]
@@ -275,9 +321,9 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags of the run, now."""
+        """Set tags of the run, now; a long value is cut and says so, a password in it is left out."""
         client = self.experiment
-        client.log_batch(self._run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        client.log_batch(self._run_id, tags=[RunTag(key, _tag(value)) for key, value in tags.items()])
 
     # ------------------------------------------------------------------ artifacts
 
@@ -289,8 +335,8 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_text(self, text: str, artifact_file: str) -> None:
-        """Queue a text file, for example the resolved configuration as ``config.yaml``."""
-        self._log_bytes(text.encode(), artifact_file)
+        """Queue a text file, for example the resolved configuration as ``config.yaml``; without the passwords in it."""
+        self._log_bytes(without_secrets(text).encode(), artifact_file)
 
     @rank_zero_only
     def log_dict(self, dictionary: Mapping[str, Any], artifact_file: str) -> None:
@@ -336,17 +382,16 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     return pairs
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    if len(text) <= _MAX_VALUE_LENGTH:
+def _short(text: str, limit: int = _MAX_VALUE_LENGTH) -> str:
+    if len(text) <= limit:
         return text
     note = f"... (cut, {len(text)} characters)"
-    return text[: _MAX_VALUE_LENGTH - len(note)] + note
+    return text[: limit - len(note)] + note
+
+
+def _tag(value: Any) -> str:
+    return _short(without_secrets(str(value)), MAX_TAG_LENGTH)
 
 
 def _legal(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_/. -]", "_", name)[:_MAX_NAME_LENGTH]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
@@ -24,7 +25,11 @@ from torch import Tensor, nn
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.address import first_line, without_secrets
 from pmoe_lightning.tracking.logger import MLflowLogger
+from pmoe_lightning.tracking.naming import NOTE
+
+_RETURN = "eval/episode_return"
 
 _NOTE = """\
 # A policy for {env}
@@ -37,6 +42,8 @@ an infinity is an error.
     import mlflow, numpy as np
     policy = mlflow.pyfunc.load_model("{uri}")
     action = policy.predict(np.asarray(observation, dtype=np.float32)[None])[0]
+
+{judged}
 
 The graph runs on the CPU. As a PyTorch module: mlflow.pytorch.load_model("{uri}", device="cpu").
 
@@ -98,11 +105,15 @@ def log_policy_model(
 ) -> str:
     """Package the policy of a checkpoint, as it is evaluated, and log it with the logger's run. Takes a few seconds.
 
+    The model has the checkpoint's environment frames as its step, with the metrics that the run has there, its run's
+    parameters and the facts below, and a description.
+
     Args:
         logger: names the run and its store.
         checkpoint: a checkpoint file, or a checkpoint already read.
         register_as: also make it the next version of this registered model.
-        metadata: further facts, such as the algorithm; environment, K, frames and updates are always there.
+        metadata: further facts, such as the algorithm; environment, K, frames, updates and the rule
+            by which it acts are always there.
         name: name of the model in the run.
 
     Returns:
@@ -116,26 +127,72 @@ def log_policy_model(
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     entry = policy_entry(content, where)
     rule = trained_rule(entry)
-    policy = build_policy(entry, rule="max_weight" if rule == "sample_component" else rule, where=where)
+    # Drawn again for every action, a component is not a function of the observation.
+    rule = "max_weight" if rule == "sample_component" else rule
+    policy = build_policy(entry, rule=rule, where=where)
     if memory := [key for key in policy.in_keys if key != "observation"]:
         raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
     function = PolicyFunction(policy).eval().requires_grad_(False)
-    facts = _facts(entry, policy) | dict(metadata or {})
-    run_id = logger.run_id
+    facts = _facts(entry, policy) | {"rule": rule} | dict(metadata or {})
+    run_id, step = logger.run_id, int(facts["env_frames"] or 0)
+    # MLflow gives a model the metrics that its run has at the model's step, when the model is logged.
+    logger.flush()
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder, "HOW_TO_USE.md")
         try:
-            # Model.log alone would put the model into whatever experiment is globally current.
-            model_id = logger.experiment.create_logged_model(logger.experiment_id, name, run_id).model_id
-            note.write_text(_note(facts, f"models:/{model_id}"))
-            _log(function, facts, run_id=run_id, model_id=model_id, registered_model_name=register_as, note=note)
+            client = logger.experiment
+            judged = _judged(client, run_id, step)
+            model_id = _create(client, logger.experiment_id, run_id, name, facts, judged)
+            note.write_text(_note(facts, judged, f"models:/{model_id}"))
+            version = _log(
+                function,
+                facts,
+                run_id=run_id,
+                step=step,
+                model_id=model_id,
+                registered_model_name=register_as,
+                note=note,
+            )
+            if version is not None:
+                client.update_model_version(register_as, version, _describe(facts, judged))
         except (MlflowException, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"the policy model was not logged to {logger.tracking_uri}: {reason}") from error
+            where = without_secrets(logger.tracking_uri)
+            raise RunError(f"the policy model was not logged to {where}: {first_line(error)}") from error
     return f"models:/{model_id}"
 
 
-def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Path, **arguments: Any) -> None:
+def _judged(client: MlflowClient, run_id: str, step: int) -> str:
+    """How the run judged the policy at this step, in words; nothing where it did not."""
+    run = client.get_run(run_id)
+    values = {}
+    for name in ("", "_low", "_high"):
+        history = client.get_metric_history(run_id, _RETURN + name) if _RETURN + name in run.data.metrics else []
+        values[name] = next((point.value for point in history if point.step == step), None)
+    if values[""] is None:
+        return ""
+    interval = f" (95 % interval {values['_low']:.1f} to {values['_high']:.1f})" if None not in values.values() else ""
+    return f"Its evaluation in run {run.info.run_name} had the mean return {values['']:.1f}{interval}."
+
+
+def _create(
+    client: MlflowClient, experiment_id: str, run_id: str, name: str, facts: Mapping[str, Any], judged: str
+) -> str:
+    """The entry of the model in the store, without its files: parameters of its run, facts, description."""
+    parameters = client.get_run(run_id).data.params | {key: str(value) for key, value in facts.items()}
+    tags = {NOTE: _describe(facts, judged)}
+    # Model.log alone would put the model into whatever experiment is globally current.
+    return client.create_logged_model(experiment_id, name, run_id, tags=tags, params=parameters).model_id
+
+
+def _describe(facts: Mapping[str, Any], judged: str) -> str:
+    trained = f"after {facts['env_frames']:,} environment frames" if facts["env_frames"] is not None else "as trained"
+    return (
+        f"Policy ({facts['actor']}) for {facts['env']} {trained}, acting by the rule {facts['rule']}. {judged}".strip()
+    )
+
+
+def _log(function: nn.Module, facts: Mapping[str, Any], *, note: Path, **arguments: Any) -> int | None:
+    """Write the model's files; returns its version where it is registered."""
     observations, actions = facts["observation_dim"], facts["action_dim"]
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, observations))]),
@@ -144,10 +201,9 @@ def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Pa
     with warnings.catch_warnings(), torch.no_grad():
         # Tracing warns about TensorDict's internals; nothing that a user could act on.
         warnings.simplefilter("ignore")
-        Model.log(
+        logged = Model.log(
             None,
             _CpuFlavor,
-            run_id=run_id,
             pytorch_model=function,
             serialization_format="pt2",
             signature=signature,
@@ -158,6 +214,7 @@ def _log(function: nn.Module, facts: Mapping[str, Any], *, run_id: str, note: Pa
             metadata=dict(facts),
             **arguments,
         )
+    return logged.registered_model_version
 
 
 def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
@@ -175,12 +232,13 @@ def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
     }
 
 
-def _note(facts: Mapping[str, Any], uri: str) -> str:
+def _note(facts: Mapping[str, Any], judged: str, uri: str) -> str:
     return _NOTE.format(
         env=facts["env"],
         observations=facts["observation_dim"],
         actions=facts["action_dim"],
         uri=uri,
+        judged=_describe(facts, judged),
         randomness=_DETERMINISTIC if facts["deterministic"] else _DRAWS,
         metadata=json.dumps(dict(facts), indent=2, default=str),
     )

@@ -38,7 +38,8 @@ def _send(folder: Path) -> int:
 
     spool = Spool(folder)
     try:
-        tracking_uri, run_id = spool.identity()
+        noted, run_id = spool.identity()
+        tracking_uri = _with_secrets(noted)
         check_server(tracking_uri)
     except (OSError, ValueError, KeyError, RunError) as error:
         print(f"error: {folder}: {error}", file=sys.stderr)
@@ -50,6 +51,25 @@ def _send(folder: Path) -> int:
     spool.close()
     print(f"{folder}: {waiting} entries sent to run {run_id}")
     return 0
+
+
+def _with_secrets(noted: str) -> str:
+    """The URI that a spool names, with the user and the password that it does not: those of ``MLFLOW_TRACKING_URI``.
+
+    Raises:
+        RunError: that is the URI of another store.
+    """
+    import mlflow
+
+    from pmoe_lightning.errors import RunError
+    from pmoe_lightning.tracking.address import HIDDEN, without_secrets
+
+    here = mlflow.get_tracking_uri()
+    if HIDDEN not in noted:
+        return noted
+    if without_secrets(here) != noted:
+        raise RunError(f"set MLFLOW_TRACKING_URI to {noted}, with what {HIDDEN} stands for")
+    return here
 
 
 if __name__ == "__main__":

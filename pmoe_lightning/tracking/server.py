@@ -1,12 +1,12 @@
 """Does the tracking store answer? Asked once, before anything expensive starts."""
 
-import os
-import sqlite3
+import sys
 import threading
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.address import first_line, without_secrets
+from pmoe_lightning.tracking.database import check_database, make_database
 
 _PATIENCE_SECONDS = 5.0
 
@@ -27,13 +27,28 @@ def check_server(uri: str | None = None) -> None:
         import mlflow
 
         uri = mlflow.get_tracking_uri()
-    scheme = urlsplit(uri).scheme
+    scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme in ("http", "https"):
         _check_http(uri)
     elif scheme == "sqlite":
-        _check_sqlite(uri)
-    elif scheme.split("+")[0] in ("postgresql", "mysql", "mssql"):
+        check_database(uri)
+    elif scheme in ("", "file"):
+        _check_folder(uri)
+    elif scheme in ("postgresql", "mysql", "mssql"):
         _check_database(uri)
+
+
+def prepare_store(uri: str) -> None:
+    """Make a SQLite store that is not there yet, and refuse a folder, before MLflow's client touches either.
+
+    Raises:
+        RunError: it cannot be used.
+    """
+    scheme = urlsplit(uri).scheme.split("+")[0]
+    if scheme == "sqlite":
+        make_database(uri)
+    elif scheme in ("", "file"):
+        _check_folder(uri)
 
 
 def _check_http(uri: str) -> None:
@@ -52,40 +67,29 @@ def _check_http(uri: str) -> None:
         )
     except MlflowException:
         raise RunError(
-            f"the MLflow server at {_without_password(uri)} does not answer; start it or set MLFLOW_TRACKING_URI"
+            f"the MLflow server at {without_secrets(uri)} does not answer; start it or set MLFLOW_TRACKING_URI"
         ) from None
     if answer.status_code in (401, 403):
         raise RunError(
-            f"the MLflow server at {_without_password(uri)} refuses the credentials (HTTP {answer.status_code}); set "
+            f"the MLflow server at {without_secrets(uri)} refuses the credentials (HTTP {answer.status_code}); set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
     # A missing Default experiment is a JSON answer with status 404; a page that is not JSON is another server.
     if answer.status_code >= 500 or "json" not in answer.headers.get("Content-Type", ""):
         raise RunError(
-            f"{_without_password(uri)} does not answer as an MLflow server (HTTP {answer.status_code}); check "
+            f"{without_secrets(uri)} does not answer as an MLflow server (HTTP {answer.status_code}); check "
             "MLFLOW_TRACKING_URI"
         )
 
 
-def _check_sqlite(uri: str) -> None:
-    path = uri.split("?")[0].removeprefix("sqlite://").removeprefix("/")
-    if path in ("", ":memory:"):
-        return
-    database = Path(path)
-    if database.exists():
-        try:
-            with sqlite3.connect(database, timeout=_PATIENCE_SECONDS) as connection:
-                connection.execute("pragma schema_version")
-        except sqlite3.Error as error:
-            raise RunError(
-                f"the tracking database {database} cannot be used ({error}); set MLFLOW_TRACKING_URI"
-            ) from None
-        writable = os.access(database, os.W_OK)
-    else:
-        folder = next(parent for parent in database.absolute().parents if parent.exists())
-        writable = folder.is_dir() and os.access(folder, os.W_OK)
-    if not writable:
-        raise RunError(f"the tracking database {database} cannot be written; set MLFLOW_TRACKING_URI to another place")
+def _check_folder(uri: str) -> None:
+    from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
+
+    if not MLFLOW_ALLOW_FILE_STORE.get():
+        raise RunError(
+            f"MLflow no longer writes runs into a folder ({uri}, which it takes by itself where ./mlruns holds old "
+            "runs): set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or MLFLOW_ALLOW_FILE_STORE=true to go on with it"
+        )
 
 
 def _check_database(uri: str) -> None:
@@ -105,10 +109,16 @@ def _check_database(uri: str) -> None:
     thread.start()
     thread.join(2 * _PATIENCE_SECONDS - 1)
     if problem:
-        reason = str(problem[0]).splitlines()[0]
-        raise RunError(f"the tracking database at {_without_password(uri)} cannot be reached: {reason}")
+        reason = first_line(problem[0])
+        raise RunError(f"the tracking database at {without_secrets(uri)} cannot be reached: {reason}")
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri if "@" not in parts.netloc else uri.replace(parts.netloc, parts.netloc.rsplit("@", 1)[1])
+if __name__ == "__main__":
+    # `make train` asks before `mlflow run` opens the store, which of several first starts would destroy a new one.
+    import mlflow
+
+    try:
+        check_server()
+        prepare_store(mlflow.get_tracking_uri())
+    except RunError as refusal:
+        sys.exit(f"error: {refusal}")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmoe_lightning.tracking.address import without_secrets
+
 _log = logging.getLogger(__name__)
 _IDENTITY = "run.json"
 
@@ -59,8 +61,11 @@ class Spool:
         return len(self._waiting)
 
     def identify(self, tracking_uri: str, run_id: str) -> None:
-        """Say whose entries these are; it is written beside them, for a process that knows nothing but the folder."""
-        self._note = json.dumps({"tracking_uri": tracking_uri, "run_id": run_id})
+        """Say whose entries these are; it is written beside them, for a process that knows nothing but the folder.
+
+        A password in the URI is left out.
+        """
+        self._note = json.dumps({"tracking_uri": without_secrets(tracking_uri), "run_id": run_id})
 
     def identity(self) -> tuple[str, str]:
         """The tracking URI and the run.

@@ -1,6 +1,6 @@
 """A small process that outlives a stopped run: ``mlflow run`` overwrites ``KILLED``, and this puts it back.
 
-    python -m pmoe_lightning.tracking.stay_killed <tracking uri> <run id>
+    MLFLOW_TRACKING_URI=<uri> python -m pmoe_lightning.tracking.stay_killed <run id>
 
 ``mlflow run`` records a run as ``FAILED`` when its command exits with anything but 0, unless the run has ended already.
 That exception never applies (seen in MLflow 3.17.2: it compares the status as text with numbers), so a run that was
@@ -22,7 +22,9 @@ def stay_killed(tracking_uri: str, run_id: str) -> None:
     if os.environ.get("MLFLOW_RUN_ID") != run_id:
         return
     subprocess.Popen(
-        [sys.executable, "-m", __name__, tracking_uri, run_id],
+        [sys.executable, "-m", __name__, run_id],
+        env=os.environ
+        | {"MLFLOW_TRACKING_URI": tracking_uri},  # a command can be read by everybody, with a password in it
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -30,11 +32,11 @@ def stay_killed(tracking_uri: str, run_id: str) -> None:
     )
 
 
-def main(tracking_uri: str, run_id: str) -> None:
+def main(run_id: str) -> None:
     """Wait until somebody else has closed the run, then say again how it ended; gives up after a minute."""
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri)
+    client = MlflowClient()
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         run = client.get_run(run_id)

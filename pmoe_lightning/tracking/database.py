@@ -1,0 +1,189 @@
+"""A new SQLite store is made by one process, whole, while the others wait.
+
+MLflow makes its tables in dozens of steps and without a lock: of several first starts at once all fail but one, and
+what they leave can be opened by none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.address import first_line
+
+#: A database without its tables that nobody has touched for so long is not being made by somebody else.
+_ABANDONED_SECONDS = 30.0
+_PATIENCE_SECONDS = 5.0
+_log = logging.getLogger(__name__)
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite URI in any of SQLAlchemy's forms; ``None`` where the database is in memory.
+
+    Raises:
+        RunError: it is no such URI.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+        (name,), _ = url.get_dialect()().create_connect_args(url)
+    except (ArgumentError, ValueError) as error:
+        raise RunError(
+            f"{uri} is not a SQLite URI: write sqlite:///mlflow.db or sqlite:////folder/mlflow.db"
+        ) from error
+    if name.startswith("file:"):
+        if "mode=memory" in name:
+            return None
+        name = unquote(urlsplit(name).path)
+    return None if name in ("", ":memory:") else Path(name)
+
+
+def check_database(uri: str) -> None:
+    """Return quietly when the file of this SQLite URI can be used, or made.
+
+    Raises:
+        RunError: it cannot.
+    """
+    database = database_file(uri)
+    if database is None:
+        return
+    if database.exists():
+        try:
+            with closing(sqlite3.connect(database, timeout=_PATIENCE_SECONDS)) as connection:
+                connection.execute("pragma schema_version")
+        except sqlite3.Error as error:
+            raise RunError(
+                f"the tracking database {database} cannot be used ({error}); set MLFLOW_TRACKING_URI"
+            ) from None
+        writable = os.access(database, os.W_OK)
+    else:
+        folder = next(parent for parent in database.absolute().parents if parent.exists())
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
+    if not writable:
+        raise RunError(f"the tracking database {database} cannot be written; set MLFLOW_TRACKING_URI to another place")
+
+
+def make_database(uri: str) -> None:
+    """Make the SQLite store of this URI, unless it is there; another process that makes it is waited for.
+
+    It is made beside its place and renamed, so that it is never there by halves. One of an older MLflow is left to
+    MLflow, which brings it up to date or says how to; that too is done by one process.
+
+    Raises:
+        RunError: it cannot be made, or is the broken rest of an earlier attempt.
+    """
+    check_database(uri)
+    database = database_file(uri)
+    if database is None or _is_current(database):
+        return
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(database.with_name(f"{database.name}.lock")):
+            _wait_for_others(database)
+            if not (database.exists() and database.stat().st_size):
+                _make(database)
+            elif not _is_current(database):
+                _open(database)
+    except OSError as error:
+        raise RunError(f"the tracking database {database} cannot be made: {error.strerror or error}") from error
+
+
+def _make(database: Path) -> None:
+    partial = database.with_name(f"{database.name}.{os.getpid()}.partial")
+    try:
+        _open(partial)
+        partial.replace(database)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open(database: Path) -> None:
+    """Let MLflow open the database, which makes the tables that it lacks."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    uri = make_url("sqlite://").set(database=str(database.absolute()))
+    try:
+        SqlAlchemyStore(str(uri), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+    except (MlflowException, SQLAlchemyError) as error:
+        raise RunError(
+            f"the tracking database {database} cannot be brought up to date ({first_line(error)}): it may be the rest "
+            "of an interrupted start, then remove it; else set MLFLOW_TRACKING_URI to another"
+        ) from error
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold the lock file, which is removed at the end."""
+    import fcntl  # not there on Windows
+
+    while True:
+        with open(lock, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_same(lock, file.fileno()):
+                continue  # whoever held it has removed it, and a third process may hold the next one
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for_others(database: Path) -> None:
+    # `mlflow run` and `mlflow ui` make a store in its place and know of no lock.
+    said = False
+    while not _is_current(database) and time.time() - _last_change(database) < _ABANDONED_SECONDS:
+        if not said:
+            _log.warning("waiting for another process that makes the tracking database %s", database)
+        said = True
+        time.sleep(0.1)
+
+
+def _last_change(database: Path) -> float:
+    journal = database.with_name(f"{database.name}-journal")
+    changes = [0.0]
+    for path in (database, journal):
+        try:
+            changes.append(path.stat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return max(changes)
+
+
+def _is_current(database: Path) -> bool:
+    """Whether MLflow's last migration and its first experiment, which it makes last of all, are there."""
+    if not database.exists():
+        return False
+    address = f"{database.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=_PATIENCE_SECONDS)) as connection:
+            version = connection.execute("select version_num from alembic_version, experiments").fetchone()
+    except sqlite3.Error:
+        return False
+    return version is not None and version[0] == _newest_version()
+
+
+def _newest_version() -> str | None:
+    import mlflow.store
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(Path(mlflow.store.__file__).parent / "db_migrations")).get_current_head()
