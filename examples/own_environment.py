@@ -4,6 +4,9 @@
 
 ``module:Id`` imports the module first, which registers the id. Nothing else is needed: any Gymnasium environment with a
 bounded vector of actions can be trained, and every argument of its constructor set: ``+env.obstacle=0.5``.
+
+A resumed run goes on exactly where the environment keeps plain values, arrays, random generators and environments, as
+this one does. With anything else in it, it offers ``get_state()`` and ``set_state(state)``: docs/reliability.md.
 """
 
 import gymnasium

@@ -11,6 +11,7 @@ import itertools
 import random
 import socket
 import threading
+import types
 from collections import OrderedDict, defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ import gymnasium
 import mujoco
 import numpy as np
 import torch
-from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.spaces import Box, Dict
@@ -28,6 +28,8 @@ from gymnasium.spaces import Box, Dict
 DRAWS = np.random.default_rng(5)
 TABLE = {"gain": [1.0, 2.0], "offset": np.zeros(2)}
 STEPS = 0
+HELPERS = types.ModuleType("helpers")
+HELPERS.__file__, HELPERS.noise, HELPERS.draw = __file__, np.random.default_rng(6), lambda: DRAWS.normal()
 
 
 class Stranger(gymnasium.Env):
@@ -148,6 +150,22 @@ def _draw_of_the_module():
 class CalledGenerator(Stranger):
     def moved(self, action):
         return _draw_of_the_module()
+
+
+class OtherModule(Stranger):
+    def moved(self, action):
+        return HELPERS.noise.normal() + HELPERS.draw()
+
+
+class Constants(Stranger):
+    """What cannot change, or does not, beside the class and in its module."""
+
+    colour, kinds, table, root = "red", {1, 2}, frozenset("abc"), Path(".")
+
+    def moved(self, action):
+        return (
+            len(self.kinds | self.table) + (Colour.RED in COLOURS) + len(self.root.parts) + (self.steps in {7, 8, "x"})
+        )
 
 
 class SpaceGenerator(Stranger):
@@ -552,13 +570,13 @@ class ModuleLock(Stranger):
             return 0.0
 
 
-LOCK = threading.Lock()
+LOCK, COLOURS = threading.Lock(), frozenset({Colour.RED})
 
 EXACT = [Generator, SharedGenerator, SpawnedGenerators, OtherBitGenerators, RandomState, PythonRandom, TorchGenerator]
 EXACT += [GlobalGenerators, ModuleGenerator, ModuleData, CalledGenerator, SpaceGenerator, InnerEnvironment]
 EXACT += [InnerEnvironments, RenderingNames, PlainValues, Arrays, Views, Aliases, DistinctAfterAll, Slots, Comes]
 EXACT += [ClassAttributes, Property, Closure, Offers, OffersAround, DictObservation, RandomisedCheetah, ContactsFirst]
-EXACT += [OwnMujoco]
+EXACT += [OwnMujoco, OtherModule, Constants]
 
 KEPT = {
     "IntEnum": lambda: Mode.RUN,
@@ -586,6 +604,7 @@ KEPT = {
     "Thread": threading.Thread,
     "Iterator": lambda: itertools.count(),
     "Coroutine": lambda: (x for x in [1, 2]),
+    "BuiltinMethod": lambda: random.Random(0).random,
     "Partial": lambda: partial(print, 1),
     "Object": object,
     "Module": lambda: torch.nn.Linear(1, 1),
@@ -601,5 +620,5 @@ REFUSED += [(_WithMemory, "_WithMemory"), (WrongOffer, "get_state()"), (OffersTo
 REFUSED += [(ModuleLock, "LOCK")]
 
 for _kind in (*EXACT, *(kind for kind, _ in REFUSED)):
-    gymnasium.register(f"{_kind.__name__}-v0", _kind)
-assert issubclass(RandomisedCheetah, MujocoEnv)
+    _length = None if issubclass(_kind, Stranger) else 20
+    gymnasium.register(f"{_kind.__name__}-v0", _kind, max_episode_steps=_length)

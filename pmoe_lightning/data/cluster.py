@@ -115,11 +115,12 @@ class ClusterCollector(RayCollector):
         with self._attended():
             return {"workers": self.map_fn("experience"), "collected_frames": self.collected_frames}
 
-    def load_experience(self, experience: dict[str, Any]) -> None:
-        """Go on from an :meth:`experience`."""
+    def load_experience(self, experience: dict[str, Any]) -> str | None:
+        """Go on from an :meth:`experience`; returns why environments start a new episode, where they do."""
         with self._attended():
-            self.map_fn("load_experience", [(worker,) for worker in experience["workers"]])
+            reasons = self.map_fn("load_experience", [(worker,) for worker in experience["workers"]])
         self.collected_frames = experience["collected_frames"]
+        return next(filter(None, reasons), None)
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
         """End the workers. A cluster that was started here ends with the process."""

@@ -4,6 +4,7 @@ One item of the loader is one collector iteration (or the few it takes until the
 collected only when the training loop asks for it: never ahead, because data collected ahead is data of a stale policy.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CollectedData", "CollectorLoader"]
 
+_log = logging.getLogger(__name__)
 
 #: What a data module collects with: three ways to the same rollouts.
 Source = Union[RolloutCollector, WorkerCollector, "ClusterCollector"]
@@ -288,7 +290,9 @@ class CollectedData(LightningDataModule, ABC):
         if self._experience is None:
             return
         experience, self._experience = self._experience, None
-        self.collector.load_experience(experience)
+        reason = self.collector.load_experience(experience)
+        if reason is not None and (self.trainer is None or self.trainer.is_global_zero):
+            _log.warning("%s", reason)
         self._finished_episodes = [tuple(episode) for episode in experience["finished_episodes"]]
         # What Lightning has loaded by now is the first process's.
         self.load_state_dict(experience["counters"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ from pmoe_lightning.envs import GymnasiumEnv
 
 __all__ = ["RolloutCollector"]
 
-_log = logging.getLogger(__name__)
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -64,15 +62,19 @@ class RolloutCollector(Collector):
             "simulators": self.env.simulator_state(),
         }
 
-    def load_experience(self, experience: dict[str, Any]) -> None:
-        """Go on from an :meth:`experience`. Environments that cannot start a new episode, and one line says why."""
+    def load_experience(self, experience: dict[str, Any]) -> str | None:
+        """Go on from an :meth:`experience`.
+
+        Returns:
+            why the environments start a new episode instead, where they do: one line.
+        """
         root = TensorDict(experience["root"], batch_size=self.env.batch_size)
         reason = self.env.load_simulator_state(experience["simulators"])
         if reason is not None:
-            _log.warning("%s", reason)
             root = self.env.reset()
         self._carrier.update(root)
         self._frames = experience["collected_frames"]
+        return reason
 
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:

@@ -110,11 +110,12 @@ class WorkerCollector(MultiSyncCollector):
         with self._attended():
             return {"workers": self.map_fn("experience"), "collected_frames": self._frames}
 
-    def load_experience(self, experience: dict[str, Any]) -> None:
-        """Go on from an :meth:`experience`."""
+    def load_experience(self, experience: dict[str, Any]) -> str | None:
+        """Go on from an :meth:`experience`; returns why environments start a new episode, where they do."""
         with self._attended():
-            self.map_fn("load_experience", [(worker,) for worker in experience["workers"]])
+            reasons = self.map_fn("load_experience", [(worker,) for worker in experience["workers"]])
         self._frames = experience["collected_frames"]
+        return next(filter(None, reasons), None)
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
         """End the workers, within ten seconds."""
@@ -174,9 +175,10 @@ class Worker(RolloutCollector):
     def experience(self) -> dict[str, Any]:
         return {**super().experience(), "random_states": capture_random_states()}
 
-    def load_experience(self, experience: dict[str, Any]) -> None:
-        super().load_experience(experience)
+    def load_experience(self, experience: dict[str, Any]) -> str | None:
+        reason = super().load_experience(experience)
         restore_random_states(experience["random_states"])
+        return reason
 
 
 def seeded_environments(num_workers: int, num_envs: int, seed: int) -> list[dict[str, int]]:

@@ -246,5 +246,6 @@ def function_label(function: Any) -> str | None:
 
 
 def _content(code: types.CodeType) -> tuple:
-    constants = [_content(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts]
-    return (code.co_code, code.co_names, constants)
+    constants = (value for value in code.co_consts if not isinstance(value, types.CodeType))
+    labels = [fixed_label(value) or repr(value) for value in constants]  # a frozenset has another order in each process
+    return (code.co_code, code.co_names, labels, [_content(nested) for nested in _nested(code)])
