@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -98,14 +97,12 @@ class Evaluation(Callback):
         """The mean return; None if the evaluation was stopped."""
         mean = None
         if trainer.is_global_zero:
-            with suppress(EvaluationStopped):
-                self._stopped_at = trainer.datamodule.env_frames
-                mean = self._run_episodes(trainer, pl_module)
-                self._stopped_at = None
+            mean = self._run_episodes(trainer, pl_module)
+            self._stopped_at = trainer.datamodule.env_frames if mean is None else None
         # Every process needs the value: they decide together whether the checkpoint is the best.
         return trainer.strategy.broadcast(mean)
 
-    def _run_episodes(self, trainer: Trainer, pl_module: LightningModule) -> float:
+    def _run_episodes(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         start, stop = time.monotonic(), find_callback(trainer, StopAfterIteration)
         if stop is not None:
             stop.listen()  # the first evaluation comes before its own start
@@ -113,14 +110,17 @@ class Evaluation(Callback):
             if self._env is None:
                 make_env = with_memory(self.make_env, pl_module.policy)
                 self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
-            result = evaluate_policy(
-                self.judged_policy(pl_module),
-                self._env,
-                episodes=self.episodes,
-                seed=self.seed,
-                max_episode_steps=self.max_episode_steps,
-                should_stop=lambda: stop is not None and stop.is_asked,
-            )
+            try:
+                result = evaluate_policy(
+                    self.judged_policy(pl_module),
+                    self._env,
+                    episodes=self.episodes,
+                    seed=self.seed,
+                    max_episode_steps=self.max_episode_steps,
+                    should_stop=lambda: stop is not None and stop.is_asked,
+                )
+            except EvaluationStopped:  # in here, because an error would leave the random states as they are
+                return None
         mean, (low, high) = float(result.mean), result.interval
         frames = trainer.datamodule.env_frames
         self.history.append([float(frames), mean, float(low), float(high)])

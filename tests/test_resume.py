@@ -181,35 +181,38 @@ def histories(*folders: Path) -> list[torch.Tensor]:
     return [state["history"][:, :2] for state in states if "history" in state]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_in_an_evaluation_ends_it_and_the_resumed_run_makes_up_for_it(
-    number, code, train, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("number", "code", "frames", "evaluations"),
+    [(signal.SIGINT, 130, 0, 0), (signal.SIGTERM, 143, 320, 2), (signal.SIGINT, 130, 480, 3)],
+)
+def test_a_stop_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
+    number, code, frames, evaluations, train, tmp_path, monkeypatch
 ):
     words = [*SAC, "env=Pendulum-v1", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
     words += ["+env.max_episode_steps=50", "logger=none", "callbacks=[evaluation,checkpoint_last]"]
     words += ["callbacks.evaluation.episodes=1"]
-    train(*words, "hydra.run.dir=whole")
-    step = GymnasiumEnv.step_and_maybe_reset  # which training has a faster way than
+    step, steps = GymnasiumEnv.step_and_maybe_reset, []  # which training has a faster way than
 
-    for frames, evaluation in ((0, 0), (320, 2), (480, 3)):
-        folder, steps = tmp_path / f"stopped-at-{frames}", []
+    def step_and_stop(self, root):
+        steps.append(1)
+        if len(steps) == 50 * evaluations + 10:
+            os.kill(os.getpid(), number)
+        return step(self, root)
 
-        def step_and_stop(self, root, steps=steps, at=50 * evaluation + 10):
-            steps.append(1)
-            if len(steps) == at:
-                os.kill(os.getpid(), number)
-            return step(self, root)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(GymnasiumEnv, "step_and_maybe_reset", step_and_stop)
-            train(*words, f"hydra.run.dir={folder.name}", code=code)
-        assert len(steps) == 50 * evaluation + 10
-        assert read_checkpoint(folder / LAST)["policy"]["env_frames"] == frames
-        assert [len(history) for history in histories(folder)] == [evaluation]
-        if frames < 480:
-            train(*words, f"resume={folder.name}")
-            assert differing(state_of(tmp_path / "whole"), state_of(folder)) == []
-            assert torch.equal(*histories(tmp_path / "whole", folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(GymnasiumEnv, "step_and_maybe_reset", step_and_stop)
+        train(*words, "hydra.run.dir=stopped", code=code)
+    assert len(steps) == 50 * evaluations + 10
+    if frames == 0:
+        assert not (tmp_path / "stopped" / LAST).exists(), "there is nothing to go on from"
+        return
+    assert read_checkpoint(tmp_path / "stopped" / LAST)["policy"]["env_frames"] == frames
+    assert [len(history) for history in histories(tmp_path / "stopped")] == [evaluations]
+    if frames < 480:
+        train(*words, "hydra.run.dir=whole")
+        train(*words, "resume=stopped")
+        assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")) == []
+        assert torch.equal(*histories(tmp_path / "whole", tmp_path / "stopped"))
 
 
 SLURM = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NODELIST": "here"}

@@ -227,8 +227,7 @@ class GymnasiumEnv(EnvBase):
             stepped = self._first_step(i, actions[i]) if i in never_stepped else env.step(actions[i])
             observed, value, ends, is_cut, info = stepped
             observation[i] = observed if getattr(observed, "shape", None) == shape else self._flat(i, observed)
-            if not isinstance(value, float):
-                value = one_number(value, _name(env))
+            value = float(value) if isinstance(value, float) else one_number(value, _name(env))
             ends, is_cut = bool(ends), bool(is_cut)
             self._returns[i] += value
             self._lengths[i] += 1
