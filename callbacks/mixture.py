@@ -22,14 +22,14 @@ class MixtureDiagnostics(Callback):
     With w_k(s) the weights, H the entropy in nats and bars the mean over the states of the batch, logged against
     environment frames:
 
-    ========================================== ================================================================
-    ``mixture/weight_k``                       mean weight of component k
-    ``mixture/router_entropy``                 mean over states of H(w(s)); log K where the router never decides
-    ``mixture/effective_components``           exp H(mean w): components in use at all; 1 means collapse
-    ``mixture/effective_components_per_state`` mean of exp H(w(s)): components in use within one state
-    ``mixture/component_distance``             mean distance between two component modes (see below); K > 1 only
-    ``mixture/scale``                          mean standard deviation of the unsquashed action
-    ========================================== ================================================================
+    ================================================ ================================================================
+    ``train/mixture/weight_k``                       mean weight of component k
+    ``train/mixture/router_entropy``                 mean over states of H(w(s)); log K where the router never decides
+    ``train/mixture/effective_components``           exp H(mean w): components in use at all; 1 means collapse
+    ``train/mixture/effective_components_per_state`` mean of exp H(w(s)): components in use within one state
+    ``train/mixture/component_distance``             mean distance between two component modes (see below); K > 1 only
+    ``train/mixture/scale``                          mean standard deviation of the unsquashed action
+    ================================================ ================================================================
 
     The distance between two modes is the root mean square over action dimensions of their difference divided by the
     range of the action: 0 where they coincide, 1 at opposite corners.
@@ -85,7 +85,7 @@ class MixtureDiagnostics(Callback):
         if mixture is not None:
             metrics = mixture_metrics(mixture)
             log_metrics(trainer, metrics, frames)
-            weights = [metrics[f"mixture/weight_{k}"] for k in range(mixture.num_components)]
+            weights = [metrics[f"train/mixture/weight_{k}"] for k in range(mixture.num_components)]
             self.history.append([float(frames), *weights])
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
@@ -104,15 +104,15 @@ def mixture_metrics(mixture: TanhGaussianMixture) -> dict[str, float]:
     """The table of :class:`MixtureDiagnostics` for a mixture with batch shape [B]; one transfer from the device."""
     weights = mixture.weights
     mean_weights, entropy = weights.mean(0), _entropy(weights)
-    values = {f"mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
+    values = {f"train/mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
     values |= {
-        "mixture/router_entropy": entropy.mean(),
-        "mixture/effective_components": _entropy(mean_weights).exp(),
-        "mixture/effective_components_per_state": entropy.exp().mean(),
-        "mixture/scale": mixture.scale.mean(),
+        "train/mixture/router_entropy": entropy.mean(),
+        "train/mixture/effective_components": _entropy(mean_weights).exp(),
+        "train/mixture/effective_components_per_state": entropy.exp().mean(),
+        "train/mixture/scale": mixture.scale.mean(),
     }
     if mixture.num_components > 1:
-        values["mixture/component_distance"] = _component_distance(mixture)
+        values["train/mixture/component_distance"] = _component_distance(mixture)
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
