@@ -18,12 +18,12 @@ class EstimatorVariance(Callback):
 
     For each group of mixture parameters, ``router`` (more than one component only), ``loc`` and ``scale``:
 
-    ================================ ===================================================================================
-    ``estimator/variance_<group>``   summed variance of one estimate, mean per state
-    ``estimator/signal_to_noise_..`` |E g| / sqrt(variance), see ``gradient_statistics``
-    ``estimator/cosine_<group>``     between the mean estimates of the two; 1 for an unbiased one, but for the noise of
-                                     the means
-    ================================ ===================================================================================
+    ====================================== =============================================================================
+    ``train/estimator/variance_<group>``   summed variance of one estimate, mean per state
+    ``train/estimator/signal_to_noise_..`` |E g| / sqrt(variance), see ``gradient_statistics``
+    ``train/estimator/cosine_<group>``     between the mean estimates of the two; 1 for an unbiased one, but for
+                                           the noise of the means
+    ====================================== =============================================================================
 
     For SAC the objective is that of the actor; for PPO that of the entropy bonus, the part that an estimator serves
     there. The random numbers of training are left as they are.
@@ -74,7 +74,7 @@ class EstimatorVariance(Callback):
             )
         metrics = {}
         for group in chosen if distribution.num_components > 1 else ("loc", "scale"):
-            metrics[f"estimator/variance_{group}"] = chosen[group].variance / len(states)
-            metrics[f"estimator/signal_to_noise_{group}"] = chosen[group].signal_to_noise
-            metrics[f"estimator/cosine_{group}"] = cosine(chosen[group].mean, exact[group].mean)
+            metrics[f"train/estimator/variance_{group}"] = chosen[group].variance / len(states)
+            metrics[f"train/estimator/signal_to_noise_{group}"] = chosen[group].signal_to_noise
+            metrics[f"train/estimator/cosine_{group}"] = cosine(chosen[group].mean, exact[group].mean)
         return metrics

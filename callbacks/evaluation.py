@@ -30,7 +30,7 @@ class Evaluation(Callback):
 
     Logs against environment frames: ``eval/episode_return`` (mean undiscounted return),
     ``eval/episode_return_low`` and ``eval/episode_return_high`` (its 95 % interval), ``eval/episode_length`` and
-    ``time/evaluation_seconds``; ``eval/cut_short``, the number of episodes that did not end by themselves, where there
+    ``train/time/evaluation_seconds``; ``eval/cut_short``, the number of episodes that did not end by themselves, where there
     are any; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
     ``eval/violations`` (mean number of steps with a cost). ``ModelCheckpoint(monitor="eval/episode_return",
     mode="max")`` keeps the best policy; the evaluation before training is not offered to it.
@@ -129,7 +129,7 @@ class Evaluation(Callback):
             "eval/episode_return_low": float(low),
             "eval/episode_return_high": float(high),
             "eval/episode_length": sum(result.lengths) / len(result.lengths),
-            "time/evaluation_seconds": time.monotonic() - start,
+            "train/time/evaluation_seconds": time.monotonic() - start,
         }
         if result.cut_short:
             metrics["eval/cut_short"] = float(result.cut_short)

@@ -14,16 +14,16 @@ from pmoe_lightning.callbacks.reporting import log_metrics, reached, warn_on_fai
 class MetricsLogger(Callback):
     """Log what training has produced since the last time: losses, returns of finished episodes, speed.
 
-    ======================================== ============================================================
-    ``train/loss_*``, ``train/alpha``, ...   means over the updates of the interval, from the algorithm
-    ``train/episode_return``                 mean undiscounted return of the episodes that finished in it
-    ``train/episode_length``                 mean length of those episodes, in environment steps
-    ``train/episode_cost``                   mean cost of those episodes, where the environment writes a cost
-    ``train/violations``                     steps with a cost, total since the start of training
-    ``train/updates``, ``train/episodes``    totals since the start of training
-    ``time/frames_per_second``               frames of the interval over wall-clock time, evaluation included
-    ``time/updates_per_second``              the same for updates
-    ======================================== ============================================================
+    ============================================== ============================================================
+    ``train/loss_*``, ``train/alpha``, ...         means over the updates of the interval, from the algorithm
+    ``train/episode_return``                       mean undiscounted return of the episodes that finished in it
+    ``train/episode_length``                       mean length of those episodes, in environment steps
+    ``train/episode_cost``                         mean cost of those episodes, where the environment writes a cost
+    ``train/violations``                           steps with a cost, total since the start of training
+    ``train/updates``, ``train/episodes``          totals since the start of training
+    ``train/time/frames_per_second``               frames of the interval over wall-clock time, evaluation included
+    ``train/time/updates_per_second``              the same for updates
+    ============================================== ============================================================
 
     Everything is logged against environment frames, after the batch that reaches a multiple of the interval and at the
     end. Any other batch costs one comparison. Reading the metrics waits for the device, so the interval should not be
@@ -79,8 +79,8 @@ class MetricsLogger(Callback):
                 metrics["train/violations"] = float(trainer.datamodule.violations)
             if reached(self.every_frames, self._frames, frames):  # the rest of an interval is too short to time
                 seconds = max(time.monotonic() - self._time, 1e-9)
-                metrics["time/frames_per_second"] = (frames - self._frames) / seconds
-                metrics["time/updates_per_second"] = (updates - self._updates) / seconds
+                metrics["train/time/frames_per_second"] = (frames - self._frames) / seconds
+                metrics["train/time/updates_per_second"] = (updates - self._updates) / seconds
             log_metrics(trainer, metrics, frames)
             self.latest |= metrics
         self._mark(trainer)

@@ -29,17 +29,18 @@ class MixtureDiagnostics(Callback):
     With w_k(s) the weights, H the entropy in nats and bars the mean over the states of the batch, logged against
     environment frames:
 
-    ========================================== ================================================================
-    ``mixture/weight_k``                       mean weight of component k
-    ``mixture/heaviest_k``                     share of the states in which component k has the largest weight
-    ``mixture/router_entropy``                 mean over states of H(w(s)); log K where the router never decides
-    ``mixture/mutual_information``             H(mean w) - mean H(w(s)): what the state says about the component; 0
-                                               where it says nothing, log K where each state has one and all are used
-    ``mixture/effective_components``           exp H(mean w): components in use at all; 1 means collapse
-    ``mixture/effective_components_per_state`` mean of exp H(w(s)): components in use within one state
-    ``mixture/component_distance``             mean distance between two component modes (see below); K > 1 only
-    ``mixture/scale``                          mean standard deviation of the unsquashed action
-    ========================================== ================================================================
+    ================================================ ================================================================
+    ``train/mixture/weight_k``                       mean weight of component k
+    ``train/mixture/heaviest_k``                     share of the states in which component k has the largest weight
+    ``train/mixture/router_entropy``                 mean over states of H(w(s)); log K where the router never decides
+    ``train/mixture/mutual_information``             H(mean w) - mean H(w(s)): what the state says about the
+                                                     component; 0 where nothing, log K where each state has one
+                                                     and all are used
+    ``train/mixture/effective_components``           exp H(mean w): components in use at all; 1 means collapse
+    ``train/mixture/effective_components_per_state`` mean of exp H(w(s)): components in use within one state
+    ``train/mixture/component_distance``             mean distance between two component modes (see below); K > 1
+    ``train/mixture/scale``                          mean standard deviation of the unsquashed action
+    ================================================ ================================================================
 
     The distance between two modes is the root mean square over action dimensions of their difference divided by the
     range of the action: 0 where they coincide, 1 at opposite corners.
@@ -102,11 +103,11 @@ class MixtureDiagnostics(Callback):
             metrics = mixture_metrics(mixture)
             log_metrics(trainer, metrics, frames)
             weights, heaviest = (
-                [metrics[f"mixture/{name}_{k}"] for k in range(mixture.num_components)]
+                [metrics[f"train/mixture/{name}_{k}"] for k in range(mixture.num_components)]
                 for name in ("weight", "heaviest")
             )
             self.history.append([float(frames), *weights])
-            self.specialisation.append([*heaviest, metrics["mixture/router_entropy"]])
+            self.specialisation.append([*heaviest, metrics["train/mixture/router_entropy"]])
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
         self._figure_frames = frames
@@ -127,18 +128,18 @@ def mixture_metrics(mixture: TanhGaussianMixture) -> dict[str, float]:
     """The table of :class:`MixtureDiagnostics` for a mixture with batch shape [B]; one transfer from the device."""
     weights = mixture.weights
     mean_weights, entropy = weights.mean(0), _entropy(weights)
-    values = {f"mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
+    values = {f"train/mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
     heaviest = torch.nn.functional.one_hot(weights.argmax(-1), mixture.num_components).to(weights).mean(0)
-    values |= {f"mixture/heaviest_{k}": heaviest[k] for k in range(mixture.num_components)}
+    values |= {f"train/mixture/heaviest_{k}": heaviest[k] for k in range(mixture.num_components)}
     values |= {
-        "mixture/router_entropy": entropy.mean(),
-        "mixture/mutual_information": (_entropy(mean_weights) - entropy.mean()).clamp(min=0.0),
-        "mixture/effective_components": _entropy(mean_weights).exp(),
-        "mixture/effective_components_per_state": entropy.exp().mean(),
-        "mixture/scale": mixture.scale.mean(),
+        "train/mixture/router_entropy": entropy.mean(),
+        "train/mixture/mutual_information": (_entropy(mean_weights) - entropy.mean()).clamp(min=0.0),
+        "train/mixture/effective_components": _entropy(mean_weights).exp(),
+        "train/mixture/effective_components_per_state": entropy.exp().mean(),
+        "train/mixture/scale": mixture.scale.mean(),
     }
     if mixture.num_components > 1:
-        values["mixture/component_distance"] = _component_distance(mixture)
+        values["train/mixture/component_distance"] = _component_distance(mixture)
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 

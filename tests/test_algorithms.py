@@ -279,7 +279,11 @@ def test_metrics_are_means_and_are_drained():
     for value in (1.0, 2.0):
         algorithm.record_loss(TensorDict(loss_actor=torch.tensor(value), winner_frequency=torch.tensor([value, 0.0])))
     drained = algorithm.drain_metrics()
-    expected = {"train/loss_actor": 1.5, "mixture/winner_frequency_0": 1.5, "mixture/winner_frequency_1": 0.0}
+    expected = {
+        "train/loss_actor": 1.5,
+        "train/mixture/winner_frequency_0": 1.5,
+        "train/mixture/winner_frequency_1": 0.0,
+    }
     assert drained == expected
     assert algorithm.drain_metrics() == {}
 

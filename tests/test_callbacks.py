@@ -200,7 +200,12 @@ def complete(tmp_path_factory) -> Run:
 def test_metrics_are_logged_where_a_multiple_of_the_interval_is_reached(complete):
     logger, metrics = complete.logger, complete.find(MetricsLogger)
     frames = [60, 100, 160, 200, 260, 300]  # batches of 20, the first one after 40 random frames
-    for name in ("train/loss_actor", "train/loss_qvalue", "mixture/winner_frequency_0", "time/frames_per_second"):
+    for name in (
+        "train/loss_actor",
+        "train/loss_qvalue",
+        "train/mixture/winner_frequency_0",
+        "train/time/frames_per_second",
+    ):
         assert logger.steps(name) == frames, name
     for step, mean, length in zip(
         frames, logger.values("train/episode_return"), logger.values("train/episode_length"), strict=True
@@ -221,15 +226,15 @@ def test_speed_is_frames_over_wall_clock(tmp_path, monkeypatch):
     monkeypatch.setattr("pmoe_lightning.callbacks.metrics.time.monotonic", lambda: next(clock))
     logger = Recorder()
     fit([MetricsLogger(100)], tmp_path, logger=logger)  # two readings an interval: 50 s to measure, 50 s until the next
-    assert logger.values("time/frames_per_second") == [100 / 50] * 3
-    assert logger.values("time/updates_per_second") == [6 / 50, 10 / 50, 10 / 50]
+    assert logger.values("train/time/frames_per_second") == [100 / 50] * 3
+    assert logger.values("train/time/updates_per_second") == [6 / 50, 10 / 50, 10 / 50]
 
 
 def test_the_rest_of_an_interval_is_logged_at_the_end(tmp_path):
     logger = Recorder()
     fit([MetricsLogger(250)], tmp_path, logger=logger)
     assert [step for step, _ in logger.rows] == [260, 300]
-    assert logger.steps("time/frames_per_second") == [260]  # too short an interval to time
+    assert logger.steps("train/time/frames_per_second") == [260]  # too short an interval to time
     assert logger.values("train/updates") == [22, 26]
 
 
@@ -442,14 +447,14 @@ def test_the_estimator_is_measured_at_intervals(tmp_path, num_components):
     fit([EstimatorVariance(100, num_samples=100)], tmp_path, logger=logger, num_components=num_components)
     groups = ("router", "loc", "scale") if num_components > 1 else ("loc", "scale")
     for group in groups:
-        assert logger.steps(f"estimator/variance_{group}") == [100, 200, 300]
-        for value in logger.values(f"estimator/variance_{group}"):
+        assert logger.steps(f"train/estimator/variance_{group}") == [100, 200, 300]
+        for value in logger.values(f"train/estimator/variance_{group}"):
             assert 0 <= value < math.inf
-        for value in logger.values(f"estimator/cosine_{group}"):
+        for value in logger.values(f"train/estimator/cosine_{group}"):
             assert -1.001 <= value <= 1.001
     if num_components == 1:  # both are plain reparameterisation; only the noise differs
-        assert min(logger.values("estimator/cosine_loc")) > 0.5
-        assert not logger.steps("estimator/variance_router")
+        assert min(logger.values("train/estimator/cosine_loc")) > 0.5
+        assert not logger.steps("train/estimator/variance_router")
 
 
 def two_dimensional(folder, callbacks, logger, transform) -> Trainer:
@@ -488,12 +493,12 @@ def test_no_trajectories_without_a_transform(tmp_path):
 def test_mixture_metrics_of_a_router_that_never_decides():
     modes = torch.tensor([[100.0, 100.0], [-100.0, -100.0]]).expand(5, 2, 2)  # opposite corners
     metrics = mixture_metrics(TanhGaussianMixture(torch.zeros(5, 2), modes, torch.full((5, 2, 2), 0.3), -2.0, 6.0))
-    assert metrics["mixture/weight_0"] == metrics["mixture/weight_1"] == pytest.approx(0.5)
-    assert metrics["mixture/router_entropy"] == pytest.approx(math.log(2))
-    assert metrics["mixture/effective_components"] == pytest.approx(2.0)
-    assert metrics["mixture/effective_components_per_state"] == pytest.approx(2.0)
-    assert metrics["mixture/component_distance"] == pytest.approx(1.0)
-    assert metrics["mixture/scale"] == pytest.approx(0.3)
+    assert metrics["train/mixture/weight_0"] == metrics["train/mixture/weight_1"] == pytest.approx(0.5)
+    assert metrics["train/mixture/router_entropy"] == pytest.approx(math.log(2))
+    assert metrics["train/mixture/effective_components"] == pytest.approx(2.0)
+    assert metrics["train/mixture/effective_components_per_state"] == pytest.approx(2.0)
+    assert metrics["train/mixture/component_distance"] == pytest.approx(1.0)
+    assert metrics["train/mixture/scale"] == pytest.approx(0.3)
 
 
 def test_mixture_metrics_tell_division_of_labour_from_collapse():
@@ -502,12 +507,12 @@ def test_mixture_metrics_tell_division_of_labour_from_collapse():
     loc, scale = torch.zeros(2, 2, 3), torch.ones(2, 2, 3)
     for logits, used in ((divided, 2.0), (collapsed, 1.0)):
         metrics = mixture_metrics(TanhGaussianMixture(logits, loc, scale))
-        assert metrics["mixture/effective_components"] == pytest.approx(used)
-        assert metrics["mixture/mutual_information"] == pytest.approx(math.log(used), abs=1e-6)
-        assert [metrics[f"mixture/heaviest_{k}"] for k in range(2)] == [1 / used, 1 - 1 / used]
-        assert metrics["mixture/effective_components_per_state"] == pytest.approx(1.0)
-        assert metrics["mixture/router_entropy"] == pytest.approx(0.0, abs=1e-6)
-        assert metrics["mixture/component_distance"] == 0.0
+        assert metrics["train/mixture/effective_components"] == pytest.approx(used)
+        assert metrics["train/mixture/mutual_information"] == pytest.approx(math.log(used), abs=1e-6)
+        assert [metrics[f"train/mixture/heaviest_{k}"] for k in range(2)] == [1 / used, 1 - 1 / used]
+        assert metrics["train/mixture/effective_components_per_state"] == pytest.approx(1.0)
+        assert metrics["train/mixture/router_entropy"] == pytest.approx(0.0, abs=1e-6)
+        assert metrics["train/mixture/component_distance"] == 0.0
 
 
 def test_component_distance_is_the_mean_over_pairs_in_units_of_the_range():
@@ -516,18 +521,18 @@ def test_component_distance_is_the_mean_over_pairs_in_units_of_the_range():
     mixture = TanhGaussianMixture(torch.zeros(1, 3), torch.zeros(1, 3, 2), torch.ones(1, 3, 2), low, high)
     mixture.loc = mixture.unsquash(modes)
     a, b, c = (math.sqrt(((x / 4) ** 2 + (y / 10) ** 2) / 2) for x, y in ((1, 0), (0, 4), (1, 4)))
-    assert mixture_metrics(mixture)["mixture/component_distance"] == pytest.approx((a + b + c) / 3, rel=1e-5)
+    assert mixture_metrics(mixture)["train/mixture/component_distance"] == pytest.approx((a + b + c) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("num_components", [1, 3])
 def test_mixture_is_measured_and_drawn_at_intervals(tmp_path, num_components):
     logger, diagnostics = Recorder(), MixtureDiagnostics(100, 200)
     _, algorithm, _ = fit([diagnostics], tmp_path, logger=logger, num_components=num_components)
-    assert logger.steps("mixture/router_entropy") == [100, 200, 300]
+    assert logger.steps("train/mixture/router_entropy") == [100, 200, 300]
     for name in ("weight", "heaviest"):
-        assert sum(logger.values(f"mixture/{name}_{k}")[-1] for k in range(num_components)) == pytest.approx(1.0)
-    assert 0.0 <= logger.values("mixture/mutual_information")[-1] <= math.log(num_components) + 1e-6
-    assert bool(logger.steps("mixture/component_distance")) == (num_components > 1)
+        assert sum(logger.values(f"train/mixture/{name}_{k}")[-1] for k in range(num_components)) == pytest.approx(1.0)
+    assert 0.0 <= logger.values("train/mixture/mutual_information")[-1] <= math.log(num_components) + 1e-6
+    assert bool(logger.steps("train/mixture/component_distance")) == (num_components > 1)
     names = ("mixture_weights", "component_modes")
     assert logger.figures == [(name, step) for step in (200, 300) for name in names]
     assert [row[0] for row in diagnostics.history] == [100, 200, 300]
@@ -537,7 +542,7 @@ def test_mixture_figures_are_logged_after_an_error(tmp_path):
     logger = Recorder()
     with pytest.raises(ZeroDivisionError):
         fit([MixtureDiagnostics(1000, 1000), StopAt(180, ZeroDivisionError())], tmp_path, logger=logger)
-    assert logger.steps("mixture/weight_0") == [180]
+    assert logger.steps("train/mixture/weight_0") == [180]
     assert [name for name, _ in logger.figures] == ["mixture_weights", "component_modes"]
 
 
@@ -635,7 +640,7 @@ def test_callbacks_serve_on_policy_runs(tmp_path):
     callbacks = [callback for callback in everything(tmp_path) if not isinstance(callback, ModelCheckpoint)]
     make_trainer(callbacks, tmp_path, logger).fit(algorithm, datamodule=data)
     assert logger.steps("eval/episode_return") == [0, 100, 200]
-    assert logger.steps("mixture/weight_1") == logger.steps("train/episode_return") == [50, 100, 150, 200]
+    assert logger.steps("train/mixture/weight_1") == logger.steps("train/episode_return") == [50, 100, 150, 200]
 
 
 def test_an_environment_that_fails_in_a_rollout_is_what_the_run_fails_with(tmp_path, monkeypatch, caplog):

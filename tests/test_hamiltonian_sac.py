@@ -391,9 +391,9 @@ def test_training_moves_what_is_learned_and_reports(trained):
     (group, *_) = trained.optimizers().param_groups
     assert {id(p) for p in learned.parameters()} <= {id(p) for p in group["params"]}
     metrics = trained.drain_metrics()
-    assert metrics["hamiltonian/nonfinite"] == 0 and 0 < metrics["hamiltonian/acceptance"] <= 1
+    assert metrics["train/hamiltonian/nonfinite"] == 0 and 0 < metrics["train/hamiltonian/acceptance"] <= 1
     names = ("energy_error", "rejected", "qvalue_gain", "distance", "step_size")
-    assert {f"hamiltonian/{name}" for name in names} <= metrics.keys()
+    assert {f"train/hamiltonian/{name}" for name in names} <= metrics.keys()
 
 
 def test_the_policy_acts_with_the_loss_own_weights(trained):

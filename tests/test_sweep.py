@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from waiting import HANG_SECONDS, wait_until
 from pmoe_lightning.configuration import compose_jobs, register
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.sweep import as_csv, by_configuration, check_sweep, read_children
+from pmoe_lightning.tracking import MLflowLogger
 
 SHORT = ("debug=default", "callbacks=[minimal,evaluation]", "callbacks.evaluation.episodes=1", "total_frames=256")
 CRASHING_ENV = """
@@ -69,6 +71,12 @@ def test_a_job_that_fails_leaves_the_others_alone(run_module, tmp_path, store, c
     parent, children, client = family(store)
     assert parent.info.status == "FAILED"
     assert [child.info.status for child in children] == ["FAILED", "FINISHED"]
+    assert parent.info.run_name.startswith("sweep debug=default")
+    assert "sweep.csv" in parent.data.tags["mlflow.note.content"]
+    for child, last in zip(children, (50, 1000000), strict=True):
+        assert child.info.run_name.startswith("ppo crashing:Crashing-v0 pmoe frequency debug=default")
+        assert f"+env.last_step={last}" in child.info.run_name and "seed=" in child.info.run_name
+        assert child.info.run_name in child.data.tags["mlflow.note.content"]
     rows = table(client, parent, tmp_path)
     assert [row["job"] for row in rows] == ["+env.last_step=50", "+env.last_step=1000000"]
     assert [row["run_id"] for row in rows] == [child.info.run_id for child in children]
@@ -150,6 +158,22 @@ def test_seeds_alone_are_one_configuration(store):
         record(client, parent, f"algo=sac seed={seed}", [(10, float(seed))])
     children = read_children(client, parent.info.run_id)
     assert by_configuration(children) == {"all seeds": [(1.0, 1.0), (2.0, 2.0)]}
+
+
+def test_a_command_of_any_length_is_told_apart(store, tmp_path):
+    uri = f"sqlite:///{store}"
+    parent = MLflowLogger("sweep", tracking_uri=uri)
+    long = f"+note={'it is long ' * 900}"
+    for seed in (1, 2):
+        client = parent.experiment
+        child = MLflowLogger(tracking_uri=uri, tags={"mlflow.parentRunId": parent.run_id}, experiment_name="sweep")
+        words = [long, f"seed={seed}"]
+        child.set_tags({"overrides": shlex.join(words)})
+        child.log_dict({"overrides": words}, "overrides.json")
+        child.finish("FINISHED")
+        assert client.get_run(child.run_id).data.tags["overrides"].endswith("characters)")
+    assert [child.job for child in read_children(client, parent.run_id)] == ["seed=1", "seed=2"]
+    parent.finish("FINISHED")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,13 @@ from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.evaluate import main as evaluate_main
 from pmoe_lightning.tracking import MLflowLogger, check_server, log_policy_model, provenance, run_status
+from pmoe_lightning.tracking.address import without_secrets
+from pmoe_lightning.tracking.database import database_file
 from pmoe_lightning.tracking.delivery import Delivery
+from pmoe_lightning.tracking.naming import run_name, sweep_name
+from pmoe_lightning.tracking.resend import main as resend_main
 from pmoe_lightning.tracking.spool import Spool
+from pmoe_lightning.tracking.ui import page as ui_page
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
 
@@ -634,6 +640,177 @@ def test_databases_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     assert "cannot be reached" in refusal(f"postgresql://user:secret@127.0.0.1:{free_port()}/mlflow")
 
 
+FIRST_START = """
+import sys
+from pmoe_lightning.tracking import MLflowLogger
+sys.stdin.readline()  # all at once
+logger = MLflowLogger(tracking_uri=sys.argv[1])
+logger.start()
+logger.finish("FINISHED")
+"""
+
+
+def test_first_starts_at_once_share_a_new_database(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FIRST_START, "sqlite:///new/mlflow.db?timeout=30"]
+    pipe = subprocess.PIPE
+    starts = [subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stderr=pipe, text=True) for _ in range(3)]
+    for start in starts:
+        start.stdin.write("\n")
+        start.stdin.flush()
+    errors = [start.communicate()[1] for start in starts]
+    assert [start.returncode for start in starts] == [0, 0, 0], errors
+    client = MlflowClient(f"sqlite:///{tmp_path}/new/mlflow.db")
+    experiment = client.get_experiment_by_name("pmoe_lightning")
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 3
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mlflow.db"], "a lock or a half is left"
+
+
+def test_the_database_of_every_form_of_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for uri, file in {
+        "sqlite:///a.db": tmp_path / "a.db",
+        "sqlite:///in/a.db?timeout=3": tmp_path / "in" / "a.db",
+        "sqlite+pysqlite:////tmp/a.db": Path("/tmp/a.db"),
+        "sqlite:///file:a.db?mode=rwc&uri=true": Path("a.db"),
+        "sqlite://": None,
+        "sqlite:///:memory:": None,
+    }.items():
+        assert database_file(uri) == file
+    assert "not a SQLite URI" in refusal("sqlite:a.db")
+
+
+def test_the_rest_of_an_interrupted_making_is_one_line(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("create table experiments (experiment_id integer)")
+    os.utime(database, (0, 0))
+    with pytest.raises(RunError, match="the rest of an interrupted start, then remove it") as caught:
+        MLflowLogger(tracking_uri=f"sqlite:///{database}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_one_line_or_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    for uri in (f"{tmp_path}/runs", f"file://{tmp_path}/runs"):
+        assert "MLFLOW_TRACKING_URI=sqlite:///mlflow.db" in refusal(uri)
+        with pytest.raises(RunError, match="MLFLOW_ALLOW_FILE_STORE=true"):
+            MLflowLogger(tracking_uri=uri)
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    assert "where ./mlruns holds old runs" in refusal(mlflow.get_tracking_uri())
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLflowLogger(tracking_uri=f"file://{tmp_path}/runs")
+    logger.start()
+    logger.log_metrics({"a": 1.0}, step=3)
+    logger.finish("FINISHED")
+    assert history(logger, "a") == {3: 1.0}
+
+
+# ------------------------------------------------------------------ what is not said
+
+ADDRESSES = {
+    "http://me:secret@host:5000": "http://***@host:5000",
+    "https://secret@host/path": "https://***@host/path",
+    "postgresql://me:s/e@cr?et@host/db": "postgresql://***@host/db",
+    "postgresql+psycopg2://host/db?user=me&password=secret": "postgresql+psycopg2://host/db?***",
+    "mssql+pyodbc:///?odbc_connect=PWD%3Dsecret": "mssql+pyodbc:///?***",
+    "sqlite:////home/me:a@work/mlflow.db?timeout=3": "sqlite:////home/me:a@work/mlflow.db?timeout=3",
+    "file:///home/me@work": "file:///home/me@work",
+    "https://host:5000/a/page": "https://host:5000/a/page",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_said_without_its_secrets(address: str) -> None:
+    said = ADDRESSES[address]
+    assert without_secrets(address) == without_secrets(said) == said
+    assert without_secrets(f"a {address} b") == f"a {said} b"
+
+
+def test_a_password_is_nowhere_in_the_run_and_the_rest_is_still_sent(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = MLflowLogger(tracking_uri=store, tags={"from": "http://me:secret@host"})
+    logger.set_tags({"overrides": "logger.tracking_uri=http://me:secret@host"})
+    logger.log_hyperparams({"uri": "http://me:secret@host"})
+    logger.log_text("tracking_uri: http://me:secret@host\n", "config.yaml")
+    logger.finish("FINISHED")
+    run = run_of(logger)
+    assert "secret" not in str(run.to_dictionary())
+    assert read_artifact(logger, "config.yaml", tmp_path) == b"tracking_uri: http://***@host\n"
+
+    closed = f"http://me:secret@127.0.0.1:{free_port()}"
+    spool = Spool(tmp_path / "spool")
+    spool.identify(closed, "0" * 32)
+    put_points(spool, 1.0)
+    assert "secret" not in (tmp_path / "spool" / "run.json").read_text()
+    assert resend_main([str(tmp_path)]) == 1
+    assert "set MLFLOW_TRACKING_URI to http://***@127.0.0.1" in capsys.readouterr().err
+    mlflow.set_tracking_uri(closed)
+    assert resend_main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "does not answer" in error and "secret" not in error
+
+
+# ------------------------------------------------------------------ names and descriptions
+
+CHOSEN = {"algo": "sac", "env": "Hopper-v5", "actor": "pmoe", "estimator": "frequency"}
+CHOSEN |= {"action_transform": "none", "safe": "none"}
+
+
+def test_a_name_says_what_was_chosen() -> None:
+    words = ["algo=sac", "env.id=Hopper-v5", "seed=3", "+algo.lr=0.001", "hydra.run.dir=a", "logger.flush_seconds=1"]
+    assert run_name(CHOSEN, words, 3) == "sac Hopper-v5 pmoe frequency +algo.lr=0.001 seed=3"
+    assert run_name(CHOSEN | {"safe": "velocity"}, [], 0) == "sac Hopper-v5 pmoe frequency velocity seed=0"
+    assert sweep_name(["-m", "algo=sac", "seed=1,2"]) == "sweep algo=sac seed=1,2"
+    long = [f"+tag={'x' * 9000}"]
+    names = {run_name(CHOSEN, long, seed) for seed in range(5)}
+    assert len(names) == 5 and max(map(len, names)) <= 200
+
+
+def test_only_an_invented_name_is_replaced(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(store)
+    for given, expected in ((None, "ours"), ("bold-crow-123x", "bold-crow-123x"), ("mine", "mine")):
+        opened = client.create_run("1", run_name=given).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", opened)
+        logger = MLflowLogger(tracking_uri=store, run_name="ours")
+        logger.start("what it is")
+        logger.finish("FINISHED")
+        run = client.get_run(opened)
+        assert (run.info.run_name, run.data.tags["mlflow.note.content"]) == (expected, "what it is")
+    client.set_tag(opened, "mlflow.note.content", "edited")
+    MLflowLogger(tracking_uri=store).start("what it is")
+    assert client.get_run(opened).data.tags["mlflow.note.content"] == "edited"
+
+
+def test_the_experiment_is_described_and_default_is_warned_of(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = MlflowClient(store)
+    logger = MLflowLogger("described", tracking_uri=store)
+    logger.start()
+    logger.finish("FINISHED")
+    tags = client.get_experiment(logger.experiment_id).tags
+    assert "environment" in tags["mlflow.note.content"]
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert not caplog.text
+    monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run("0").info.run_id)
+    adopted = MLflowLogger(tracking_uri=store)
+    adopted.start()
+    adopted.finish("FINISHED")
+    assert caplog.text.count("--experiment-name pmoe_lightning") == 1
+
+
+def test_the_page_is_that_of_training_runs(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "#/experiments/1/runs?workflowType=machine_learning"
+    assert ui_page(["--port", "5001"]) == (f"http://127.0.0.1:5001/{page}", store)
+    bundle = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
+    assert any('MACHINE_LEARNING="machine_learning"' in file.read_text() for file in bundle.glob("main.*.js"))
+
+
 # ------------------------------------------------------------------ provenance
 
 
@@ -670,6 +847,10 @@ def trained(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[MLflo
     logger = MLflowLogger(tracking_uri=store)
     logger.start()
     logger.log_artifact(path, "checkpoints")
+    logger.log_hyperparams({"seed": 7})
+    for step, value in ((0, -5.0), (1000, 321.5), (2000, 300.0)):
+        suffixes = {"": value, "_low": value - 1, "_high": value + 1}
+        logger.log_metrics({f"eval/episode_return{suffix}": x for suffix, x in suffixes.items()}, step=step)
     uri = log_policy_model(logger, path, register_as="runner", metadata={"algorithm": "sac"})
     logger.finish("FINISHED")
     MlflowClient(store).set_registered_model_alias("runner", "champion", "1")
@@ -765,6 +946,7 @@ def test_the_packaged_policy_says_what_it_is(trained: tuple, tmp_path: Path) -> 
         "actor": "pmoe",
         "num_components": 4,
         "deterministic": True,
+        "rule": "max_weight",
         "env_frames": 1000,
         "updates": 10,
         "algorithm": "sac",
@@ -777,6 +959,26 @@ def test_the_packaged_policy_says_what_it_is(trained: tuple, tmp_path: Path) -> 
     assert uri in note and "float32 [N, 17]" in note and "always gets the same action" in note
     logged = MlflowClient(logger.tracking_uri).get_logged_model(uri.removeprefix("models:/"))
     assert (logged.name, logged.source_run_id, logged.experiment_id) == ("policy", logger.run_id, logger.experiment_id)
+
+
+def test_the_packaged_policy_has_the_metrics_of_its_checkpoint(trained: tuple, store: str) -> None:
+    logger, _, uri = trained
+    client = MlflowClient(store)
+    model = client.get_logged_model(uri.removeprefix("models:/"))
+    assert {metric.key: (metric.value, metric.step) for metric in model.metrics} == {
+        "eval/episode_return": (321.5, 1000),
+        "eval/episode_return_low": (320.5, 1000),
+        "eval/episode_return_high": (322.5, 1000),
+    }
+    assert client.get_run(logger.run_id).outputs.model_outputs[0].step == 1000
+    assert history(logger, "eval/episode_return") == {0: -5.0, 1000: 321.5, 2000: 300.0}
+    (found,) = client.search_logged_models([logger.experiment_id], "metrics.`eval/episode_return` > 321")
+    assert found.model_id == model.model_id
+    assert model.params.items() >= {"seed": "7", "env_frames": "1000", "rule": "max_weight", "algorithm": "sac"}.items()
+    description = model.tags["mlflow.note.content"]
+    for said in ("HalfCheetah-v5", "1,000 environment frames", "rule max_weight", "321.5", "320.5 to 322.5"):
+        assert said in description
+    assert client.get_model_version("runner", "1").description == description
 
 
 def test_references_to_the_store_are_resolved(trained: tuple, store: str, tmp_path: Path) -> None:

@@ -64,9 +64,12 @@ def assert_complete(run, client: MlflowClient) -> None:
     """Metrics against environment frames, parameters, figures, video, checkpoints, configuration and the model."""
     assert run.info.status == "FINISHED"
     assert run.data.params["env.id"] == "Pendulum-v1" and run.data.params["actor.num_components"] == "4"
-    assert {"eval/episode_return", "train/loss_frequency", "train/episode_return", "mixture/router_entropy"} <= set(
-        run.data.metrics
-    )
+    assert {
+        "eval/episode_return",
+        "train/loss_frequency",
+        "train/episode_return",
+        "train/mixture/router_entropy",
+    } <= set(run.data.metrics)
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "eval/episode_return")]
     assert steps == [0, 640, 1280]
     found = artifacts(client, run.info.run_id)

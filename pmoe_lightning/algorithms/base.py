@@ -122,7 +122,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         return names
 
     def drain_metrics(self) -> dict[str, float]:
-        """Means since the last call; vectors are numbered, as in ``mixture/winner_frequency_0``."""
+        """Means since the last call; vectors are numbered, as in ``train/mixture/winner_frequency_0``."""
         metrics: dict[str, float] = {}
         for name, total in self._sums.items():
             mean = (total / self._counts[name]).tolist()
@@ -187,7 +187,7 @@ def _check_finite(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _public_name(name: str) -> str:
-    """``loss_actor`` is logged as ``train/loss_actor``, ``hamiltonian_distance`` as ``hamiltonian/distance``."""
+    """``loss_actor`` is logged as ``train/loss_actor``, ``hamiltonian_distance`` as ``train/hamiltonian/distance``."""
     if name.startswith("hamiltonian_"):
-        return f"hamiltonian/{name.removeprefix('hamiltonian_')}"
-    return f"mixture/{name}" if name.startswith("winner") else f"train/{name}"
+        return f"train/hamiltonian/{name.removeprefix('hamiltonian_')}"
+    return f"train/mixture/{name}" if name.startswith("winner") else f"train/{name}"
