@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import mlflow
 import pytest
 import torch
 from conftest import ROOT
@@ -17,7 +18,8 @@ from policies import make_policy
 from tensordict import TensorDict
 
 from pmoe_lightning import Marginalized, load_policy, make_pmoe_actor, make_qvalue_network
-from pmoe_lightning.checkpoints import write_checkpoint
+from pmoe_lightning.checkpoints import read_checkpoint, write_checkpoint
+from pmoe_lightning.evaluate import main as evaluate
 
 EXAMPLES = ROOT / "examples"
 
@@ -89,36 +91,85 @@ def test_the_train_command_finds_an_estimator_and_an_environment_of_ones_own(run
     assert action.shape == (1, 2) and action.abs().max() <= 1
 
 
+SMALL = ["algo.hidden_sizes=[16]", "compile=false", "env=Hopper-v5", "+env.max_episode_steps=50", "data.num_envs=2"]
+SAC = ["algo=sac", "total_frames=192", "data.init_random_frames=64", "data.batch_size=16", "data.utd_ratio=0.2"]
+PPO = ["algo=ppo", "total_frames=128", "data.frames_per_batch=64", "algo.num_epochs=2", "algo.minibatch_size=32"]
+
+
 @pytest.fixture
-def champion(tmp_path: Path, store: Path) -> str:
-    """A policy and its critics behind an alias of a registry."""
-    policy, checkpoint = make_policy(normalize=False)
-    critics = [make_qvalue_network(3, 1, hidden_sizes=(16, 16)) for _ in range(2)]
-    entry = checkpoint["policy"]
-    entry["action_values"] = [dict(critic.state_dict()) for critic in critics]
-    entry["description"] |= {"critic": {"hidden_sizes": [16, 16], "activation": "relu"}, "action_transform": None}
-    write_checkpoint(checkpoint, tmp_path / "best.ckpt")
-    mlflow.set_tracking_uri(f"sqlite:///{store}")
-    client = MlflowClient()
-    experiment = client.create_experiment("swing", artifact_location=(tmp_path / "artifacts").as_uri())
-    run = client.create_run(experiment)
-    client.log_artifact(run.info.run_id, str(tmp_path / "best.ckpt"), "checkpoints")
-    client.create_registered_model("swing")
-    client.create_model_version("swing", run.info.artifact_uri, run.info.run_id)
-    client.set_registered_model_alias("swing", "champion", "1")
-    return "models:/swing@champion"
+def train(monkeypatch, tmp_path):
+    """The train command in this process: ``train("algo=sac", ...)``."""
+    from pmoe_lightning.train import main
+
+    def train(*words: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train", *SMALL, *words, "hydra.run.dir=run"])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return train
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_registered_policy_is_trained_further(run_example, champion, tmp_path):
-    names, printed = run_example("finetune_from_registry.py", champion, "--frames", 128)
-    assert re.search(r"return -\d.* before, -\d.* after 128 frames; saved as finetuned.ckpt", printed)
-    assert steps_of(names["optimizer"]) == {128}
-    registered, finetuned = load_policy(champion), load_policy(tmp_path / "finetuned.ckpt")
-    states = TensorDict(observation=torch.randn(5, 3), batch_size=5)
-    distance = (registered(states.copy())["action"] - finetuned(states.copy())["action"]).abs().max()
-    assert 0 < distance < 0.5  # trained on, not begun anew
-    assert torch.equal(names["actor"](states.copy())["action"], finetuned(states.copy())["action"])
+@pytest.mark.parametrize("words", [SAC, PPO], ids=["sac", "ppo"])
+def test_a_policy_that_the_train_command_has_registered_is_trained_further(
+    words, train, run_example, store, tmp_path, monkeypatch, capsys
+):
+    """With what the commands do unless told otherwise: a mixture judged by the best value, PPO normalised."""
+    uri = f"sqlite:///{store}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    chosen = ["callbacks=[minimal,evaluation,checkpoint_best,final_policy]", "callbacks.evaluation.episodes=1"]
+    train(*words, *chosen, "callbacks.final_policy.register_as=hopper", "callbacks.final_policy.video=false")
+    MlflowClient(uri).set_registered_model_alias("hopper", "champion", "1")
+    names, printed = run_example("finetune_from_registry.py", "models:/hopper@champion", "--frames", 128)
+    assert re.search(r"return \d.* before, \d.* after 128 frames; saved as finetuned.ckpt", printed)
+    registered, finetuned = load_policy("models:/hopper@champion"), load_policy(tmp_path / "finetuned.ckpt")
+    states = TensorDict(observation=torch.randn(5, 11), batch_size=5)
+    modes = [policy.get_dist(states).component_modes for policy in (registered, finetuned)]
+    assert 0 < (modes[0] - modes[1]).abs().max() < 0.5  # trained on, not begun anew
+    capsys.readouterr()
+    assert evaluate(["checkpoint=finetuned.ckpt", "episodes=1", "--json"]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    values = read_checkpoint(tmp_path / "finetuned.ckpt")["policy"]["action_values"]
+    assert judged["rule"] == ("best_value" if values else "max_weight")
+
+
+VARIANTS = [[*algo, f"actor={actor}"] for algo in (SAC, PPO) for actor in ("gaussian", "additive_moe", "mcp")]
+VARIANTS += [[*SAC, f"action_transform=hamiltonian_{force}"] for force in ("raw", "normalized", "gated")]
+VARIANTS += [[*SAC, "action_transform=hamiltonian_gated", "action_transform.used_in=[actor_loss]"]]
+VARIANTS += [[*SAC, "safe=velocity", f"action_transform={transform}"] for transform in ("none", "hamiltonian_gated")]
+VARIANTS += [
+    [*algo, f"actor.deterministic={rule}"] for algo in (SAC, PPO) for rule in ("max_weight", "sample_component")
+]
+VARIANTS += [[*SAC, f"estimator={name}"] for name in ("frequency", "gumbel_softmax", "implicit", "score_function")]
+VARIANTS += [[*PPO, "estimator=marginalized"], [*PPO, "estimator=score_function"], [*PPO, "estimator=frequency"]]
+VARIANTS += [[*PPO, "data.normalize_observation=false"], [*PPO, "data.normalize_reward=false"]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("words", VARIANTS, ids=lambda words: "-".join([words[0], *words[5:]]))
+def test_every_kind_of_policy_is_trained_further(words, train, run_example, tmp_path):
+    train(*words, "callbacks=minimal", "logger=none")
+    _, printed = run_example("finetune_from_registry.py", "run/checkpoints/last.ckpt", "--frames", 128)
+    assert "after 128 frames; saved as finetuned.ckpt" in printed
+    before, after = (load_policy(tmp_path / path) for path in ("run/checkpoints/last.ckpt", "finetuned.ckpt"))
+    states = TensorDict(observation=torch.randn(5, 11), batch_size=5)
+    distance = (before.get_dist(states).component_modes - after.get_dist(states).component_modes).abs().max()
+    assert 0 < distance < 0.5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_policy_with_options_is_not_trained_further_in_one_line(run_example, tmp_path):
+    _, checkpoint = make_policy(actor="options")
+    configuration = {"algo.gamma": 0.99}
+    write_checkpoint(checkpoint | {"run": {"configuration": configuration}, "state_dict": {}}, tmp_path / "o.ckpt")
+    with pytest.raises(SystemExit, match="o.ckpt acts through options, which need DACLoss"):
+        run_example("finetune_from_registry.py", "o.ckpt")
 
 
 @pytest.mark.slow
