@@ -215,7 +215,7 @@ class TanhGaussianMixture(TanhBounds, Distribution):
 
     # --- probabilities and moments of the action ---------------------------------------------------------------------
 
-    def cdf(self, value: Float[Tensor, "*S 1"]) -> Float[Tensor, "*S"]:
+    def cdf(self, value: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """P(a <= value) of an action with one dimension, exactly 0 and 1 at the bounds.
 
         Raises:

@@ -152,6 +152,20 @@ def test_a_compiled_policy_acts_with_its_newest_weights_and_statistics() -> None
     collector.shutdown()
 
 
+def test_a_compiled_policy_follows_the_exploration_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program belongs to the exploration type under which it was traced; the trace stands for the program here."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph)
+    torch.manual_seed(0)
+    policy = POLICIES["ppo-gaussian"]()
+    collector = RolloutCollector(hopper(policy, 2), policy, **SETTINGS, compile=True)
+    for explores in (True, False, True):
+        collector.exploration_type = ExplorationType.RANDOM if explores else ExplorationType.DETERMINISTIC
+        rollout = collector.rollout()
+        mode = policy[1].get_dist(rollout.select("observation_normalized")).mode
+        assert torch.allclose(rollout["action"], mode, atol=1e-5) != explores
+    collector.shutdown()
+
+
 @pytest.mark.parametrize("arguments", [{"track_traj_ids": True}, {"use_buffers": True}, {"set_truncated": True}])
 def test_what_concerns_single_steps_is_left_to_torchrl(arguments: dict) -> None:
     torch.manual_seed(0)

@@ -479,7 +479,7 @@ def test_unknown_deterministic_rule_is_refused(monkeypatch):
         random_mixture(deterministic="best_value")
 
 
-# --- moments, probabilities and the rest of what torch.distributions have -----------------------------------------------
+# --- moments, probabilities and the rest of what torch.distributions have ---------------------------------------------
 
 
 @pytest.mark.parametrize("num_components", [1, 3])
