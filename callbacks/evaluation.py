@@ -49,7 +49,7 @@ class Evaluation(Callback):
     """
 
     def __init__(
-        self, make_env: Callable[..., EnvBase], *, episodes: int = 10, seed: int = 0, every_epochs: int = 1
+        self, make_env: Callable[..., EnvBase], *, episodes: int = 10, seed: int = 1_000_000, every_epochs: int = 1
     ) -> None:
         self.make_env, self.episodes, self.seed, self.every_epochs = make_env, episodes, seed, every_epochs
         self.history: list[list[float]] = []

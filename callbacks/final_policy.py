@@ -41,7 +41,7 @@ class FinalPolicy(Checkpoint):
         *,
         video: bool = True,
         video_seed: int = 0,
-        video_frames: int = 1000,
+        video_frames: int = 200,
         model: bool = True,
         register_as: str | None = None,
     ) -> None:

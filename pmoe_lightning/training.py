@@ -135,9 +135,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         arguments["return_log_prob"] = True
     if normalizer is not None:
         arguments["observation_key"] = normalizer.out_keys[0]
-    # Which component is best only critics can say: an actor alone follows the likeliest.
-    alone = {"deterministic": "max_weight"} if arguments.get("deterministic") == "best_value" else {}
-    actor = _call(cfg.actor, **vars(spaces), **arguments | alone)
+    actor = _call(cfg.actor, **vars(spaces), **arguments)
     compile = resolve_compile(cfg.compile, planned_updates(cfg))
     shared = {"normalizer": normalizer} if on_policy else {}
     options = {}
@@ -304,22 +302,32 @@ def describe_results(trainer: Trainer, output_dir: Path) -> str:
     """Where the results are and how to look at them."""
     lines = ["", f"results    {output_dir}"]
     best = last = None
-    for saver in trainer.checkpoint_callbacks:
-        if isinstance(saver, ModelCheckpoint) and saver.best_model_path:
+    for saver in (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)):
+        # What was saved because of an error does not become a best_model_path.
+        path = saver.best_model_path if saver.monitor else saver.format_checkpoint_name({})
+        if Path(path).is_file():
             if saver.monitor:
-                best = saver.best_model_path
+                best = path
                 lines.append(f"best       {best}  ({saver.monitor} {float(saver.best_model_score):.1f})")
             else:
-                last = saver.best_model_path
+                last = path
                 lines.append(f"last       {last}")
     for logger in trainer.loggers:
         lines.append(f"MLflow     run {logger.run_id} in {logger.tracking_uri}")
-        lines.append(f"curves     mlflow ui --backend-store-uri {logger.tracking_uri}")
+        lines.append(f"curves     mlflow ui --backend-store-uri {shlex.quote(logger.tracking_uri)}")
+    flags = ["--config-dir", folder] if (folder := _config_dir()) else []
     if last:
-        lines.append(f"resume     {command(HydraConfig.get().overrides.task, output_dir)}")
+        lines.append(f"resume     {command(HydraConfig.get().overrides.task, output_dir, flags)}")
     if best or last:
-        lines.append(f"evaluate   {Path(sys.executable).name} -m pmoe_lightning.evaluate checkpoint={best or last}")
+        words = [Path(sys.executable).name, "-m", "pmoe_lightning.evaluate", *flags, f"checkpoint={best or last}"]
+        lines.append(f"evaluate   {shlex.join(words)}")
     return "\n".join(lines)
+
+
+def _config_dir() -> str | None:
+    """The folder of ``--config-dir``, if one was given."""
+    sources = HydraConfig.get().runtime.config_sources
+    return next((source.path for source in sources if source.provider == "command-line"), None)
 
 
 def _prepare_process(cfg: DictConfig) -> None:
