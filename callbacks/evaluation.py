@@ -113,4 +113,4 @@ class Evaluation(Callback):
 def _judged_policy(pl_module: LightningModule) -> TensorDictModuleBase:
     if not pl_module.policy_description:
         return pl_module.policy
-    return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device)
+    return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device, parts=pl_module.parts)

@@ -38,6 +38,7 @@ class Request:
     video: bool = False
     output: str = "evaluation"
     json: bool = False
+    config_dir: str = ""
 
 
 _HELP = {
@@ -49,6 +50,7 @@ _HELP = {
     "env": "Gymnasium id; the environment of the checkpoint when empty",
     "video": "also film the first episode",
     "output": "folder of the video",
+    "config_dir": "the folder that --config-dir was in training, where the policy or environment is of your own",
     "json": "print one JSON object and nothing else on standard output",
 }
 
@@ -85,6 +87,7 @@ def parse(arguments: Sequence[str]) -> Request:
     while waiting:
         argument = waiting.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
+        key = "config_dir" if key == "config-dir" else key  # as the train command spells it
         if key not in kinds:
             raise ConfigurationError(f"unknown argument {argument!r}{_nearest(key, kinds)}")
         if not equals:
@@ -148,35 +151,90 @@ def evaluate(request: Request) -> tuple[str, str, "Evaluation", Path | None]:
     from pmoe_lightning.checkpoints.files import read_checkpoint
     from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
     from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
-    from pmoe_lightning.envs import make_env, with_memory
+    from pmoe_lightning.envs import with_memory
     from pmoe_lightning.evaluation import evaluate_policy
 
     where = f"checkpoint {request.checkpoint}"
     entry = policy_entry(read_checkpoint(resolve_checkpoint(request.checkpoint)), where)
     rule = trained_rule(entry) if request.rule == "trained" else request.rule
     sample = rule == "sample"
-    policy = build_policy(entry, rule=None if sample else rule, where=where)
-    env_id, env_kwargs = _environment(request, entry["description"]["env"])
+    parts = _own_parts(entry["description"], request.config_dir)
+    policy = build_policy(entry, rule=None if sample else rule, parts=parts, where=where)
+    make, env_id, env_kwargs = _environment(request, entry["description"], parts)
     num_envs = min(request.episodes, _MAX_ENVS)
-    env = with_memory(make_env, policy)(env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
+    env = with_memory(make, policy)(id=env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
         _check_fit(entry["description"], env_id, env)
         result = evaluate_policy(policy, env, episodes=request.episodes, seed=request.seed, sample=sample)
     finally:
         env.close()
-    return env_id, rule, result, _video(request, policy, env_id, env_kwargs, sample) if request.video else None
+    return env_id, rule, result, _video(request, policy, make, env_id, env_kwargs, sample) if request.video else None
 
 
-def _environment(request: Request, trained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
+    """What makes the options that the description names, where the user's folder has them: local files choose code."""
+    from pmoe_lightning.checkpoints.policy import own_parts
+
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigurationError(f"config_dir={config_dir} is not a folder")
+    return {
+        f"{group}/{name}": _configured(group, name, config_dir)[0]
+        for group, name in own_parts(description).items()
+        if name in _options(config_dir, group)
+    }
+
+
+def _options(config_dir: str, group: str) -> list[str]:
+    return [file.stem for file in Path(config_dir, group).glob("*.yaml")] if config_dir else []
+
+
+def _configured(group: str, name: str, config_dir: str) -> tuple[Any, dict[str, Any]]:
+    """The target of an option in the user's folder, and its values."""
+    from hydra.utils import get_object
+    from omegaconf import OmegaConf
+
+    from pmoe_lightning.configuration import compose_jobs, register
+
+    register()
+    (cfg,) = compose_jobs([f"{group}={name}"], config_dir=config_dir)
+    node = cfg[group]
+    try:
+        target = get_object(node._target_)
+    except Exception as error:  # whatever importing a user's module raises
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {reason}") from error
+    own_values = [key for key in node if not key.startswith("_") and not OmegaConf.is_interpolation(node, key)]
+    return target, {key: OmegaConf.to_container(node)[key] for key in own_values}
+
+
+def _environment(
+    request: Request, description: dict[str, Any], parts: dict[str, Any]
+) -> tuple[Any, str, dict[str, Any]]:
+    """What makes the environment, its id, and the arguments besides."""
+    from pmoe_lightning.envs import make_env
+
+    trained, own = description["env"], description.get("own_parts", {}).get("env")
+    if request.env in _options(request.config_dir, "env"):
+        make, values = _configured("env", request.env, request.config_dir)
+        return make, values.pop("id"), values
+    if request.env and request.env != trained["id"]:
+        return make_env, request.env, {}
+    if own is not None:
+        if f"env/{own}" not in parts:
+            raise ConfigurationError(
+                f"the checkpoint's environment is env={own}, which is not of this package: give the --config-dir that "
+                f"holds env/{own}.yaml, or env=<id>"
+            )
+        return parts[f"env/{own}"], trained["id"], trained.get("kwargs", {})
     if request.env:
-        return request.env, trained.get("kwargs", {}) if request.env == trained["id"] else {}
+        return make_env, request.env, trained.get("kwargs", {})
     if ":" in trained["id"]:
         # Gymnasium imports what stands before the colon, and a checkpoint must not choose what is imported.
         raise RunError(
             f"the checkpoint's environment {trained['id']} lies in a module of its own; if you trust it, say "
             f"env={trained['id']}"
         )
-    return trained["id"], trained.get("kwargs", {})
+    return make_env, trained["id"], trained.get("kwargs", {})
 
 
 def _check_fit(description: dict[str, Any], env_id: str, env: "GymnasiumEnv") -> None:
@@ -188,12 +246,14 @@ def _check_fit(description: dict[str, Any], env_id: str, env: "GymnasiumEnv") ->
         )
 
 
-def _video(request: Request, policy: Any, env_id: str, env_kwargs: dict[str, Any], sample: bool) -> Path | None:
+def _video(
+    request: Request, policy: Any, make: Any, env_id: str, env_kwargs: dict[str, Any], sample: bool
+) -> Path | None:
     from pmoe_lightning.evaluation import record_video
 
     path = Path(request.output, f"{env_id.replace(':', '-').replace('/', '-')}-seed{request.seed}.mp4")
     try:
-        return record_video(policy, env_id, path, seed=request.seed, env_kwargs=env_kwargs, sample=sample)
+        return record_video(policy, env_id, path, seed=request.seed, env_kwargs=env_kwargs, sample=sample, make=make)
     except RunError as error:
         print(f"warning: no video: {error}", file=sys.stderr)
         return None

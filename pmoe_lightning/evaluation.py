@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +106,7 @@ def record_video(
     max_frames: int = 1000,
     env_kwargs: Mapping[str, Any] | None = None,
     sample: bool = False,
+    make: Callable[..., GymnasiumEnv] = make_env,
 ) -> Path:
     """Film the episode of ``seed`` as an H.264 file that browsers play.
 
@@ -117,6 +118,7 @@ def record_video(
         max_frames: the film ends here, or with the episode.
         env_kwargs: further arguments of ``gymnasium.make``.
         sample: draw from the policy, in place of its deterministic action.
+        make: called as ``make_env``, for an environment that is made another way.
 
     Returns:
         ``path``.
@@ -127,7 +129,9 @@ def record_video(
     path = Path(path)
     choose_headless_renderer()
     try:
-        env = with_memory(make_env, policy)(env_id, seed=seed, render_mode="rgb_array", **dict(env_kwargs or {}))
+        env = with_memory(make, policy)(
+            id=env_id, num_envs=1, seed=seed, render_mode="rgb_array", **dict(env_kwargs or {})
+        )
     except ConfigurationError as error:
         raise RunError(f"cannot film {env_id}: {error}") from error
     try:

@@ -22,7 +22,7 @@ import mlflow
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -31,11 +31,15 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.checkpoints.files import read_checkpoint, remove_leftovers
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
+from pmoe_lightning.checkpoints.policy import ACTORS
+from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.networks import set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe
+from pmoe_lightning.safety import CostConstraint
 from pmoe_lightning.stopping import Preempted, StopAfterIteration, ignore_further_stops, requeue
 from pmoe_lightning.tracking import check_server, run_status
 
@@ -156,6 +160,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         **shared,
         **options,
     )
+    algorithm.parts = own_parts(cfg)
     environments = cfg.data.num_envs * max(cfg.data.num_workers, 1)
     if on_policy:
         scaled = cfg.data.normalize_reward
@@ -175,11 +180,22 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     return algorithm, data
 
 
+def own_parts(cfg: DictConfig) -> dict[str, Callable[..., Any]]:
+    """The factories of the policy and of the environment that are not this package's, under ``group/option``."""
+    known = {"actor": ACTORS.values(), "action_transform": [make_hamiltonian_transform], "safe": [CostConstraint]}
+    known["env"] = [make_env]
+    chosen = {group: get_object(cfg[group]._target_) for group in known if cfg[group]}
+    names = HydraConfig.get().runtime.choices
+    return {f"{group}/{names[group]}": part for group, part in chosen.items() if part not in known[group]}
+
+
 def planned_updates(cfg: DictConfig) -> float:
     """Optimizer steps in the whole run; every process takes part in each."""
     if "utd_ratio" in cfg.data:
         return (cfg.total_frames - cfg.data.init_random_frames) * cfg.data.utd_ratio
-    return cfg.total_frames * cfg.algo.num_epochs / cfg.algo.minibatch_size
+    if {"num_epochs", "minibatch_size"} <= cfg.algo.keys():
+        return cfg.total_frames * cfg.algo.num_epochs / cfg.algo.minibatch_size
+    return 0.0  # an algorithm of the user's own, which does not say
 
 
 def resolve_compile(setting: bool | str, updates: float) -> bool:
@@ -381,15 +397,18 @@ def _arguments(node: DictConfig) -> dict[str, Any]:
 
 def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any], normalized: bool) -> dict[str, Any]:
     """What a checkpoint says about its policy, in plain values; see ``load_policy``."""
+    own = dict(key.split("/", 1) for key in own_parts(cfg))
+    known = {factory: name for name, factory in ACTORS.items()}
     return {
         "format": 1,
-        "actor": HydraConfig.get().runtime.choices["actor"],
+        "actor": own.get("actor") or known[get_object(cfg.actor._target_)],
         "arguments": arguments,
         **vars(spaces),
         "normalize_observation": normalized,
         "action_transform": _arguments(cfg.action_transform) if cfg.action_transform else None,
         "safe": _arguments(cfg.safe) if cfg.safe else None,
-        "critic": {"hidden_sizes": list(cfg.algo.hidden_sizes), "activation": cfg.algo.activation},
+        "critic": {key: value for key, value in _arguments(cfg.algo).items() if key in ("hidden_sizes", "activation")},
+        "own_parts": {group: name for group, name in own.items() if group != "actor"},
         "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
     }
 

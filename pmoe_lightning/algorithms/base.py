@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class AbstractAlgorithm(LightningModule, ABC):
         actor: the actor inside ``loss``.
         policy: what acts in the environment; the actor, or a sequence that ends with it.
         policy_description: plain values from which ``load_policy`` rebuilds ``policy``; written to checkpoints.
+
+    Attributes:
+        parts: what else ``load_policy`` needs for that, the factories that are not this package's; empty at first.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.automatic_optimization = False
         self.loss, self.actor, self.policy = loss, actor, policy
         self.policy_description = dict(policy_description or {})
+        self.parts: dict[str, Callable[..., Any]] = {}
         self.updates = 0
         self.last_observation: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
