@@ -30,8 +30,8 @@ class Evaluation(Callback):
 
     Logs against environment frames: ``eval/episode_return`` (mean undiscounted return),
     ``eval/episode_return_low`` and ``eval/episode_return_high`` (its 95 % interval), ``eval/episode_length`` and
-    ``train/time/evaluation_seconds``; ``eval/cut_short``, the number of episodes that did not end by themselves, where there
-    are any; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
+    ``train/time/evaluation_seconds``; ``eval/cut_short``, the number of episodes that did not end by themselves, where
+    there are any; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
     ``eval/violations`` (mean number of steps with a cost). ``ModelCheckpoint(monitor="eval/episode_return",
     mode="max")`` keeps the best policy; the evaluation before training is not offered to it.
 
@@ -59,7 +59,7 @@ class Evaluation(Callback):
         make_env: Callable[..., EnvBase],
         *,
         episodes: int = 10,
-        seed: int = 0,
+        seed: int = 1_000_000,
         every_epochs: int = 1,
         max_episode_steps: int = MAX_EPISODE_STEPS,
     ) -> None:
@@ -144,7 +144,7 @@ class Evaluation(Callback):
         """What is evaluated: the policy of a checkpoint saved now."""
         if not pl_module.policy_description:
             return pl_module.policy
-        return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device)
+        return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device, parts=pl_module.parts)
 
     def _close(self) -> None:
         if self._env is not None:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 
 from pmoe_lightning.callbacks.reporting import log_artifact, warn_on_failure
 from pmoe_lightning.checkpoints import load_policy
+from pmoe_lightning.envs import make_env
 from pmoe_lightning.evaluation import record_video
 
 
@@ -78,12 +79,13 @@ class FinalPolicy(Checkpoint):
     def _film(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Path) -> None:
         env = pl_module.policy_description["env"]
         video = record_video(
-            load_policy(checkpoint),
+            load_policy(checkpoint, parts=pl_module.parts),
             env["id"],
             checkpoint.with_suffix(".mp4"),
             seed=self.video_seed,
             max_frames=self.video_frames,
             env_kwargs=env["kwargs"],
+            make=next((part for name, part in pl_module.parts.items() if name.startswith("env/")), make_env),
         )
         log_artifact(trainer, video, "videos")
 
@@ -93,4 +95,4 @@ class FinalPolicy(Checkpoint):
                 from pmoe_lightning.tracking import check_server, log_policy_model
 
                 check_server(logger.tracking_uri)
-                log_policy_model(logger, checkpoint, register_as=self.register_as)
+                log_policy_model(logger, checkpoint, parts=trainer.lightning_module.parts, register_as=self.register_as)

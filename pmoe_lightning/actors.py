@@ -220,7 +220,7 @@ def make_pmoe_actor(
     router: Router = "detached",
     scale: Scale = "state_dependent",
     initialization: Initialization = "default",
-    deterministic: DeterministicRule = "max_weight",
+    deterministic: DeterministicRule | Literal["best_value"] = "best_value",
     return_log_prob: bool = False,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
@@ -232,7 +232,8 @@ def make_pmoe_actor(
         action_low, action_high: the action bounds [A], from the environment's action spec.
         num_components: K, the number of Gaussians.
         hidden_sizes, activation, router, scale, initialization: see ``MixtureNetwork``.
-        deterministic: see ``TanhGaussianMixture``.
+        deterministic: see ``TanhGaussianMixture``; ``best_value`` asks the critics, see ``BestValueActor``, and an
+            actor alone then follows ``max_weight``.
         return_log_prob: also write ``action_log_prob`` and ``action_unsquashed`` (PPO needs both).
         observation_key, action_key: entries the policy reads and writes.
 
@@ -257,7 +258,7 @@ def make_pmoe_actor(
         router=router,
         scale=scale,
         initialization=initialization,
-        deterministic=deterministic,
+        deterministic="max_weight" if deterministic == "best_value" else deterministic,
         return_log_prob=return_log_prob,
         observation_key=observation_key,
         action_key=action_key,

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -45,6 +45,7 @@ class Request:
     video: bool = False
     output: str = "evaluation"
     json: bool = False
+    config_dir: str = ""
     env_arguments: dict[str, Any] = field(default_factory=dict)  # dotted names below ``env``
 
 
@@ -53,6 +54,7 @@ class Judged:
     """A policy, the environment it acted in, by which rule, and how well."""
 
     policy: "LoadedPolicy"
+    make_env: Callable[..., "GymnasiumEnv"]
     env_id: str
     env_kwargs: dict[str, Any]
     rule: str
@@ -70,6 +72,7 @@ _HELP = {
     "+env.KEY": "an argument of the environment, as for the train command, such as +env.max_episode_steps=200",
     "video": "also film the first episode",
     "output": "folder of the video",
+    "config_dir": "the folder that --config-dir was in training, where the policy or environment is of your own",
     "json": "print one JSON object and nothing else on standard output",
 }
 
@@ -156,6 +159,7 @@ def parse(arguments: Sequence[str]) -> Request:
     while waiting:
         argument = waiting.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
+        key = "config_dir" if key == "config-dir" else key  # as the train command spells it
         of_env = key.startswith(_ENV_PREFIXES)
         if key not in kinds and not of_env:
             raise ConfigurationError(f"unknown argument {argument!r}{_nearest(key, kinds)}")
@@ -251,38 +255,98 @@ def evaluate(request: Request) -> Judged:
     from pmoe_lightning.checkpoints.files import read_checkpoint
     from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
     from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
-    from pmoe_lightning.envs import make_env, with_memory
+    from pmoe_lightning.envs import with_memory
     from pmoe_lightning.evaluation import evaluate_policy
 
     where = f"checkpoint {request.checkpoint}"
     entry = policy_entry(read_checkpoint(resolve_checkpoint(request.checkpoint)), where)
     rule = trained_rule(entry) if request.rule == "trained" else request.rule
     sample = rule == "sample"
-    policy = build_policy(entry, rule=None if sample else rule, where=where)
-    env_id, env_kwargs = _environment(request, entry["description"]["env"])
+    parts = _own_parts(entry["description"], request.config_dir)
+    policy = build_policy(entry, rule=None if sample else rule, parts=parts, where=where)
+    make, env_id, env_kwargs = _environment(request, entry["description"], parts)
     num_envs = min(request.episodes, _MAX_ENVS)
-    env = with_memory(make_env, policy)(env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
+    env = with_memory(make, policy)(id=env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
         _check_fit(entry["description"], env_id, env)
         limits = {"episodes": request.episodes, "max_episode_steps": request.max_episode_steps}
         result = evaluate_policy(policy, env, seed=request.seed, sample=sample, **limits)
     finally:
         env.close()
-    return Judged(policy, env_id, env_kwargs, rule, result)
+    return Judged(policy, make, env_id, env_kwargs, rule, result)
 
 
-def _environment(request: Request, trained: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The environment's id and its arguments: those of training where it is the same, and those of the command."""
-    env_id = request.env or trained["id"]
-    if not request.env and ":" in env_id:
-        # Gymnasium imports what stands before the colon, and a checkpoint must not choose what is imported.
-        raise RunError(
-            f"the checkpoint's environment {env_id} lies in a module of its own; if you trust it, say env={env_id}"
-        )
-    arguments = dict(trained.get("kwargs", {})) if env_id == trained["id"] else {}
+def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
+    """What makes the options that the description names, where the user's folder has them: local files choose code."""
+    from pmoe_lightning.checkpoints.policy import own_parts
+
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigurationError(f"config_dir={config_dir} is not a folder")
+    return {
+        f"{group}/{name}": _configured(group, name, config_dir)[0]
+        for group, name in own_parts(description).items()
+        if name in _options(config_dir, group)
+    }
+
+
+def _options(config_dir: str, group: str) -> list[str]:
+    return [file.stem for file in Path(config_dir, group).glob("*.yaml")] if config_dir else []
+
+
+def _configured(group: str, name: str, config_dir: str) -> tuple[Any, dict[str, Any]]:
+    """The target of an option in the user's folder, and its values."""
+    from hydra.utils import get_object
+    from omegaconf import OmegaConf
+
+    from pmoe_lightning.configuration import compose_jobs, register
+
+    register()
+    (cfg,) = compose_jobs([f"{group}={name}"], config_dir=config_dir)
+    node = cfg[group]
+    try:
+        target = get_object(node._target_)
+    except Exception as error:  # whatever importing a user's module raises
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {reason}") from error
+    own_values = [key for key in node if not key.startswith("_") and not OmegaConf.is_interpolation(node, key)]
+    return target, {key: OmegaConf.to_container(node)[key] for key in own_values}
+
+
+def _environment(
+    request: Request, description: Mapping[str, Any], parts: Mapping[str, Any]
+) -> tuple[Any, str, dict[str, Any]]:
+    """What makes the environment, its id, and its arguments: those of training where it is that, and of the command."""
+    make, env_id, arguments = _chosen_environment(request, description, parts)
     for name, value in request.env_arguments.items():
         arguments = _with_argument(arguments, name, value)
-    return env_id, arguments
+    return make, env_id, arguments
+
+
+def _chosen_environment(
+    request: Request, description: Mapping[str, Any], parts: Mapping[str, Any]
+) -> tuple[Any, str, dict[str, Any]]:
+    from pmoe_lightning.envs import make_env
+
+    trained, own = description["env"], description.get("own_parts", {}).get("env")
+    if request.env in _options(request.config_dir, "env"):
+        make, values = _configured("env", request.env, request.config_dir)
+        return make, values.pop("id"), values
+    if request.env and request.env != trained["id"]:
+        return make_env, request.env, {}
+    if own is not None:
+        if f"env/{own}" not in parts:
+            raise ConfigurationError(
+                f"the checkpoint's environment is env={own}, which is not of this package: give the --config-dir that "
+                f"holds env/{own}.yaml, or env=<id>"
+            )
+        return parts[f"env/{own}"], trained["id"], dict(trained.get("kwargs", {}))
+    if not request.env and ":" in trained["id"]:
+        # Gymnasium imports what stands before the colon, and a checkpoint must not choose what is imported.
+        raise RunError(
+            f"the checkpoint's environment {trained['id']} lies in a module of its own; if you trust it, say "
+            f"env={trained['id']}"
+        )
+    return make_env, trained["id"], dict(trained.get("kwargs", {}))
 
 
 def _with_argument(arguments: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -309,7 +373,8 @@ def _video(request: Request, judged: Judged) -> Path | None:
     env_id, sample = judged.env_id, judged.rule == "sample"
     path = Path(request.output, f"{env_id.replace(':', '-').replace('/', '-')}-seed{request.seed}.mp4")
     try:
-        return record_video(judged.policy, env_id, path, seed=request.seed, env_kwargs=judged.env_kwargs, sample=sample)
+        arguments = {"seed": request.seed, "env_kwargs": judged.env_kwargs, "make": judged.make_env}
+        return record_video(judged.policy, env_id, path, sample=sample, **arguments)
     except Exception as error:  # of the environment, its renderer, the encoder: none is worth the result
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"warning: no video: {reason}", file=sys.stderr)

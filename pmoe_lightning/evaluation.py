@@ -139,6 +139,7 @@ def record_video(
     max_frames: int = 250,
     env_kwargs: Mapping[str, Any] | None = None,
     sample: bool = False,
+    make: Callable[..., GymnasiumEnv] = make_env,
 ) -> Path:
     """Film the whole episode of ``seed`` at the environment's own speed, as an H.264 file that browsers play.
 
@@ -154,6 +155,7 @@ def record_video(
         max_frames: pictures of the film, about; without a GPU each takes a tenth of a second or two.
         env_kwargs: further arguments of ``gymnasium.make``.
         sample: draw from the policy, in place of its deterministic action.
+        make: called as ``make_env``, for an environment that is made another way.
 
     Returns:
         ``path``.
@@ -164,7 +166,9 @@ def record_video(
     path = Path(path)
     choose_headless_renderer()
     try:
-        env = with_memory(make_env, policy)(env_id, seed=seed, render_mode="rgb_array", **dict(env_kwargs or {}))
+        env = with_memory(make, policy)(
+            id=env_id, num_envs=1, seed=seed, render_mode="rgb_array", **dict(env_kwargs or {})
+        )
     except ConfigurationError as error:
         raise RunError(f"cannot film {env_id}: {error}") from error
     try:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from pmoe_lightning.configuration import quote_value, read_value
 from pmoe_lightning.errors import ConfigurationError, RunError
 
 LAST = Path("checkpoints", "last.ckpt")
@@ -34,8 +36,8 @@ def resume_words(words: Sequence[str], cfg: DictConfig) -> list[str]:
         ConfigurationError: the checkpoint is of another configuration, or its run is at its end.
         RunError: there is no such checkpoint, or it is damaged and so is the one before it.
     """
-    rest = [word for word in words if not word.startswith("resume=")]
-    given = next((word.partition("=")[2] for word in words if word.startswith("hydra.run.dir=")), None)
+    rest = [word for word in words if not _sets(word, "resume")]
+    given = _given_folder(words, cfg)
     found = _find_unfinished(cfg, given) if cfg.resume == "auto" else _read_and_check(cfg, _find(str(cfg.resume)))
     if found is None:
         _log.warning("resume=auto: no unfinished run of this configuration, starting a new one")
@@ -43,10 +45,10 @@ def resume_words(words: Sequence[str], cfg: DictConfig) -> list[str]:
     path, checkpoint = found
     _read_already.clear()
     _read_already[path.absolute()] = checkpoint
-    rest.append(f"resume={_quoted(path.absolute())}")
+    rest.append(f"resume={quote_value(str(path.absolute()))}")
     folder = path.absolute().parent.parent
     if given is None and (folder / ".hydra").is_dir():
-        rest.append(f"hydra.run.dir={_quoted(folder)}")
+        rest.append(f"hydra.run.dir={quote_value(str(folder))}")
     return rest
 
 
@@ -85,10 +87,11 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
     return _flat({key: _plain(cfg[key]) for key in cfg if key not in FREE})
 
 
-def command(words: Sequence[str], output_dir: Path) -> str:
-    """How to resume the run that these words started, as a line for a shell."""
-    words = [word for word in words if not word.startswith(("resume=", "hydra.run.dir="))]
-    return shlex.join(["python", "-m", "pmoe_lightning.train", *words, f"resume={output_dir}"])
+def command(words: Sequence[str], output_dir: Path, flags: Sequence[str] = ()) -> str:
+    """How to resume the run that these overrides and flags started, as a line for a shell."""
+    words = [word for word in words if not _sets(word, "resume", "hydra.run.dir")]
+    resume = f"resume={quote_value(str(output_dir))}"
+    return shlex.join(["python", "-m", "pmoe_lightning.train", *flags, *words, resume])
 
 
 def _find(reference: str) -> Path:
@@ -100,6 +103,21 @@ def _find(reference: str) -> Path:
     return path / LAST if path.is_dir() else path
 
 
+def _sets(word: str, *keys: str) -> bool:
+    return word.lstrip("+").startswith(tuple(f"{key}=" for key in keys))
+
+
+def _given_folder(words: Sequence[str], cfg: DictConfig) -> str | None:
+    """``hydra.run.dir`` of the command line, filled in from the configuration; None where it is not to be known yet."""
+    text = read_value(words, "hydra.run.dir")
+    if text is None:
+        return None
+    try:
+        return OmegaConf.create({**OmegaConf.to_container(cfg), "run_dir": text}).run_dir
+    except OmegaConfBaseException:
+        return None
+
+
 def _read_and_check(cfg: DictConfig, path: Path) -> tuple[Path, dict[str, Any]]:
     path, checkpoint = read_newest(path)
     _check(cfg, checkpoint, path)
@@ -109,7 +127,8 @@ def _read_and_check(cfg: DictConfig, path: Path) -> tuple[Path, dict[str, Any]]:
 def _find_unfinished(cfg: DictConfig, folder: str | None) -> tuple[Path, dict[str, Any]] | None:
     if folder is not None:
         return _read_and_check(cfg, Path(folder, LAST)) if Path(folder, LAST).exists() else None
-    found = sorted(Path("outputs").glob(f"*/*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    # At any depth: an environment id with a slash is a folder more.
+    found = sorted(Path("outputs").glob(f"**/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         try:
             return _read_and_check(cfg, path)
@@ -159,7 +178,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return pairs
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"

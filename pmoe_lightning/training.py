@@ -22,7 +22,7 @@ import mlflow
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -32,11 +32,15 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.checkpoints.files import remove_leftovers
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
+from pmoe_lightning.checkpoints.policy import ACTORS
+from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.networks import bfloat16_over_float32, set_matmul_precision
 from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
 from pmoe_lightning.peers import PeerWatch
 from pmoe_lightning.resume import command, describe, take_checkpoint
+from pmoe_lightning.safety import CostConstraint
 from pmoe_lightning.stopping import Preempted, StopAfterIteration, ignore_further_stops, requeue
 from pmoe_lightning.tracking import check_server, describe_run, run_name, run_status, runs_page, without_secrets
 
@@ -144,9 +148,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         arguments["return_log_prob"] = True
     if normalizer is not None:
         arguments["observation_key"] = normalizer.out_keys[0]
-    # Which component is best only critics can say: an actor alone follows the likeliest.
-    alone = {"deterministic": "max_weight"} if arguments.get("deterministic") == "best_value" else {}
-    actor = _call(cfg.actor, **vars(spaces), **arguments | alone)
+    actor = _call(cfg.actor, **vars(spaces), **arguments)
     compile = resolve_compile(cfg.compile, planned_updates(cfg))
     shared = {"normalizer": normalizer} if on_policy else {}
     options = {}
@@ -167,6 +169,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         **shared,
         **options,
     )
+    algorithm.parts = own_parts(cfg)
     environments = cfg.data.num_envs * max(cfg.data.num_workers, 1)
     if on_policy:
         scaled = cfg.data.normalize_reward
@@ -186,11 +189,22 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     return algorithm, data
 
 
+def own_parts(cfg: DictConfig) -> dict[str, Callable[..., Any]]:
+    """The factories of the policy and of the environment that are not this package's, under ``group/option``."""
+    known = {"actor": ACTORS.values(), "action_transform": [make_hamiltonian_transform], "safe": [CostConstraint]}
+    known["env"] = [make_env]
+    chosen = {group: get_object(cfg[group]._target_) for group in known if cfg[group]}
+    names = HydraConfig.get().runtime.choices
+    return {f"{group}/{names[group]}": part for group, part in chosen.items() if part not in known[group]}
+
+
 def planned_updates(cfg: DictConfig) -> float:
     """Optimizer steps in the whole run; every process takes part in each."""
     if "utd_ratio" in cfg.data:
         return (cfg.total_frames - cfg.data.init_random_frames) * cfg.data.utd_ratio
-    return cfg.total_frames * cfg.algo.num_epochs / cfg.algo.minibatch_size
+    if {"num_epochs", "minibatch_size"} <= cfg.algo.keys():
+        return cfg.total_frames * cfg.algo.num_epochs / cfg.algo.minibatch_size
+    return 0.0  # an algorithm of the user's own, which does not say
 
 
 def resolve_compile(setting: bool | str, updates: float) -> bool:
@@ -317,20 +331,25 @@ def describe_results(trainer: Trainer, output_dir: Path) -> str:
     """Where the results are and how to look at them."""
     lines = ["", f"results    {output_dir}"]
     best = last = None
-    for saver in trainer.checkpoint_callbacks:
-        if isinstance(saver, ModelCheckpoint) and saver.best_model_path:
+    for saver in (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)):
+        # What was saved because of an error does not become a best_model_path.
+        path = saver.best_model_path if saver.monitor else saver.format_checkpoint_name({})
+        if Path(path).is_file():
             if saver.monitor:
-                best = saver.best_model_path
+                best = path
                 lines.append(f"best       {best}  ({saver.monitor} {float(saver.best_model_score):.1f})")
             else:
-                last = saver.best_model_path
+                last = path
                 lines.append(f"last       {last}")
     for logger in trainer.loggers:
         lines += _describe_run_pages(logger)
+    flags = ["--config-dir", folder] if (folder := _config_dir()) else []
     if last:
-        lines.append(f"resume     {command(list(map(without_secrets, HydraConfig.get().overrides.task)), output_dir)}")
+        words = list(map(without_secrets, HydraConfig.get().overrides.task))
+        lines.append(f"resume     {command(words, output_dir, flags)}")
     if best or last:
-        lines.append(f"evaluate   {Path(sys.executable).name} -m pmoe_lightning.evaluate checkpoint={best or last}")
+        words = [Path(sys.executable).name, "-m", "pmoe_lightning.evaluate", *flags, f"checkpoint={best or last}"]
+        lines.append(f"evaluate   {shlex.join(words)}")
     return "\n".join(lines)
 
 
@@ -341,6 +360,12 @@ def _describe_run_pages(logger: Any) -> list[str]:
         return [*lines, f"curves     {runs_page(where, logger.experiment_id)}"]
     lines.append(f"curves     mlflow ui --backend-store-uri {shlex.quote(where)}")
     return [*lines, f"           then {runs_page('http://127.0.0.1:5000', logger.experiment_id)}"]
+
+
+def _config_dir() -> str | None:
+    """The folder of ``--config-dir``, if one was given."""
+    sources = HydraConfig.get().runtime.config_sources
+    return next((source.path for source in sources if source.provider == "command-line"), None)
 
 
 def _prepare_process(cfg: DictConfig) -> None:
@@ -409,15 +434,18 @@ def _arguments(node: DictConfig) -> dict[str, Any]:
 
 def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any], normalized: bool) -> dict[str, Any]:
     """What a checkpoint says about its policy, in plain values; see ``load_policy``."""
+    own = dict(key.split("/", 1) for key in own_parts(cfg))
+    known = {factory: name for name, factory in ACTORS.items()}
     return {
         "format": 1,
-        "actor": HydraConfig.get().runtime.choices["actor"],
+        "actor": own.get("actor") or known[get_object(cfg.actor._target_)],
         "arguments": arguments,
         **vars(spaces),
         "normalize_observation": normalized,
         "action_transform": _arguments(cfg.action_transform) if cfg.action_transform else None,
         "safe": _arguments(cfg.safe) if cfg.safe else None,
-        "critic": {"hidden_sizes": list(cfg.algo.hidden_sizes), "activation": cfg.algo.activation},
+        "critic": {key: value for key, value in _arguments(cfg.algo).items() if key in ("hidden_sizes", "activation")},
+        "own_parts": {group: name for group, name in own.items() if group != "actor"},
         "env": {"id": cfg.env.id, "kwargs": {key: value for key, value in _arguments(cfg.env).items() if key != "id"}},
     }
 

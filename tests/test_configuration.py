@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
-from omegaconf import OmegaConf
+from hydra.utils import get_object
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
 
+from pmoe_lightning.algorithms import DAC, PPO
 from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
 from pmoe_lightning.configuration.groups import group_options
 from pmoe_lightning.configuration.schemas import SCHEMAS, Limit
 from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.hamiltonian import HamiltonianTransform
+from pmoe_lightning.hamiltonian.forces import Gated, Normalized, Raw
 
 register()
 SAFE = ("algo=sac", "safe=velocity")
@@ -302,3 +308,65 @@ def test_a_mistake_in_a_file_of_the_user_is_named(tmp_path):
 def test_limits(limit, good, bad):
     assert all(limit.accepts(value) for value in good)
     assert not any(limit.accepts(value) for value in bad)
+
+
+# -- defaults ----------------------------------------------------------------------------------------------------------
+#: Where a target hands ``**arguments`` on.
+PASSED_ON = {
+    "make_ppo": PPO,
+    "make_dac": DAC,
+    "make_hamiltonian_transform": HamiltonianTransform,
+    "LastCheckpoint": ModelCheckpoint,
+}
+#: Defaults of conf/ that are not those of the target, and why.
+DELIBERATE = {
+    **dict.fromkeys(["Trainer.devices", "Trainer.deterministic", "Trainer.accelerator"], "Lightning's own class"),
+    **{f"{name}.{key}": "what distinguishes the two" for name in ("ModelCheckpoint", "LastCheckpoint")
+       for key in ("filename", "monitor", "mode", "enable_version_counter", "save_weights_only", "save_on_exception")},
+    "make_hamiltonian_transform.force": "what distinguishes the files of the group",
+}  # fmt: skip
+#: Keys that training.py reads: their defaults are in conf/ alone.
+READ_BY_TRAINING = ("suggests", "normalize_observation", "normalize_reward")
+
+
+def targets(node: DictConfig):
+    """Every node below that names a target."""
+    if "_target_" in node:
+        yield node
+    for key in node:
+        if not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
+            yield from targets(node[key])
+
+
+def default_of(node: DictConfig, target, key: str):
+    """What the target would take without the configuration; what it requires has no default."""
+    if key == "step_size":
+        return {"raw": Raw, "normalized": Normalized, "gated": Gated}[node.force].step_size
+    for function in (target, PASSED_ON.get(target.__name__, target)):
+        parameters = inspect.signature(function).parameters
+        if key in parameters:
+            return parameters[key].default
+    raise AssertionError(f"{node._target_} takes no {key}")
+
+
+def test_every_default_is_that_of_the_class_it_configures():
+    compared = 0
+    for group, options in group_options().items():
+        if group in ("experiment", "debug"):  # they are there to change defaults
+            continue
+        for option in ["default"] if group == "callbacks" else options:  # which holds them all
+            needs = {"off_policy": ["algo=sac"], "options": ["algo=dac"], "velocity": ["algo=sac"]}
+            words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
+            (cfg,) = compose_jobs([f"{group}={option}", *words])
+            for node in targets(cfg[group]) if cfg[group] else ():
+                target = get_object(node._target_)
+                for key in node:
+                    inferred = key.startswith("_") or key in READ_BY_TRAINING or OmegaConf.is_interpolation(node, key)
+                    if inferred or f"{target.__name__}.{key}" in DELIBERATE:
+                        continue
+                    value, default = OmegaConf.to_container(node)[key], default_of(node, target, key)
+                    if default is not inspect.Parameter.empty:
+                        default = list(default) if isinstance(default, tuple) else default
+                        assert value == default, f"{group}={option}, {key}: {target.__name__} has {default}"
+                        compared += 1
+    assert compared > 150

@@ -339,7 +339,8 @@ def test_arguments_of_the_environment_may_be_of_any_kind() -> None:
         "a": [1, 2.5], "b": {"c": True}, "d.e": "x", "d.f": "1", "g": None, "h": 1e-3
     }  # fmt: skip
     trained = {"id": "Pendulum-v1", "kwargs": {"a": 3, "d": {"e": "y", "z": 0}, "kept": 1}}
-    assert _environment(request, trained) == (
+    assert _environment(request, {"env": trained}, {}) == (
+        make_env,
         "Pendulum-v1",
         {"a": [1, 2.5], "b": {"c": True}, "d": {"e": "x", "f": "1", "z": 0}, "g": None, "h": 1e-3, "kept": 1},
     )

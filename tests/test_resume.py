@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,18 +15,24 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from alignment import numpy_memory_begins, products_depend_on_alignment
 from conftest import ROOT
+from gymnasium.envs.classic_control import PendulumEnv
 from mlflow import MlflowClient
 from waiting import HANG_SECONDS, wait_until
 
 from pmoe_lightning.algorithms.sac import SAC as SAC_ALGORITHM
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
+from pmoe_lightning.configuration import compose_jobs, normalise_argv, quote_value
 from pmoe_lightning.data.collection import CollectedData
 from pmoe_lightning.envs import GymnasiumEnv
+from pmoe_lightning.evaluate import main as evaluate
+from pmoe_lightning.evaluate import parse
+from pmoe_lightning.resume import command
 
 SAC = ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.frames_per_epoch=160"]
 PPO = ["data.frames_per_batch=64", "data.frames_per_epoch=128", "algo.num_epochs=2", "algo.minibatch_size=32"]
@@ -291,6 +299,72 @@ def test_auto_finds_the_unfinished_run_of_this_configuration(finished, train, tm
     train(*quiet)
     assert read_checkpoint(folder / LAST)["policy"]["env_frames"] == 320
     assert "starting a new one" in train(*quiet), "a finished run is not resumed"
+
+
+def test_auto_finds_runs_of_environments_of_any_name(train, tmp_path):
+    """A slash in the id makes a folder more, and a folder that is given may have a name that has to be quoted."""
+    gymnasium.register("some-one/Pendulum_of.theirs-v3", PendulumEnv, max_episode_steps=20)
+    words = [*TRACKED, "env=some-one/Pendulum_of.theirs-v3", "logger=none", "resume=auto"]
+    for given in ([], ["hydra.run.dir='runs, of ${algo.gamma}/seed=${seed}'"]):
+        assert "starting a new one" in train(*words, *given, "total_frames=128")
+        assert "starting a new one" not in train(*words, *given, "total_frames=192")
+    found = sorted(tmp_path.rglob("last.ckpt"))
+    assert len(found) == 2 and (tmp_path / "runs, of 0.99" / "seed=0" / LAST) in found
+    assert [read_checkpoint(path)["policy"]["env_frames"] for path in found] == [192, 192]
+
+
+ODDITIES = [
+    " ",
+    ",",
+    "=",
+    "'",
+    '"',
+    "[",
+    "]",
+    "{",
+    "}",
+    "(",
+    ")",
+    "$",
+    "${",
+    "\\",
+    "\\'",
+    "é",
+    "日",
+    "#",
+    ";",
+    "~",
+    "&",
+    "*",
+]
+
+
+def odd_names(number: int) -> list[str]:
+    generator = random.Random(0)
+    names = ["".join(generator.choices([*ODDITIES, "a"], k=generator.randint(1, 8))) for _ in range(number)]
+    return [*ODDITIES, *names]
+
+
+def test_the_printed_lines_name_any_folder(tmp_path):
+    """Pasted into a shell, and read by Hydra and by the evaluate command, they are about the same folder."""
+    for name in odd_names(200):
+        folder = tmp_path / name / "run"
+        words = shlex.split(command(["env.id=Pendulum-v1", "hydra.run.dir=x"], folder, ["--config-dir", name]))
+        assert words[:5] == ["python", "-m", "pmoe_lightning.train", "--config-dir", name]
+        (cfg,) = compose_jobs(normalise_argv(words[5:]))
+        assert cfg.resume == str(folder)
+        (word,) = shlex.split(shlex.quote(f"checkpoint={folder}"))
+        assert parse([word]).checkpoint == str(folder)
+
+
+def test_a_run_in_an_odd_folder_is_resumed_and_evaluated_by_its_printed_lines(train, tmp_path, capfd):
+    folder = tmp_path / "a b,c=d'e\"[f]{g}$h\\i é"
+    said = train(*TRACKED, "logger=none", "total_frames=128", f"hydra.run.dir={quote_value(str(folder))}")
+    lines = {line.split()[0]: shlex.split(line)[1:] for line in said.splitlines() if " -m pmoe_lightning." in line}
+    train(*lines["resume"][3:], "total_frames=192")
+    assert read_checkpoint(folder / LAST)["policy"]["env_frames"] == 192
+    assert evaluate([*lines["evaluate"][3:], "episodes=1"]) == 0
+    assert str(folder) in capfd.readouterr().out
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, train, tmp_path):

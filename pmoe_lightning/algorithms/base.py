@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class AbstractAlgorithm(LightningModule, ABC):
         actor: the actor inside ``loss``.
         policy: what acts in the environment; the actor, or a sequence that ends with it.
         policy_description: plain values from which ``load_policy`` rebuilds ``policy``; written to checkpoints.
+
+    Attributes:
+        parts: what else ``load_policy`` needs for that, the factories that are not this package's; empty at first.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.loss, self.actor, self.policy = loss, actor, policy
         # What the critics read, and so what whoever acts by them must hand them.
         self.policy_description = {**(policy_description or {}), "action_units": "normalized"}
+        self.parts: dict[str, Callable[..., Any]] = {}
         self.updates = 0
         self.last_observation: Tensor | None = None
         self._sums: dict[str, Tensor] = {}

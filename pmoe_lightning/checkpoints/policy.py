@@ -72,7 +72,11 @@ _MAX_PARAMETERS = 500_000_000
 
 
 def load_policy(
-    checkpoint: str | Path | Mapping[str, Any], *, device: str | torch.device = "cpu", rule: str | None = None
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    device: str | torch.device = "cpu",
+    rule: str | None = None,
+    parts: Mapping[str, Callable[..., Any]] | None = None,
 ) -> LoadedPolicy:
     """Rebuild the policy of a checkpoint: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
 
@@ -88,6 +92,8 @@ def load_policy(
         device: where the policy is to act.
         rule: the deterministic rule, ``max_weight``, ``sample_component`` or ``best_value`` (the component that the
             checkpoint's own critics prefer); :func:`trained_rule` when ``None``.
+        parts: the factories of parts that are not this package's, by group and option: ``{"actor/mine": make_mine}``
+            for a policy trained with ``actor=mine``. A checkpoint only says their names.
 
     Raises:
         RunError: the checkpoint is missing, damaged, foreign, or describes a policy this version cannot build.
@@ -101,7 +107,7 @@ def load_policy(
     if not isinstance(checkpoint, Mapping):
         where = f"checkpoint {checkpoint}"
         checkpoint = read_checkpoint(resolve_checkpoint(checkpoint))
-    return build_policy(policy_entry(checkpoint, where), device=device, rule=rule, where=where)
+    return build_policy(policy_entry(checkpoint, where), device=device, rule=rule, parts=parts, where=where)
 
 
 def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
@@ -116,8 +122,7 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     place = f"{where}, policy.description"
     if description.get("format") != FORMAT:
         raise RunError(f"{place}: format {description.get('format')!r} is not {FORMAT}, the one this version reads")
-    if description.get("actor") not in ACTORS:
-        raise RunError(f"{place}: unknown actor {description.get('actor')!r}; known: {', '.join(ACTORS)}")
+    actor, own = _get(description, "actor", str, place), _own_parts(description, place)
     size = _get(description, "observation_dim", int, place)
     if not 1 <= size <= _MAX_WIDTH:
         raise RunError(f"{place}: observation_dim {size} is out of range")
@@ -134,10 +139,12 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     reserved = {"id", "num_envs", "seed", "render_mode", "carry"}.intersection(given)
     if reserved:
         raise RunError(f"{place}.env: kwargs must not hold {', '.join(sorted(reserved))}")
-    _check_arguments(_get(description, "arguments", dict, place), size, len(low), f"{place}.arguments")
-    if description.get("action_transform") is not None:
+    arguments = _get(description, "arguments", dict, place)
+    if actor in ACTORS:
+        _check_arguments(arguments, size, len(low), f"{place}.arguments")
+    if description.get("action_transform") is not None and "action_transform" not in own:
         _check_transform(_get(description, "action_transform", dict, place), f"{place}.action_transform")
-    if description.get("safe") is not None:
+    if description.get("safe") is not None and "safe" not in own:
         _check_safe(_get(description, "safe", dict, place), f"{place}.safe")
     return entry if units == "normalized" else _with_normalized_actions(entry)
 
@@ -178,20 +185,22 @@ def build_policy(
     *,
     device: str | torch.device = "cpu",
     rule: str | None = None,
+    parts: Mapping[str, Callable[..., Any]] | None = None,
     where: str = "the checkpoint",
 ) -> LoadedPolicy:
     """The policy of a checked entry (:func:`policy_entry`); arguments and errors as :func:`load_policy`."""
     description = entry["description"]
     arguments = dict(description["arguments"])
     rule = rule or trained_rule(entry)
-    arguments["deterministic"] = "max_weight" if rule == "best_value" else rule
+    if description["actor"] in ACTORS or "deterministic" in arguments:
+        arguments["deterministic"] = "max_weight" if rule == "best_value" else rule
+    sizes = {key: description[key] for key in ("observation_dim", "action_low", "action_high")}
+    parts = _chosen_parts(description, parts or {}, where)
     try:
-        actor = ACTORS[description["actor"]](
-            description["observation_dim"], description["action_low"], description["action_high"], **arguments
-        )
+        actor = parts["actor"](**sizes, **arguments)
         parts = [ObservationNormalizer(description["observation_dim"])] if description["normalize_observation"] else []
-        parts += [actor, *(transform := _make_transform(description, actor, where))]
-        safe = _make_safe(description, actor, transform, where)
+        parts += [actor, *(transform := _make_transform(description, parts, actor, where))]
+        safe = _make_safe(description, parts, actor, transform, where)
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
     policy = safe(_sequence(parts))
@@ -208,6 +217,42 @@ def build_policy(
         if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
     return LoadedPolicy(policy, description["observation_dim"]).to(device).eval()
+
+
+def own_parts(description: Mapping[str, Any]) -> dict[str, str]:
+    """The options that a checked description names and this package does not have, by their groups."""
+    actor = {} if description["actor"] in ACTORS else {"actor": description["actor"]}
+    return actor | description.get("own_parts", {})
+
+
+def _own_parts(description: Mapping[str, Any], where: str) -> dict[str, str]:
+    own = description.get("own_parts", {})
+    if not isinstance(own, dict) or not all(isinstance(text, str) for pair in own.items() for text in pair):
+        raise RunError(f"{where}: own_parts {own!r} are not names by groups")
+    return own
+
+
+def _chosen_parts(
+    description: Mapping[str, Any], given: Mapping[str, Callable[..., Any]], where: str
+) -> dict[str, Callable[..., Any]]:
+    """What each part of the policy is made by: this package's factories, or those given for the names it does not know.
+
+    Raises:
+        RunError: one is missing.
+    """
+    actor = description["actor"]
+    chosen = {"actor": given.get(f"actor/{actor}", ACTORS.get(actor))}
+    chosen |= {"action_transform": make_hamiltonian_transform, "safe": CostConstraint}
+    for group, name in own_parts(description).items():
+        key = f"{group}/{name}"
+        if key not in given and group != "env":  # whoever steps the environment sees to that
+            known = f"; known: {', '.join(ACTORS)}" if group == "actor" else ""
+            raise RunError(
+                f"{where}, policy.description: unknown {group} {name!r}{known}; if it is your own, give the "
+                f"--config-dir that holds {key}.yaml, or load_policy(..., parts={{{key!r}: its factory}})"
+            )
+        chosen[group] = given.get(key)
+    return chosen
 
 
 def trained_rule(entry: Mapping[str, Any]) -> str:
@@ -249,24 +294,31 @@ def _make_critic(description: Mapping[str, Any], where: str) -> TensorDictModule
     return make_qvalue_network(observations, actions, **sizes, observation_key=key)
 
 
-def _make_transform(description: Mapping[str, Any], actor: TensorDictModule, where: str) -> list[EvolveAction]:
+def _make_transform(
+    description: Mapping[str, Any], parts: Mapping[str, Callable], actor: TensorDictModule, where: str
+) -> list[EvolveAction]:
     """The action transform behind the actor, its weights not loaded; none where the policy acts without."""
     arguments = description.get("action_transform")
     if arguments is None or "acting" not in arguments["used_in"]:
         return []
     values = _make_values(description, where)
-    transform = make_hamiltonian_transform(description["observation_dim"], len(description["action_low"]), **arguments)
+    sizes = {"observation_dim": description["observation_dim"], "action_dim": len(description["action_low"])}
+    transform = parts["action_transform"](**sizes, **arguments)
     bounds = (torch.tensor(description[key]) for key in ("action_low", "action_high"))
     return [EvolveAction(transform, values, nn.Parameter(torch.zeros(())), *bounds, observation_key=actor.in_keys[0])]
 
 
 def _make_safe(
-    description: Mapping[str, Any], actor: TensorDictModule, transform: list[EvolveAction], where: str
+    description: Mapping[str, Any],
+    parts: Mapping[str, Callable],
+    actor: TensorDictModule,
+    transform: list[EvolveAction],
+    where: str,
 ) -> Callable[[TensorDictModule], TensorDictModule]:
     """What makes the policy a safe one where it was trained so; its weights not loaded."""
     if description.get("safe") is None:
         return lambda policy: policy
-    constraint = CostConstraint(**description["safe"])
+    constraint = parts["safe"](**description["safe"])
     values = transform[0].qvalue if transform else _make_values(description, where)
     bounds = [torch.tensor(description[key]) for key in ("action_low", "action_high")]
     return lambda policy: SafePolicy(policy, values, constraint, *bounds, observation_key=actor.in_keys[0])

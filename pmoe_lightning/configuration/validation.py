@@ -167,11 +167,13 @@ def _check_action_transform(cfg: DictConfig) -> None:
     transform = cfg.action_transform
     if not transform:
         return
-    if OmegaConf.get_type(cfg.algo) is not SACSchema:
+    if OmegaConf.get_type(cfg.algo) in (DACSchema, PPOSchema):
         raise ConfigurationError(
             "action_transform=hamiltonian_... evolves actions along an action value, and the probability ratio of "
             "ppo and dac needs the exact density of what was done: use algo=sac or action_transform=none"
         )
+    if not dataclasses.is_dataclass(OmegaConf.get_type(transform)):
+        return  # one of the user's own
     learns = transform.learn_step_size or transform.get("learn_magnitude", False) or transform.force == "gated"
     if learns and "actor_loss" not in transform.used_in:
         raise ConfigurationError(
@@ -187,11 +189,13 @@ def _check_action_transform(cfg: DictConfig) -> None:
 def _check_safe(cfg: DictConfig) -> None:
     if not cfg.safe:
         return
-    if OmegaConf.get_type(cfg.algo) is not SACSchema:
+    if OmegaConf.get_type(cfg.algo) in (DACSchema, PPOSchema):
         raise ConfigurationError(
             "safe=velocity chooses among actions by their reward and cost values, which ppo and dac do not learn: "
             "use algo=sac or safe=none"
         )
+    if not dataclasses.is_dataclass(OmegaConf.get_type(cfg.safe)):
+        return
     if cfg.env.get("velocity_limit") is None:
         raise ConfigurationError("safe=velocity needs env.velocity_limit: a number in m/s, or published")
     if cfg.safe.gamma == 1:

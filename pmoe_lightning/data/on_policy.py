@@ -49,7 +49,7 @@ class OnPolicyData(CollectedData):
         total_frames: int,
         frames_per_epoch: int,
         frames_per_batch: int = 2048,
-        num_envs: int = 1,
+        num_envs: int = 8,
         num_workers: int = 0,
         backend: str = "process",
         normalizer: ObservationNormalizer | None = None,

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 
 class AbstractForce(nn.Module, ABC):
-    """Base of all forces."""
+    """Base of all forces.
+
+    Attributes:
+        step_size: of the leapfrog where none is chosen.
+    """
+
+    step_size = 0.1
 
     @abstractmethod
     def forward(
@@ -25,6 +31,8 @@ class AbstractForce(nn.Module, ABC):
 
 class Raw(AbstractForce):
     """f = g: Hamiltonian Monte Carlo (Duane et al. 1987). As strong as Q is steep and the temperature low."""
+
+    step_size = 0.05
 
     def forward(self, observation: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
         return gradient
@@ -42,7 +50,7 @@ class Normalized(AbstractForce):
         learn_magnitude: make it a parameter (its logarithm, so that it stays positive).
     """
 
-    def __init__(self, *, magnitude: float = 1.0, learn_magnitude: bool = False) -> None:
+    def __init__(self, *, magnitude: float = 5.0, learn_magnitude: bool = False) -> None:
         super().__init__()
         if not 0 < magnitude < float("inf"):
             raise ValueError(f"force magnitude must be finite and positive, not {magnitude}")
@@ -81,7 +89,7 @@ class Gated(Normalized):
         action_dim: int,
         *,
         hidden_size: int = 64,
-        magnitude: float = 1.0,
+        magnitude: float = 5.0,
         learn_magnitude: bool = False,
     ) -> None:
         super().__init__(magnitude=magnitude, learn_magnitude=learn_magnitude)

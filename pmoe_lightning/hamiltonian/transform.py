@@ -95,7 +95,7 @@ class HamiltonianTransform(nn.Module):
     Args:
         force: see ``forces``.
         num_leapfrog_steps: L.
-        step_size: eps.
+        step_size: eps; None is that of the force.
         learn_step_size: make eps a parameter, trained with the actor and kept within (0, 4 step_size).
         momentum_scale: tau. The drift is eps rho whatever tau is: below 1 there is less noise than the target's
             temperature asks for, and ``joint`` charges every gain of momentum 1 / tau^2 times as much.
@@ -115,7 +115,7 @@ class HamiltonianTransform(nn.Module):
         force: AbstractForce,
         *,
         num_leapfrog_steps: int = 3,
-        step_size: float = 0.1,
+        step_size: float | None = None,
         learn_step_size: bool = False,
         momentum_scale: float = 1.0,
         temperature: float = 1.0,
@@ -125,6 +125,7 @@ class HamiltonianTransform(nn.Module):
         used_in: Collection[Use] = get_args(Use),
     ) -> None:
         super().__init__()
+        step_size = force.step_size if step_size is None else step_size
         _check(num_leapfrog_steps, step_size, momentum_scale, temperature, metropolis)
         for name, value, choices in (
             *(("used_in", use, Use) for use in used_in),
@@ -355,7 +356,7 @@ def make_hamiltonian_transform(
     action_dim: int,
     *,
     force: Literal["raw", "normalized", "gated"] = "gated",
-    magnitude: float = 1.0,
+    magnitude: float = 5.0,
     learn_magnitude: bool = False,
     hidden_size: int = 64,
     **arguments: Any,

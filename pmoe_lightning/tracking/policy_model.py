@@ -7,7 +7,7 @@ Loading it needs PyTorch and MLflow only, and executes no code from the file.
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def log_policy_model(
     logger: MLflowLogger,
     checkpoint: str | Path | Mapping[str, Any],
     *,
+    parts: Mapping[str, Callable[..., Any]] | None = None,
     register_as: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     name: str = "policy",
@@ -111,6 +112,7 @@ def log_policy_model(
     Args:
         logger: names the run and its store.
         checkpoint: a checkpoint file, or a checkpoint already read.
+        parts: see ``load_policy``.
         register_as: also make it the next version of this registered model.
         metadata: further facts, such as the algorithm; environment, K, frames, updates and the rule
             by which it acts are always there.
@@ -129,7 +131,7 @@ def log_policy_model(
     rule = trained_rule(entry)
     # Drawn again for every action, a component is not a function of the observation.
     rule = "max_weight" if rule == "sample_component" else rule
-    policy = build_policy(entry, rule=rule, where=where)
+    policy = build_policy(entry, rule=rule, parts=parts, where=where)
     if memory := [key for key in policy.in_keys if key != "observation"]:
         raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
     function = PolicyFunction(policy).eval().requires_grad_(False)
@@ -225,7 +227,7 @@ def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
         "observation_dim": description["observation_dim"],
         "action_dim": len(description["action_low"]),
         "actor": description["actor"],
-        "num_components": next(m.num_components for m in policy.modules() if hasattr(m, "num_components")),
+        "num_components": next((m.num_components for m in policy.modules() if hasattr(m, "num_components")), None),
         "deterministic": safe is None or safe.get("num_candidates") == 1,
         "env_frames": entry.get("env_frames"),
         "updates": entry.get("updates"),
