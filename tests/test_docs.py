@@ -86,11 +86,9 @@ def commands(page: str) -> Iterator[str]:
 def words_of(command: str) -> list[str]:
     """A place holder such as <last.ckpt> is one word; settings of the environment in front are left out."""
     words = shlex.split(re.sub(r"<[^>]*>", "PLACE", command))
-    return (
-        [word for i, word in enumerate(words) if not (re.match(r"[A-Z_]+=", word) and i < words.index("python"))]
-        if ("python" in words)
-        else words
-    )
+    while re.match(r"[A-Z_]+=", words[0]):
+        del words[0]
+    return words
 
 
 def of_program(command: str) -> tuple[str, list[str]] | None:
@@ -138,7 +136,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_is_understood(page, tmp_path):
-    """Train commands compose and are valid, those of evaluate parse, of make have a target, files that are run exist."""
+    """Train commands are valid, those of evaluate parse, those of make have a target, and files that are run exist."""
     for where, command, name, words in PROGRAMS:
         if where != page or f"$ {command}" in (ROOT / page).read_text():  # a transcript of an error
             continue
@@ -207,8 +205,10 @@ def test_files_that_a_page_names_exist(page):
 def test_configuration_keys_that_pages_name_exist():
     register()
     known: set[str] = set()
-    for words in ([], ["algo=sac", "action_transform=hamiltonian_gated", "safe=velocity"], ["algo=dac"],
-                  ["algo=sac", "estimator=gumbel_softmax"], ["algo=sac", "action_transform=hamiltonian_raw"]):  # fmt: skip
+    kinds = ["algo=ppo", "algo=dac", "algo=sac action_transform=hamiltonian_gated safe=velocity"]
+    for words in map(
+        str.split, [*kinds, "algo=sac estimator=gumbel_softmax", "algo=sac action_transform=hamiltonian_raw"]
+    ):
         pending = [("", compose_jobs(words)[0])]
         while pending:
             prefix, node = pending.pop()
