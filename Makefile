@@ -15,7 +15,7 @@ $(foreach name,ALGO ENV FRAMES SEED OVERRIDES,$(if $(filter environment,$(origin
 PARAMETERS = $(strip -P algo=$(or $(ALGO),ppo) $(if $(ENV),-P env='$(ENV)') $(if $(FRAMES),-P total_frames='$(FRAMES)') \
   $(if $(SEED),-P seed='$(SEED)') $(if $(OVERRIDES),-P overrides='$(OVERRIDES)'))
 
-.PHONY: help train test test-slow torture check format wheel ui clean
+.PHONY: help train test test-slow docs-check torture check format wheel ui clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1|/' | column -t -s '|'
@@ -32,7 +32,10 @@ test: $(VENV)/.installed ## the test suite, minutes
 	$(PYTEST)
 
 test-slow: $(VENV)/.installed ## also the tests that train until something is learned
-	$(PYTEST) -m "slow or not torture"
+	$(PYTEST) -m "not torture and not docs"
+
+docs-check: $(VENV)/.installed ## run every command of README and docs, shortened
+	$(PYTEST) -m docs tests/test_docs.py
 
 torture: $(VENV)/.installed ## the proofs of docs/reliability.md; continues where it was cut
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -s -p no:cacheprovider

@@ -269,7 +269,7 @@ def _episode(act: Any, env: GymnasiumEnv, seed: int) -> Iterator[tuple[TensorDic
     for _ in range(MAX_EPISODE_STEPS):
         yield act(root), total
         step = env.step(root)
-        root, total = env.step_mdp(step), step["next", "episode_return"].item()
+        root, total = env.step_mdp(step).exclude("action"), step["next", "episode_return"].item()
         if step["next", "done"].any():
             break
     yield root, total

@@ -174,7 +174,7 @@ def component_modes(
     dimensions = _telling_dimensions(modes, weights, high - low)
     if len(dimensions) < action_dim:
         title += f"\n(the {len(dimensions)} of {action_dim} action dimensions in which they differ most)"
-    figure = Figure(figsize=(10.0, 1.9 + 1.5 * len(dimensions)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11.0, 1.6 + 1.5 * len(dimensions)), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=13)
     panels = figure.subplots(len(dimensions), 1, sharex=True, squeeze=False)[:, 0]
     column = np.arange(num_states)[:, None]
@@ -190,7 +190,7 @@ def component_modes(
         _bound_axis(axes.set_ylim, low[d], high[d])
     panels[-1].set_xlim(-0.5, num_states - 0.5)
     panels[-1].set_xticks(column[:, 0], states or [f"state {state + 1}" for state in range(num_states)])
-    _explain_components(figure, panels[0], num_components, spread=lower is not None, acting=acting is not None)
+    _explain_components(figure, panels[0], spread=lower is not None, acting=acting is not None)
     return figure
 
 
@@ -336,12 +336,10 @@ def _dot_area(weight: np.ndarray) -> np.ndarray:
     return 10.0 + 200.0 * weight
 
 
-def _explain_components(figure: Figure, axes: Axes, num_components: int, *, spread: bool, acting: bool) -> None:
+def _explain_components(figure: Figure, axes: Axes, *, spread: bool, acting: bool) -> None:
     """The legend: colours, and what area, bar and ring mean."""
     handles, names = axes.get_legend_handles_labels()
-    colours = figure.legend(
-        handles, names, loc="outside upper center", ncols=min(num_components, 6), frameon=False, fontsize=9
-    )
+    colours = figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
     for handle in colours.legend_handles:
         handle.set_sizes([45.0])
     dots = [Line2D([], [], linestyle="", marker="o", color=GREY, markersize=_dot_area(w) ** 0.5) for w in (0.1, 0.9)]

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 
 from pmoe_lightning import PMOESACLoss, make_pmoe_actor, make_qvalue_network
+from pmoe_lightning.configuration import compose_jobs, normalise_argv, register, validate
+from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.evaluate import parse
+
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+TRAIN, EVALUATE = "-m pmoe_lightning.train", "-m pmoe_lightning.evaluate"
+FLAGS = {"--help", "--cfg", "job", "-m", "--multirun"}
 
 
 def programs(page: str) -> list[str]:
@@ -54,3 +66,160 @@ def test_the_estimator_of_the_page_estimates():
     assert surrogate.loss.shape == surrogate.log_prob.shape == (5,)
     surrogate.loss.sum().backward()
     assert actor[0].module.loc.weight.grad.any()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(page: str) -> Iterator[str]:
+    """Every command of a page, from ``bash`` blocks and from code within the text, without its comment."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    transcripts = re.findall(r"^\$ (.*)$", text, flags=re.MULTILINE)
+    inline = re.findall(r"`((?:python|mlflow|make|pmoe-\w+) [^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in [*"".join(blocks).splitlines(), *transcripts, *inline]:
+        line = re.split(r"\s#", line)[0].strip()
+        if line and not line.startswith("#"):
+            yield line
+
+
+def words_of(command: str) -> list[str]:
+    """A place holder such as <last.ckpt> is one word; settings of the environment in front are left out."""
+    words = shlex.split(re.sub(r"<[^>]*>", "PLACE", command))
+    while re.match(r"[A-Z_]+=", words[0]):
+        del words[0]
+    return words
+
+
+def of_program(command: str) -> tuple[str, list[str]] | None:
+    """(train or evaluate, its words) of a command that ends there, as MLproject would write them for `mlflow run`."""
+    words = words_of(command)
+    for name, module in (("train", TRAIN), ("evaluate", EVALUATE)):
+        if " ".join(words[1:3]) == module:
+            return name, words[3:]
+    if words[:3] != ["mlflow", "run", "."]:
+        return None
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-P"]
+    entry = words[words.index("-e") + 1] if "-e" in words else "main"
+    point = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"][entry]
+    if entry not in ("main", "evaluate"):
+        return None
+    named = {word.partition("=")[0] for word in given}
+    defaults = [f"{k}={v['default']}" for k, v in point["parameters"].items() if k not in named and "default" in v]
+    return "train" if entry == "main" else "evaluate", [*defaults, *given]
+
+
+ALL = sorted({(page, command) for page in PAGES for command in commands(page)})
+PROGRAMS = [(page, command, *found) for page, command in ALL if (found := of_program(command))]
+REFUSED = ("algo.gama=0.9", "estimator=pathwise", "actor=pmoe", "hamiltonian_raw", "env=HalfCheeta-v5")
+
+
+def composed(words: list[str], folder: Path) -> list[DictConfig]:
+    """The jobs of a command's words; a folder for --config-dir holds an option of the name that it chooses."""
+    register()
+    words = normalise_argv([word for word in words if word not in ("--help", "--cfg", "job")])
+    config_dir = None
+    if "--config-dir" in words:
+        config_dir = str(folder / words.pop(words.index("--config-dir") + 1))
+        words.remove("--config-dir")
+        mine = folder / "mine" / "estimator"
+        mine.mkdir(parents=True, exist_ok=True)
+        (mine / "my_own.yaml").write_text((ROOT / "conf/estimator/frequency.yaml").read_text())
+    multirun = bool({"-m", "--multirun"} & set(words))
+    overrides = [word for word in words if word not in ("-m", "--multirun")]
+    return compose_jobs(overrides, multirun=multirun, config_dir=config_dir)
+
+
+def test_commands_are_found():
+    assert len(PROGRAMS) > 40 and {name for *_, name, _ in PROGRAMS} == {"train", "evaluate"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_is_understood(page, tmp_path):
+    """Train commands are valid, those of evaluate parse, those of make have a target, and files that are run exist."""
+    for where, command, name, words in PROGRAMS:
+        if where != page or f"$ {command}" in (ROOT / page).read_text():  # a transcript of an error
+            continue
+        if name == "evaluate":
+            parse(words)
+        else:
+            for cfg in composed(words, tmp_path):
+                validate(cfg)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for where, command in ALL:
+        words = words_of(command)
+        if where == page and words[0] == "make" and len(words) > 1 and words[1].islower() and "=" not in words[1]:
+            assert words[1] in targets, command
+        if where == page and len(words) > 1 and words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), command
+
+
+def test_the_errors_of_the_page_are_what_is_said(tmp_path):
+    text = (ROOT / "docs/configuration.md").read_text()
+    pairs = re.findall(r"^\$ (.*)\n(configuration error: .*)$", text, flags=re.MULTILINE)
+    assert len(pairs) >= 5
+    for command, said in pairs:
+        with pytest.raises(ConfigurationError) as caught:
+            for cfg in composed(of_program(command)[1], tmp_path):
+                validate(cfg)
+                from pmoe_lightning.training import check_surroundings
+
+                check_surroundings([cfg])
+        assert f"configuration error: {' '.join(str(caught.value).split())}" == said
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    plain = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", lambda found: found[1] or "", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    roots = [ROOT, ROOT / "pmoe_lightning", (ROOT / page).parent]
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    folders = (
+        r"(?:pmoe_lightning|conf|callbacks|tests|benchmarks|examples|docs|losses|algorithms|estimators|hamiltonian)"
+    )
+    for name in re.findall(rf"`({folders}/[\w./-]+\.(?:py|yaml|md))`", text):
+        assert any((root / name).exists() for root in roots), f"{page}: {name}"
+
+
+def test_configuration_keys_that_pages_name_exist():
+    register()
+    known: set[str] = set()
+    kinds = ["algo=ppo", "algo=dac", "algo=sac action_transform=hamiltonian_gated safe=velocity"]
+    for words in map(
+        str.split, [*kinds, "algo=sac estimator=gumbel_softmax", "algo=sac action_transform=hamiltonian_raw"]
+    ):
+        pending = [("", compose_jobs(words)[0])]
+        while pending:
+            prefix, node = pending.pop()
+            for key in node:
+                known.add(f"{prefix}{key}")
+                if OmegaConf.is_dict(child := node._get_node(key)) and not child._is_none():
+                    pending.append((f"{prefix}{key}.", child))
+    groups = "algo|actor|estimator|action_transform|safe|env|data|trainer|callbacks|logger"
+    wrong = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for key in re.findall(rf"`((?:{groups})\.[a-z_.]+)(?:=[^`]*)?`", text):
+            wrong += [f"{page}: {key}"] * (key not in known and not key.endswith(".py"))
+    assert not wrong

@@ -21,13 +21,16 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control import PendulumEnv
+from matplotlib.colors import to_rgb
 from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS
 
 import pmoe_lightning
+from pmoe_lightning.acting import acting_component, mixture_at
 from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import Request, _environment, main, parse
@@ -35,9 +38,12 @@ from pmoe_lightning.evaluation import (
     MAX_EPISODE_STEPS,
     EvaluationStopped,
     evaluate_policy,
+    follow_episode,
     record_video,
     student_t_interval,
 )
+from pmoe_lightning.figures import PALETTE
+from pmoe_lightning.film import film_frame, steps_between_pictures
 
 
 def test_student_t_interval_matches_a_textbook_value() -> None:
@@ -175,24 +181,69 @@ def test_the_command_says_what_was_cut_short(
 
 def test_video_is_what_browsers_play(tmp_path: Path) -> None:
     policy = load_policy(make_policy()[1])
-    path = record_video(policy, "Pendulum-v1", tmp_path / "new" / "film.mp4", seed=1, max_frames=7)
+    path = record_video(policy, "Pendulum-v1", tmp_path / "new" / "film.mp4", seed=1, max_frames=21)
     reader = imageio_ffmpeg.read_frames(path)
     about = next(reader)
     assert about["codec"] == "h264"
     assert about["pix_fmt"].startswith("yuv420p")
-    assert about["fps"] == gymnasium.make("Pendulum-v1").metadata["render_fps"]
+    assert about["fps"] == 2.0  # 200 steps of 0.05 s at every 10th
     frames = [np.frombuffer(frame, np.uint8) for frame in reader]
-    assert len(frames) == 7
+    assert len(frames) == 21
     assert frames[0].std() > 5, "an empty picture"
     assert (frames[0] != frames[-1]).any(), "nothing moves"
 
 
-def test_video_ends_with_the_episode(tmp_path: Path) -> None:
+def test_a_film_shows_the_whole_episode_its_return_and_the_acting_component(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Any, ...]] = []
+
+    def keep(*arguments: Any) -> np.ndarray:
+        drawn.append((*arguments[:2], list(arguments[2]), *arguments[3:]))
+        return film_frame(*arguments)
+
+    monkeypatch.setattr("pmoe_lightning.evaluation.film_frame", keep)
     policy = load_policy(make_policy()[1])
-    path = record_video(
-        policy, "Pendulum-v1", tmp_path / "film.mp4", max_frames=50, env_kwargs={"max_episode_steps": 4}
-    )
+    kwargs = {"max_episode_steps": 9}
+    path = record_video(policy, "Pendulum-v1", tmp_path / "film.mp4", seed=3, max_frames=4, env_kwargs=kwargs)
     assert imageio_ffmpeg.count_frames_and_secs(path)[0] == 4
+    env = make_env("Pendulum-v1", seed=3, **kwargs)
+    outcome = evaluate_policy(policy, env, episodes=1, seed=3).returns[0]
+    captions = [arguments[1] for arguments in drawn]
+    assert [caption.split("    ")[0] for caption in captions] == [f"step {step} of 9" for step in (0, 3, 6, 9)]
+    assert captions[-1].endswith(f"0.5 s    return {outcome:,.1f}")
+    episode = follow_episode(policy, env, seed=3)
+    mixture = mixture_at(policy, episode)
+    acted = mixture.weights.argmax(-1).tolist()  # by the rule max_weight
+    assert [arguments[2] for arguments in drawn] == [acted[:n] for n in (1, 4, 7, 9)]
+    assert {arguments[3:] for arguments in drawn} == {(mixture.num_components, 9)}
+
+
+@pytest.mark.parametrize(
+    ("length", "max_frames", "seconds", "every"),
+    [(1000, 250, 0.05, 5), (1000, 250, 0.008, 5), (100, 250, 0.008, 4), (200, 250, 0.05, 1), (5, 1, 0.05, 5)],
+)
+def test_a_film_has_as_many_pictures_as_are_worth_it(length: int, max_frames: int, seconds: float, every: int) -> None:
+    assert steps_between_pictures(length, max_frames, seconds) == every
+
+
+def test_a_picture_wears_the_colours_of_the_components() -> None:
+    picture = film_frame(np.full((61, 101, 3), 7, np.uint8), "step 2", [0, 0, 2], 3, 4)
+    height, width = picture.shape[:2]
+    assert height % 2 == width % 2 == 0 and width >= 400 and (picture[:100] == 7).all()
+    blue, green = ([round(255 * part) for part in to_rgb(color)] for color in (PALETTE[0], PALETTE[2]))
+    band = [picture[-1, int(width * place)] for place in (0.1, 0.3, 0.6, 0.9)]
+    np.testing.assert_allclose(band, [blue, blue, green, [225] * 3], atol=1)
+    assert (np.abs(picture[-40:-20].astype(int) - green).max(-1) <= 1).sum() > 100  # beside the component's name
+
+
+def test_a_drawn_action_is_of_its_likeliest_component() -> None:
+    mixture = TanhGaussianMixture(torch.zeros(1, 2), torch.tensor([[[-1.0], [1.0]]]), torch.full((1, 2, 1), 0.3))
+    for u, component in ((-0.8, 0), (1.3, 1)):
+        states = TensorDict(action=mixture.squash(torch.tensor([[u]])), batch_size=1)
+        assert acting_component(mixture, states).tolist() == [component]
+    states = TensorDict(action=torch.zeros(1, 1), option=torch.ones(1, 1, dtype=torch.int64), batch_size=1)
+    assert acting_component(mixture, states).tolist() == [1]
 
 
 @pytest.mark.parametrize(("env_kwargs", "follows"), [({}, True), ({"camera_id": -1}, False)])
@@ -541,4 +592,4 @@ def test_a_mujoco_policy_from_the_shell_without_a_display(tmp_path: Path) -> Non
         # No EGL on this machine: the evaluation goes on, and the user learns what is missing.
         assert "warning: no video: cannot render HalfCheetah-v5 (MUJOCO_GL=egl)" in done.stderr
     else:
-        assert imageio_ffmpeg.count_frames_and_secs(tmp_path / result["video"])[0] == 3
+        assert imageio_ffmpeg.count_frames_and_secs(tmp_path / result["video"])[0] == 4  # and where it ended

@@ -57,15 +57,41 @@ def test_trailing_mean_weights_by_count_and_looks_back_only():
     np.testing.assert_allclose(figures.trailing_mean(values, counts, 1), values)
 
 
+def test_learning_curve_names_the_rule():
+    assert "evaluation by rule best_value, mean" in labels(figures.learning_curve([], EVALUATIONS, rule="best_value"))
+    assert "evaluation, mean" in labels(figures.learning_curve([], EVALUATIONS))
+
+
 @pytest.mark.parametrize(("rows", "num_components"), [(1, 4), (50, 1), (50, 12)])
 def test_mixture_weights_fill_the_axes(rows, num_components):
     weights = np.random.default_rng(0).dirichlet(np.ones(num_components), rows)
-    figure = figures.mixture_weights(np.column_stack([np.arange(1, rows + 1) * 1000.0, weights]))
+    frames = np.arange(1, rows + 1) * 1000.0
+    figure = figures.mixture_weights(np.column_stack([frames, weights]), weights, np.zeros(rows))
     render(figure)
     assert len(set(labels(figure))) == num_components
-    top = figure.axes[0].collections[-1].get_paths()[0].vertices
-    assert top[:, 1].max() == pytest.approx(1.0)
-    assert np.ptp(top[:, 0]) > 0
+    for axes in figure.axes[:2]:
+        top = axes.collections[-1].get_paths()[0].vertices
+        assert top[:, 1].max() == pytest.approx(1.0)
+        assert np.ptp(top[:, 0]) > 0
+
+
+def test_specialisation_tells_equal_mean_weights_apart():
+    """The same mean weights: of a router that ignores the state, then of one that gives each state to one component."""
+    weights, heaviest = [[1000.0, 0.5, 0.5], [2000.0, 0.5, 0.5]], [[1.0, 0.0], [0.5, 0.5]]
+    figure = figures.mixture_weights(weights, heaviest, [np.log(2), 0.0])
+    render(figure)
+    _, leads, specialisation = figure.axes
+    np.testing.assert_allclose(specialisation.lines[0].get_ydata(), [0.0, np.log(2)], atol=1e-9)
+    assert specialisation.lines[1].get_ydata()[0] == pytest.approx(np.log(2))  # its bound
+    assert {1.0, 0.5} <= set(leads.collections[0].get_paths()[0].vertices[:, 1])
+
+
+def test_what_was_not_measured_is_not_drawn():
+    nothing = [[np.nan, np.nan], [0.3, 0.7]]
+    figure = figures.mixture_weights([[1000.0, 0.5, 0.5], [2000.0, 0.3, 0.7]], nothing, [np.nan, 0.1])
+    render(figure)
+    figure = figures.mixture_weights([[1000.0, 0.5, 0.5]], nothing[:1], [np.nan])
+    render(figure)
 
 
 @pytest.mark.parametrize(
@@ -80,25 +106,43 @@ def test_component_modes_places_every_component(num_states, num_components, acti
     bars = {"lower": modes - 0.1, "upper": modes + 0.1} if spread else {}
     figure = figures.component_modes(modes, weights, low, high, **bars)
     render(figure)
-    assert len(labels(figure)) == num_components
-    dots = [dot for axes in figure.axes for c in axes.collections if hasattr(c, "get_sizes") for dot in c.get_offsets()]
-    assert len(dots) == num_states * num_components
-    up = min(1, action_dim - 1)
-    offset = {(round(x), np.round(y, 6)): x - round(x) for x, y in np.asarray(dots)}
-    placed = {(state, np.round(mode[up], 6)): mode[0] for state in range(num_states) for mode in modes[state]}
-    assert offset.keys() == placed.keys()
-    if action_dim > 1:  # as far from the middle of the column as the action from the middle of its range
-        slopes = [offset[place] / (action + 0.75) for place, action in placed.items()]
-        assert slopes == pytest.approx([slopes[0]] * len(slopes)) and slopes[0] > 0
+    shown = labels(figure)
+    assert shown[:num_components] == [f"component {k}" for k in range(num_components)]
+    assert ("± one standard deviation" in shown) == spread and "the component that acts" not in shown
+    assert len(figure.axes) == min(action_dim, 4)
+    for axes in figure.axes:
+        d = int(axes.get_ylabel().split()[1]) if action_dim > 1 else 0
+        dots = [collection.get_offsets() for collection in axes.collections if hasattr(collection, "get_sizes")]
+        assert len(dots) == num_components
+        for k, offsets in enumerate(np.asarray(dots)):
+            np.testing.assert_array_equal(offsets[:, 0].round(), np.arange(num_states))
+            np.testing.assert_allclose(offsets[:, 1], modes[:, k, d])
 
 
-def test_the_first_action_dimension_goes_across_the_column_of_a_state():
-    modes = np.array([[[-2.0, 0.3], [0.5, 0.1]], [[-0.75, 0.2], [-1.375, 0.2]]])
-    figure = figures.component_modes(modes, np.full((2, 2), 0.5), np.full(2, -2.0), np.full(2, 0.5))
-    first, second = (collection.get_offsets() for collection in figure.axes[0].collections)
-    (left, middle), (right, between) = first[:, 0], second[:, 0]
-    assert -0.5 < left < 0 < right < 0.5 and left == pytest.approx(-right)
-    assert middle == pytest.approx(1.0) and between == pytest.approx(1.0 + left / 2)
+def test_the_action_dimensions_in_which_components_differ_most_are_drawn():
+    modes = np.zeros((3, 2, 6))
+    modes[:, 0, [5, 1, 2, 4]] = [1.0, 0.5, 0.4, 0.3]
+    modes[:, 0, 0] = 0.8  # of a range ten times as wide
+    high = np.array([10.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    figure = figures.component_modes(modes, np.full((3, 2), 0.5), -high, high)
+    render(figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["action 1", "action 2", "action 4", "action 5"]
+    assert "4 of 6 action dimensions" in figure.get_suptitle()
+
+
+def test_states_are_named_and_the_acting_component_is_ringed():
+    modes = np.array([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, 0.8]]])
+    states, acting = ["step 0", "step 99"], np.array([1, 0])
+    figure = figures.component_modes(
+        modes, np.full((2, 2), 0.5), -np.ones(2), np.ones(2), states=states, acting=acting, title="On the way"
+    )
+    render(figure)
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == states
+    assert figure.get_suptitle() == "On the way" and "the component that acts" in labels(figure)
+    for d, axes in enumerate(figure.axes):
+        first, second, ring = (collection.get_offsets() for collection in axes.collections)
+        np.testing.assert_allclose(ring, [second[0], first[1]])
+        np.testing.assert_allclose(ring[:, 1], modes[[0, 1], acting, d])
 
 
 def test_dot_areas_grow_with_the_weights():
@@ -120,14 +164,17 @@ def test_no_figure_is_left_in_pyplot():
     assert pyplot.get_fignums() == []
 
 
-def test_sweep_returns_show_every_run_and_the_mean_of_those_that_ended():
+def test_sweep_returns_show_every_run_and_the_interval_over_seeds():
     groups = {"frequency": [(1.0, 4.0), (3.0, 3.0), (np.nan, 2.0)], "marginalized": [(np.nan, np.nan)]}
-    figure = figures.sweep_returns(groups)
+    intervals = {"frequency": (-10.7, 14.7), "marginalized": (np.nan, np.nan)}
+    figure = figures.sweep_returns(groups, intervals)
     render(figure)
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(groups)
-    best, final, mean = axes.collections[:3]
+    best, final = axes.collections[:2]
     assert best.get_offsets()[:, 0].tolist() == [4.0, 3.0, 2.0]
     assert final.get_offsets()[:2, 0].tolist() == [1.0, 3.0]
-    assert mean.get_segments()[0][:, 0].tolist() == [2.0, 2.0]
-    assert labels(figure) == ["best", "final", "final, mean of seeds"]
+    mean, interval = axes.lines[:2]
+    assert mean.get_xdata().tolist() == [2.0] and list(interval.get_xdata()) == [-10.7, 14.7]
+    said = ["best of a run", "last of a run", "mean of the last", "its 95 % interval over seeds (Student's t)"]
+    assert labels(figure) == said
