@@ -239,7 +239,7 @@ def load_critics(checkpoint: Path) -> tuple[PMOESACLoss, TensorDict]:
 
     saved = read_checkpoint(checkpoint)
     entry = saved["policy"]
-    actor = load_policy(saved)
+    actor = load_policy(saved).actor
     description = entry["description"]
     sizes = description["observation_dim"], len(description["action_low"])
     loss = PMOESACLoss(actor, [make_qvalue_network(*sizes, **description["critic"]) for _ in range(2)])

@@ -39,6 +39,7 @@ from pmoe_lightning.evaluation import evaluate_policy
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="models:/<name>@<alias>, models:/<name>/<version>, an MLflow run id or a checkpoint")
 parser.add_argument("--frames", type=int, default=2_000)
+parser.add_argument("--gamma", type=float, default=0.99, help="discount of the training, algo.gamma")
 parser.add_argument("--save", default="finetuned.ckpt")
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
@@ -46,10 +47,9 @@ arguments = parser.parse_args()
 torch.manual_seed(arguments.seed)
 checkpoint = read_checkpoint(resolve_checkpoint(arguments.model))
 entry = checkpoint["policy"]
-description, configuration = entry["description"], checkpoint["run"]["configuration"]
+description, task = entry["description"], entry["description"]["env"]
 if description["actor"] == "options":
     sys.exit(f"{arguments.model} acts through options, which need DACLoss: go on with its run, resume=<MLflow run id>")
-task, gamma = description["env"], configuration["algo.gamma"]
 loaded = load_policy(checkpoint, rule="max_weight")  # with the bare actor inside, which a collector lets explore
 actor = loaded.actor
 sizes = description["observation_dim"], len(description["action_low"])
@@ -103,7 +103,7 @@ def train_sac() -> tuple[dict, list[dict]]:
         loss = SafeSACLoss(actor, pair(), pair(), CostConstraint(**constraint), **options)
     else:
         loss = PMOESACLoss(actor, pair(), **options)
-    loss.make_value_estimator(gamma=gamma)
+    loss.make_value_estimator(gamma=arguments.gamma)
     restore(loss)
     policy, targets = loss.acting_policy(actor), SoftUpdate(loss, tau=0.005)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4)
@@ -124,9 +124,9 @@ def train_ppo() -> tuple[dict, list[dict]]:
     routing = Frequency() if routed else None
     loss = PMOEPPOLoss(actor, value, qvalue, routing=routing, normalize_advantage=True)
     restore(loss)
-    advantages = GAE(gamma=gamma, lmbda=configuration["algo.lmbda"], value_network=loss.critic_network)
+    advantages = GAE(gamma=arguments.gamma, lmbda=0.95, value_network=loss.critic_network)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4)
-    scaler = checkpoint.get("OnPolicyData", {}).get("reward_scaler")
+    scaler = checkpoint["OnPolicyData"].get("reward_scaler")
     for rollout in rollouts(loaded.policy, 512):
         if description["normalize_observation"]:
             loaded.policy[0](rollout.get("next"))

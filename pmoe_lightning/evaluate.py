@@ -100,14 +100,15 @@ def run(request: Request) -> None:
         RunError: the checkpoint cannot be used.
         ConfigurationError: the environment cannot be made, or does not fit the policy.
     """
-    with _only_on_stderr() if request.json else nullcontext():
+    printing = _only_on_stderr if request.json else nullcontext
+    with printing():
         judged = evaluate(request)
     if not request.json:
         print(_table(request, judged), flush=True)
     video = None
     try:
         if request.video:
-            with _only_on_stderr() if request.json else nullcontext():
+            with printing():
                 video = _video(request, judged)
     finally:
         summary = _summary(request, judged, video)
@@ -116,7 +117,7 @@ def run(request: Request) -> None:
         elif video is not None:
             print(_row("video", str(video)))
         if os.environ.get("MLFLOW_RUN_ID"):
-            with _only_on_stderr() if request.json else nullcontext():
+            with printing():
                 _log(summary, video)
 
 
@@ -130,6 +131,7 @@ def _only_on_stderr() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        sys.stdout.flush()  # of whoever kept it from before
         if os.name == "posix":
             ctypes.CDLL(None).fflush(None)  # C keeps a buffer of its own
         os.dup2(standard_output, 1)
@@ -174,7 +176,7 @@ def parse(arguments: Sequence[str]) -> Request:
                 value = waiting.pop(0)
         if not value.strip():
             continue
-        if of_env and key.endswith("env.id"):
+        if key.lstrip("+") == "env.id":
             values["env"] = value.strip()
         elif of_env:
             env_arguments |= _env_argument(key, value.strip())

@@ -364,6 +364,7 @@ def test_what_the_environment_prints_is_not_among_the_json(
         (["+env.max_episode_steps="], 20),
         (["env.id=Pendulum-v1", "+env.max_episode_steps=7"], 7),
         (["+env.g=0.5", "env=Pendulum-v1"], 20),
+        (["++env.id=Pendulum-v1"], 20),
     ],
 )
 def test_arguments_of_the_environment_are_read_as_in_training(
@@ -384,16 +385,25 @@ def test_an_argument_of_the_environment_reaches_it(checkpoint: Path, capfd: pyte
 
 
 def test_arguments_of_the_environment_may_be_of_any_kind() -> None:
-    words = ["+env.a=[1, 2.5]", "env.b={c: true}", "+env.d.e=x", "+env.d.f='1'", "+env.g=null", "++env.h=1e-3"]
+    words = [
+        "+env.a=[1, 2.5]",
+        "env.b={c: true}",
+        "+env.d.e=x",
+        "+env.my_env.id=2",
+        "+env.d.f='1'",
+        "+env.g=null",
+        "++env.h=1e-3",
+    ]
     request = parse(["checkpoint=x", *words])
     assert request.env_arguments == {
-        "a": [1, 2.5], "b": {"c": True}, "d.e": "x", "d.f": "1", "g": None, "h": 1e-3
+        "a": [1, 2.5], "b": {"c": True}, "d.e": "x", "my_env.id": 2, "d.f": "1", "g": None, "h": 1e-3
     }  # fmt: skip
     trained = {"id": "Pendulum-v1", "kwargs": {"a": 3, "d": {"e": "y", "z": 0}, "kept": 1}}
     assert _environment(request, {"env": trained}, {}) == (
         make_env,
         "Pendulum-v1",
-        {"a": [1, 2.5], "b": {"c": True}, "d": {"e": "x", "f": "1", "z": 0}, "g": None, "h": 1e-3, "kept": 1},
+        {"a": [1, 2.5], "b": {"c": True}, "d": {"e": "x", "f": "1", "z": 0}, "g": None, "h": 1e-3, "kept": 1}
+        | {"my_env": {"id": 2}},
     )
 
 

@@ -166,8 +166,7 @@ def test_every_kind_of_policy_is_trained_further(words, train, run_example, tmp_
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_policy_with_options_is_not_trained_further_in_one_line(run_example, tmp_path):
     _, checkpoint = make_policy(actor="options")
-    configuration = {"algo.gamma": 0.99}
-    write_checkpoint(checkpoint | {"run": {"configuration": configuration}, "state_dict": {}}, tmp_path / "o.ckpt")
+    write_checkpoint(checkpoint, tmp_path / "o.ckpt")
     with pytest.raises(SystemExit, match="o.ckpt acts through options, which need DACLoss"):
         run_example("finetune_from_registry.py", "o.ckpt")
 
