@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 
+from pmoe_lightning.tracking.address import first_line
+
 _log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Callback)
 
@@ -58,6 +60,5 @@ def warn_on_failure(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _log.warning("%s: %s", what, reason)
+        _log.warning("%s: %s", what, first_line(error))
         _log.debug("%s", what, exc_info=True)

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from pmoe_lightning import __version__
 from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
 from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.tracking.address import without_secrets
 
 HELP = """Train a multimodal continuous-control policy.
 
@@ -139,7 +140,7 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
 
 
 def _print_line(kind: str, error: Exception, *, code: int) -> int:
-    print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(without_secrets(f"{kind}: {' '.join(str(error).split())}"), file=sys.stderr)
     return code
 
 

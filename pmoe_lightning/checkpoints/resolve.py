@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.tracking.address import first_line
 
 _LAST = "checkpoints/last.ckpt"
 _CHECKPOINTS = ("checkpoints/best.ckpt", _LAST)
@@ -48,7 +49,7 @@ def resolve_last_checkpoint(run_id: str) -> Path:
     try:
         folder = client.get_run(run_id).data.tags.get("output_dir")
     except MlflowException as error:
-        raise RunError(f"no MLflow run {run_id}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"no MLflow run {run_id}: {first_line(error)}") from error
     local = Path(folder or "", _LAST)
     return local if folder and local.is_file() else _of_run(run_id, (_LAST,))
 
@@ -64,7 +65,7 @@ def _of_run(run_id: str, wanted: Sequence[str] = _CHECKPOINTS) -> Path:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return Path(client.download_artifacts(run_id, artifact, folder))
     except (MlflowException, OSError) as error:
-        raise RunError(f"no checkpoint from MLflow run {run_id}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"no checkpoint from MLflow run {run_id}: {first_line(error)}") from error
 
 
 def _run_of_model(uri: str) -> str:
@@ -78,7 +79,7 @@ def _run_of_model(uri: str) -> str:
         else:
             version = client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        raise RunError(f"{uri} is not in the model registry: {str(error).splitlines()[0]}") from error
+        raise RunError(f"{uri} is not in the model registry: {first_line(error)}") from error
     if not version.run_id:
         raise RunError(f"{uri} was registered without a run, so it has no checkpoint; give the checkpoint itself")
     return version.run_id

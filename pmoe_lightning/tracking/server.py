@@ -32,7 +32,7 @@ def check_server(uri: str | None = None) -> None:
         _check_http(uri)
     elif scheme == "sqlite":
         check_database(uri)
-    elif scheme in ("", "file"):
+    elif _is_folder(uri):
         _check_folder(uri)
     elif scheme in ("postgresql", "mysql", "mssql"):
         _check_database(uri)
@@ -47,7 +47,7 @@ def prepare_store(uri: str) -> None:
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme == "sqlite":
         make_database(uri)
-    elif scheme in ("", "file"):
+    elif _is_folder(uri):
         _check_folder(uri)
 
 
@@ -80,6 +80,12 @@ def _check_http(uri: str) -> None:
             f"{without_secrets(uri)} does not answer as an MLflow server (HTTP {answer.status_code}); check "
             "MLFLOW_TRACKING_URI"
         )
+
+
+def _is_folder(uri: str) -> bool:
+    from mlflow.utils.uri import is_local_uri
+
+    return is_local_uri(uri)
 
 
 def _check_folder(uri: str) -> None:

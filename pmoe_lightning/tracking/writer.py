@@ -6,9 +6,11 @@ import atexit
 import logging
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+from pmoe_lightning.tracking.address import without_secrets
 from pmoe_lightning.tracking.spool import Spool
 
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -83,7 +85,7 @@ class BackgroundWriter:
             return self._deliver(self.spool)
         except Exception:
             # The thread must outlive whatever it is: what is in the spool is tried again.
-            _log.warning("could not send to MLflow", exc_info=True)
+            _log.warning("could not send to MLflow\n%s", without_secrets(traceback.format_exc()))
             return False
 
     def _wake(self) -> None:
