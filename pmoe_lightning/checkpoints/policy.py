@@ -195,12 +195,12 @@ def build_policy(
     if description["actor"] in ACTORS or "deterministic" in arguments:
         arguments["deterministic"] = "max_weight" if rule == "best_value" else rule
     sizes = {key: description[key] for key in ("observation_dim", "action_low", "action_high")}
-    parts = _chosen_parts(description, parts or {}, where)
+    factories = _chosen_parts(description, parts or {}, where)
     try:
-        actor = parts["actor"](**sizes, **arguments)
+        actor = factories["actor"](**sizes, **arguments)
         parts = [ObservationNormalizer(description["observation_dim"])] if description["normalize_observation"] else []
-        parts += [actor, *(transform := _make_transform(description, parts, actor, where))]
-        safe = _make_safe(description, parts, actor, transform, where)
+        parts += [actor, *(transform := _make_transform(description, factories, actor, where))]
+        safe = _make_safe(description, factories, actor, transform, where)
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
     policy = safe(_sequence(parts))
