@@ -21,7 +21,6 @@ from pmoe_lightning.evaluate import parse
 
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TRAIN, EVALUATE = "-m pmoe_lightning.train", "-m pmoe_lightning.evaluate"
-FLAGS = {"--help", "--cfg", "job", "-m", "--multirun"}
 
 
 def programs(page: str) -> list[str]:
@@ -111,7 +110,6 @@ def of_program(command: str) -> tuple[str, list[str]] | None:
 
 ALL = sorted({(page, command) for page in PAGES for command in commands(page)})
 PROGRAMS = [(page, command, *found) for page, command in ALL if (found := of_program(command))]
-REFUSED = ("algo.gama=0.9", "estimator=pathwise", "actor=pmoe", "hamiltonian_raw", "env=HalfCheeta-v5")
 
 
 def composed(words: list[str], folder: Path) -> list[DictConfig]:
@@ -223,3 +221,82 @@ def test_configuration_keys_that_pages_name_exist():
         for key in re.findall(rf"`((?:{groups})\.[a-z_.]+)(?:=[^`]*)?`", text):
             wrong += [f"{page}: {key}"] * (key not in known and not key.endswith(".py"))
     assert not wrong
+
+
+# --- `make docs-check`: the commands run, shortened -------------------------------------------------------------------
+
+#: Cannot run here: they wait for another machine, or for a run that is already there.
+ELSEWHERE = ("trainer.num_nodes=2", "experiment=multi_goal")
+SHORT = ("compile=false", "logger=none")
+TRAINED = sorted({tuple(words) for _, _, name, words in PROGRAMS if name == "train"})
+
+
+def shortened(words: tuple[str, ...], folder: Path) -> list[str]:
+    """The command with one iteration of training, one episode in evaluation and no film."""
+    if {"--help", "--cfg"} & set(words):
+        return list(words)
+    cfg = composed(list(words), folder)[0]
+    extra = [*SHORT, "total_frames=300"]
+    if "init_random_frames" in cfg.data:
+        extra.append("data.init_random_frames=100")
+    if "evaluation" in cfg.callbacks:
+        extra.append("callbacks.evaluation.episodes=1")
+    if "final_policy" in cfg.callbacks:
+        extra.append("callbacks.final_policy.video=false")
+    return [*words, *extra]
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("words", TRAINED, ids=" ".join)
+def test_a_train_command_runs(words, run_module, tmp_path):
+    if set(words) & set(ELSEWHERE):
+        return  # composed and validated by the short form
+    text = "\n".join((ROOT / page).read_text() for page in PAGES)
+    is_refused = f"$ python {TRAIN} {' '.join(words)}" in text
+    done = run_module("pmoe_lightning.train", *(words if is_refused else shortened(words, tmp_path)), timeout=1200)
+    assert done.returncode == (2 if is_refused else 0), done.stderr
+
+
+@pytest.mark.docs
+def test_evaluate_commands_run_and_print_the_table_of_the_page(run_module, tmp_path):
+    short = ["algo=ppo", "env=Pendulum-v1", *SHORT, "total_frames=300", "callbacks.final_policy.video=false"]
+    done = run_module("pmoe_lightning.train", *short, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    checkpoint = f"checkpoint={tmp_path / 'run/checkpoints/last.ckpt'}"
+    seen = set()
+    for *_, name, words in PROGRAMS:
+        key = tuple(word for word in words if not word.startswith("checkpoint="))
+        if name != "evaluate" or key in seen:
+            continue
+        seen.add(key)
+        done = run_module("pmoe_lightning.evaluate", checkpoint, "episodes=2", *key)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+        if "--json" not in key:
+            table = re.search(r"```text\ncheckpoint  .*?```", (ROOT / "docs/first_run.md").read_text(), re.DOTALL)[0]
+            labels = [line[:12].strip() for line in table.splitlines()[1:-1]]
+            assert [line[:12].strip() for line in printed.splitlines()][: len(labels)] == labels
+
+
+@pytest.mark.docs
+def test_the_results_page_lists_what_runs_log_and_nothing_else(run_module, tmp_path, store):
+    from mlflow.tracking import MlflowClient
+
+    kinds = [
+        ["algo=ppo"],
+        ["algo=dac"],
+        ["algo=sac", "estimator=frequency"],
+        ["algo=sac", "safe=velocity", "env=Hopper-v5", "action_transform=hamiltonian_gated"],
+    ]
+    for words in kinds:
+        done = run_module("pmoe_lightning.train", "debug=default", "callbacks.final_policy.video=false", *words)
+        assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{store}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    logged = set().union(*(run.data.metrics for run in runs))
+    page = (ROOT / "docs/results.md").read_text()
+    listed = set(re.findall(r"`((?:train|eval|mixture|estimator|time)/[\w<>]+)`", page))
+    transform = set(re.findall(r"`(hamiltonian/\w+)`", (ROOT / "docs/hamiltonian.md").read_text()))
+    patterns = {re.sub("_k$", r"_\\d+", re.sub("<group>", "(router|loc|scale)", name)) for name in listed | transform}
+    assert not {name for name in logged if not any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert not {pattern for pattern in patterns if not any(re.fullmatch(pattern, name) for name in logged)}
