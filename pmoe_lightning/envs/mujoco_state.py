@@ -8,6 +8,7 @@ poses. What the constraint solver writes in its arena is not state: every step c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,9 +41,10 @@ def version() -> str:
 
 def capture_model(model: Any) -> State:
     """Every array, size and option of a model, and the names in it."""
-    parts = {"model": model, "opt": model.opt, "stat": model.stat}
-    state: State = {part: dict(_fields(struct)) for part, struct in parts.items()}
-    return state | {"names": model.names.decode("latin-1")}
+    fields = dict(_fields(model))
+    numbers = {key: value for key, value in fields.items() if not isinstance(value, np.ndarray)}
+    arrays = {key: value for key, value in fields.items() if key not in numbers}
+    return {"arrays": _pack(arrays), "numbers": numbers, "names": model.names.decode("latin-1")}
 
 
 def check_model(model: Any, state: State) -> None:
@@ -52,24 +54,21 @@ def check_model(model: Any, state: State) -> None:
         ValueError: it is.
     """
     ours = capture_model(model)
-    sizes = {key for key, value in ours["model"].items() if not isinstance(value, torch.Tensor)}
-    same = ours["names"] == state["names"] and all(ours["model"][key] == state["model"].get(key) for key in sizes)
-    for part in ("model", "opt", "stat"):
-        same &= {key: _kind(value) for key, value in ours[part].items()} == {
-            key: _kind(value) for key, value in state[part].items()
-        }
-    if not same:
+    same = ours["names"] == state["names"] and ours["arrays"]["layout"] == state["arrays"]["layout"]
+    same &= ours["numbers"].keys() == state["numbers"].keys()
+    if not same or any(value != state["numbers"][key] for key, value in ours["numbers"].items() if "." not in key):
         raise ValueError("is of another MuJoCo model")
 
 
 def restore_model(model: Any, state: State) -> None:
     """Bring a model that was checked into a captured state."""
-    for part, struct in {"model": model, "opt": model.opt, "stat": model.stat}.items():
-        for name, value in state[part].items():
-            if isinstance(value, torch.Tensor):
-                getattr(struct, name)[...] = value.numpy()
-            elif part != "model":
-                setattr(struct, name, value)
+    fields = dict(_fields(model))
+    for key, value in _unpack(state["arrays"]).items():
+        fields[key][...] = value
+    for key, value in state["numbers"].items():
+        part, _, name = key.rpartition(".")
+        if part:  # what belongs to the model itself are sizes
+            setattr(getattr(model, part), name, value)
 
 
 def capture_data(data: Any) -> State:
@@ -78,10 +77,14 @@ def capture_data(data: Any) -> State:
 
     integration = np.empty(mujoco.mj_stateSize(data.model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(data.model, data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
-    arrays = {name: torch.from_numpy(array.copy()) for name, array in _arrays(data)}
     forces = torch.from_numpy(data.efc_force.copy())
     warnings = torch.from_numpy(np.stack([data.warning.number, data.warning.lastinfo]))
-    return {"integration": torch.from_numpy(integration), "arrays": arrays, "forces": forces, "warnings": warnings}
+    return {
+        "integration": torch.from_numpy(integration),
+        "arrays": _pack(dict(_arrays(data))),
+        "forces": forces,
+        "warnings": warnings,
+    }
 
 
 def check_data(data: Any, state: State) -> None:
@@ -114,11 +117,27 @@ def restore_data(data: Any, state: State) -> None:
     data.warning.number[...], data.warning.lastinfo[...] = state["warnings"].numpy()
 
 
-def _write(data: Any, arrays: State) -> None:
+def _write(data: Any, packed: State) -> None:
+    arrays = _unpack(packed)
     for name, array in _arrays(data):
-        saved = arrays.get(name)
-        if saved is not None and saved.shape == array.shape:
-            array[...] = saved.numpy()
+        if name in arrays and arrays[name].shape == array.shape:
+            array[...] = arrays[name]
+
+
+def _pack(arrays: dict[str, np.ndarray]) -> State:
+    """One tensor for all of them, because a checkpoint with hundreds for each environment takes long to write."""
+    layout = [(name, array.dtype.str, list(array.shape)) for name, array in arrays.items()]
+    content = bytearray(b"".join(array.tobytes() for array in arrays.values()))
+    return {"layout": layout, "content": torch.frombuffer(content, dtype=torch.uint8)}
+
+
+def _unpack(packed: State) -> dict[str, np.ndarray]:
+    content, offset, arrays = packed["content"].numpy(), 0, {}
+    for name, dtype, shape in packed["layout"]:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        arrays[name] = content[offset : offset + size].view(dtype).reshape(shape)
+        offset += size
+    return arrays
 
 
 def _arrays(data: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -129,16 +148,10 @@ def _arrays(data: Any) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, array
 
 
-def _fields(struct: Any) -> Iterator[tuple[str, Any]]:
-    for name in dir(struct):
-        if name.startswith("_") or name == _DRAWN:
-            continue
-        value = getattr(struct, name)
-        if isinstance(value, np.ndarray):
-            yield name, torch.from_numpy(value.copy())
-        elif isinstance(value, bool | int | float):
-            yield name, value
-
-
-def _kind(value: Any) -> Any:
-    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else type(value)
+def _fields(model: Any) -> Iterator[tuple[str, Any]]:
+    for prefix, struct in {"": model, "opt.": model.opt, "stat.": model.stat}.items():
+        for name in dir(struct):
+            if not name.startswith("_") and name != _DRAWN:
+                value = getattr(struct, name)
+                if isinstance(value, np.ndarray | bool | int | float):
+                    yield prefix + name, value
