@@ -34,7 +34,7 @@ test: $(VENV)/.installed ## the test suite, minutes
 test-slow: $(VENV)/.installed ## also the tests that train until something is learned
 	$(PYTEST) -m "not torture and not docs"
 
-docs-check: $(VENV)/.installed ## run every command of README and docs, shortened
+docs-check: $(VENV)/.installed ## run the train and evaluate commands of README and docs, shortened
 	$(PYTEST) -m docs tests/test_docs.py
 
 torture: $(VENV)/.installed ## the proofs of docs/reliability.md; continues where it was cut
