@@ -85,7 +85,7 @@ class MixtureDiagnostics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         history = state_dict["history"]
-        # Checkpoints of version 1 have the mean weights alone.
+        # Earlier checkpoints have the mean weights alone.
         specialisation = state_dict.get("specialisation", torch.full_like(history, torch.nan))
         self.history, self.specialisation = history.tolist(), specialisation.tolist()
 
