@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from pmoe_lightning.configuration.groups import group_options
 from pmoe_lightning.errors import ConfigurationError
@@ -45,6 +49,22 @@ def normalise_argv(arguments: Sequence[str]) -> list[str]:
             continue
         words += _split(value) if key == "overrides" else [word]
     return sorted((_spell_out(word) for word in words), key=_is_override)
+
+
+def read_override(word: str) -> tuple[str, Any]:
+    """The dotted key, without its plus signs, and the value of one override.
+
+    Raises:
+        ConfigurationError: it cannot be read, or has several values.
+    """
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise ConfigurationError(f"cannot read {word!r}: write +env.key=value") from None
+    if override.is_sweep_override():
+        key, _, value = word.partition("=")
+        raise ConfigurationError(f"{key} has several values, {value}: give one, or a list in brackets")
+    return override.key_or_group, override.value()
 
 
 def _is_override(word: str) -> bool:
