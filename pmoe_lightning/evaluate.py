@@ -189,19 +189,13 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def _env_argument(key: str, value: str) -> dict[str, Any]:
     """The argument's dotted name below ``env`` and its value, read as the train command reads it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from pmoe_lightning.configuration.arguments import read_override
 
-    try:
-        override = OverridesParser.create().parse_override(f"{key}={value}")
-    except HydraException:
-        raise ConfigurationError(f"cannot read {f'{key}={value}'!r}: write +env.key=value") from None
-    if override.is_sweep_override():
-        raise ConfigurationError(f"{key} has several values, {value}: give one, or a list in brackets")
-    name = override.key_or_group.removeprefix("env.")
+    name, parsed = read_override(f"{key}={value}")
+    name = name.removeprefix("env.")
     if name.partition(".")[0] in _CHOSEN_HERE:
         raise ConfigurationError(f"{key} is not an argument of the environment: the command itself chooses it")
-    return {name: override.value()}
+    return {name: parsed}
 
 
 def _shell_completion(arguments: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -78,6 +79,22 @@ def _own_options(words: Sequence[str], group: str) -> list[str]:
     """The options that the folder of ``--config-dir`` adds to a group."""
     folder = get_args_parser().parse_known_args(words)[0].config_dir
     return [] if folder is None else [file.stem for file in Path(folder, group).glob("*.yaml")]
+
+
+def read_override(word: str) -> tuple[str, Any]:
+    """The dotted key, without its plus signs, and the value of one override.
+
+    Raises:
+        ConfigurationError: it cannot be read, or has several values.
+    """
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        raise ConfigurationError(f"cannot read {word!r}: write +env.key=value") from None
+    if override.is_sweep_override():
+        key, _, value = word.partition("=")
+        raise ConfigurationError(f"{key} has several values, {value}: give one, or a list in brackets")
+    return override.key_or_group, override.value()
 
 
 def _is_override(word: str) -> bool:
