@@ -75,7 +75,7 @@ ALLOWED = {
         "tracking",
     },
     "configuration": {"errors", "conf"},
-    "evaluate": {"checkpoints", "envs", "errors", "evaluation", "tracking"},
+    "evaluate": {"checkpoints", "configuration", "envs", "errors", "evaluation", "tracking"},
 }
 COMMANDS = {"train", "training", "sweep", "resume"}  # meet everything
 
