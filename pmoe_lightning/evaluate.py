@@ -275,11 +275,12 @@ def evaluate(request: Request) -> Judged:
 def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
     """What makes the options that the description names, where the user's folder has them: local files choose code."""
     from pmoe_lightning.checkpoints.policy import own_parts
+    from pmoe_lightning.configuration import read_option
 
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigurationError(f"config_dir={config_dir} is not a folder")
     return {
-        f"{group}/{name}": _configured(group, name, config_dir)[0]
+        f"{group}/{name}": read_option(group, name, config_dir)[0]
         for group, name in own_parts(description).items()
         if name in _options(config_dir, group)
     }
@@ -287,25 +288,6 @@ def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
 
 def _options(config_dir: str, group: str) -> list[str]:
     return [file.stem for file in Path(config_dir, group).glob("*.yaml")] if config_dir else []
-
-
-def _configured(group: str, name: str, config_dir: str) -> tuple[Any, dict[str, Any]]:
-    """The target of an option in the user's folder, and its values."""
-    from hydra.utils import get_object
-    from omegaconf import OmegaConf
-
-    from pmoe_lightning.configuration import compose_jobs, register
-
-    register()
-    (cfg,) = compose_jobs([f"{group}={name}"], config_dir=config_dir)
-    node = cfg[group]
-    try:
-        target = get_object(node._target_)
-    except Exception as error:  # whatever importing a user's module raises
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {reason}") from error
-    own_values = [key for key in node if not key.startswith("_") and not OmegaConf.is_interpolation(node, key)]
-    return target, {key: OmegaConf.to_container(node)[key] for key in own_values}
 
 
 def _environment(
@@ -321,11 +303,12 @@ def _environment(
 def _chosen_environment(
     request: Request, description: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> tuple[Any, str, dict[str, Any]]:
+    from pmoe_lightning.configuration import read_option
     from pmoe_lightning.envs import make_env
 
     trained, own = description["env"], description.get("own_parts", {}).get("env")
     if request.env in _options(request.config_dir, "env"):
-        make, values = _configured("env", request.env, request.config_dir)
+        make, values = read_option("env", request.env, request.config_dir)
         return make, values.pop("id"), values
     if request.env and request.env != trained["id"]:
         return make_env, request.env, {}

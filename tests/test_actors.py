@@ -438,7 +438,7 @@ def test_bounds_come_from_the_action_spec(maker):
         (LOW, HIGH, {"initialization": "xavier"}, "initialization must be one of .*'xavier'"),
         (LOW, HIGH, {"activation": "gelu"}, "activation must be one of .*'gelu'"),
         (LOW, HIGH, {"hidden_sizes": ()}, "hidden_sizes needs at least one width"),
-        (LOW, HIGH, {"deterministic": "best_value"}, "deterministic .*max_weight.*sample_component.*'best_value'"),
+        (LOW, HIGH, {"deterministic": "best"}, "deterministic .*max_weight.*sample_component.*'best'"),
         ([0.0], [1.0, 1.0], {}, "action bounds must be finite vectors"),
         ([1.0, 0.0], [0.5, 1.0], {}, "action bounds .* low < high"),
         ([0.0, 0.0], [0.0, 1.0], {}, "action bounds .* low < high"),

@@ -48,7 +48,7 @@ def off_policy(policy: TensorDictModuleBase | None = None, **changes) -> OffPoli
 
 
 def on_policy(policy: TensorDictModuleBase | None = None, **changes) -> OnPolicyData:
-    arguments = {"total_frames": 64, "frames_per_epoch": 64, "frames_per_batch": 16}
+    arguments = {"total_frames": 64, "frames_per_epoch": 64, "frames_per_batch": 16, "num_envs": 1}
     policy = policy or make_policy(changes.get("normalizer"), return_log_prob=True)
     return OnPolicyData(make_scripted_env, policy, **{**arguments, **changes})
 

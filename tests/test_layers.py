@@ -80,7 +80,7 @@ ALLOWED = {
     "configuration": {"errors", "conf"},
     "evaluate": {"checkpoints", "configuration", "envs", "errors", "evaluation", "tracking"},
 }
-COMMANDS = {"train", "training", "sweep", "resume", "evaluate"}  # meet everything
+COMMANDS = {"train", "training", "sweep", "resume"}  # meet everything
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pmoe_lightning.configuration.groups import group_options
-from pmoe_lightning.configuration.schemas import SCHEMAS
+from pmoe_lightning.configuration.schemas import SCHEMAS, register
 from pmoe_lightning.errors import ConfigurationError
 
 _CONFIG_MODULE = "pmoe_lightning.conf"
@@ -32,6 +34,24 @@ def compose_jobs(
     extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     with initialize_config_module(_CONFIG_MODULE, version_base="1.3"):
         return [_compose([*job, *extra]) for job in (_sweep(overrides) if multirun else [list(overrides)])]
+
+
+def read_option(group: str, name: str, config_dir: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The target of an option in the user's folder, and the values beside it that stand for themselves.
+
+    Raises:
+        ConfigurationError: it does not compose, or its target cannot be imported.
+    """
+    register()
+    (cfg,) = compose_jobs([f"{group}={name}"], config_dir=config_dir)
+    node = cfg[group]
+    try:
+        target = get_object(node._target_)
+    except Exception as error:  # whatever importing a user's module raises
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {reason}") from error
+    own = [key for key in node if not key.startswith("_") and not OmegaConf.is_interpolation(node, key)]
+    return target, {key: value for key, value in OmegaConf.to_container(node).items() if key in own}
 
 
 def _compose(overrides: list[str]) -> DictConfig:
