@@ -533,9 +533,8 @@ def test_collectors_hand_the_live_critics_to_their_workers():
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 def checkpoint_of(algorithm, **arguments) -> dict:
     named = {"force": "gated", "learn_step_size": True, "learn_magnitude": True, "used_in": ["acting", "actor_loss"]}
-    description = algorithm.policy_description | {"action_transform": named | arguments}
-    entry = {"description": description, "state_dict": dict(algorithm.policy.state_dict())}
-    return {"policy": entry | {"action_values": algorithm.action_values()}}
+    entry = algorithm.policy_state()
+    return {"policy": entry | {"description": entry["description"] | {"action_transform": named | arguments}}}
 
 
 @pytest.mark.parametrize("rule", [None, "best_value"])

@@ -47,8 +47,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         super().__init__()
         self.automatic_optimization = False
         self.loss, self.actor, self.policy = loss, actor, policy
-        # What the critics read, and so what whoever acts by them must hand them.
-        self.policy_description = {**(policy_description or {}), "action_units": "normalized"}
+        self.policy_description = dict(policy_description or {})
         self.parts: dict[str, Callable[..., Any]] = {}
         self.updates = 0
         self.last_observation: Tensor | None = None
@@ -150,7 +149,8 @@ class AbstractAlgorithm(LightningModule, ABC):
     def policy_state(self) -> dict[str, Any]:
         """What ``load_policy`` reads: the policy's description, its weights and its action values."""
         return {
-            "description": self.policy_description,
+            # The units are what the critics read, and so what whoever acts by them must hand them.
+            "description": {**self.policy_description, "action_units": "normalized"},
             "state_dict": dict(self.policy.state_dict()),
             "action_values": self.action_values(),
         }
