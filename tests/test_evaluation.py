@@ -448,13 +448,15 @@ def test_sampling_a_policy_that_follows_the_best_value_is_to_draw_from_its_mixtu
         returns[rule] = json.loads(capfd.readouterr().out)["returns"]
     assert returns["sample"] == list(expected.returns) and returns["sample"] != returns["best_value"]
     monkeypatch.setattr("pmoe_lightning.evaluation._render", lambda env: np.zeros((16, 16, 3), np.uint8))
-    filmed: list[torch.Tensor] = []
+    taken: list[torch.Tensor] = []
     policy = load_policy(content)
-    policy.register_forward_hook(lambda module, inputs, out: filmed.append(out["action"][0].clone()))
+    policy.register_forward_hook(lambda module, inputs, out: taken.append(out["action"][0].clone()))
+    first = []
     for sample in (True, False):
+        taken.clear()
         record_video(policy, "Hopper-v5", tmp_path / "film.mp4", max_frames=1, sample=sample)
-    drawn, chosen = filmed
-    assert (drawn - chosen).abs().max() > 1e-3
+        first.append(taken[0])
+    assert (first[0] - first[1]).abs().max() > 1e-3
 
 
 def test_table_and_video(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

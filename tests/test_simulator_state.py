@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from gymnasium.spaces.utils import flatten
 from test_resume import differing
 
 import pmoe_lightning.envs  # noqa: F401  (registers MultiGoal-v0)
@@ -32,7 +33,8 @@ def _steps(envs: list[gymnasium.Env], rng: np.random.Generator, number: int) -> 
         observation, reward, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
             observation, _ = env.reset()
-        taken.append((np.asarray(observation).tobytes(), float(reward), terminated, truncated))
+        observed = flatten(env.observation_space, observation)
+        taken.append((np.asarray(observed).tobytes(), float(reward), terminated, truncated))
     return taken
 
 

@@ -427,7 +427,7 @@ class OffersAround(gymnasium.Wrapper):
 
 
 class DictObservation(Stranger):
-    """Its observations are flattened by Gymnasium's wrapper, which closes over it."""
+    """Its observations are no vector."""
 
     observation_space = Dict({"b": Box(-9, 9, (1,), np.float64), "a": Box(-9, 9, (1,), np.float64)})
 
