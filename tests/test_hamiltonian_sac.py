@@ -58,7 +58,8 @@ def named(estimator) -> str:
 
 
 def transform(force: str = "gated", **arguments) -> HamiltonianTransform:
-    return make_transform(OBSERVATION_DIM, A, force=force, **arguments)
+    strength = {} if force == "raw" else {"magnitude": 1.0}
+    return make_transform(OBSERVATION_DIM, A, force=force, **strength | arguments)
 
 
 def sac(action_transform=None, estimator=None, num_components: int = 3, **arguments):
