@@ -251,7 +251,7 @@ def shortened(words: tuple[str, ...], folder: Path) -> list[str]:
 def test_a_train_command_runs(words, run_module, tmp_path):
     text = "\n".join((ROOT / page).read_text() for page in PAGES)
     is_refused = f"$ python {TRAIN} {' '.join(words)}" in text
-    done = run_module("pmoe_lightning.train", *(words if is_refused else shortened(words, tmp_path)), timeout=1200)
+    done = run_module("pmoe_lightning.train", *(words if is_refused else shortened(words, tmp_path)))
     assert done.returncode == (2 if is_refused else 0), done.stderr
 
 

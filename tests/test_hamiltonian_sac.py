@@ -362,14 +362,14 @@ def test_evolved_actions_have_a_higher_value_on_a_trained_critic(trained, force,
     loss = trained.loss
     strength = {} if force == "raw" else {"magnitude": 5.0}
     evolve = transform(force, step_size=step_size, momentum_scale=0.3, **strength)
-    observation = trained.last_observation[torch.randint(len(trained.last_observation), (2000,))]
-    states = TensorDict({"observation": observation}, [2000])
+    observation = trained.last_observation[torch.randint(len(trained.last_observation), (8000,))]
+    states = TensorDict({"observation": observation}, [8000])
     distribution = trained.actor.get_dist(states.clone())
     u = distribution.rsample_unsquashed().detach()
     unit = TanhBounds.normalized(u)
     evolution = evolve(
         u,
-        torch.zeros(2000),
+        torch.zeros(8000),
         evolve.sample_momentum(u),
         observation=observation,
         qvalue=loss.action_value(states),
@@ -381,7 +381,7 @@ def test_evolved_actions_have_a_higher_value_on_a_trained_critic(trained, force,
         loss.qvalues(states, unit.squash(at), loss.qvalue_network_params).min(0).values for at in (u, evolution.u)
     )
     torch.testing.assert_close(gain, (after - before).detach(), rtol=1e-3, atol=1e-3)
-    assert gain.mean() > 5 * gain.std() / 2000**0.5
+    assert gain.mean() > 5 * gain.std() / 8000**0.5
 
 
 def test_training_moves_what_is_learned_and_reports(trained):
