@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import zoo
-from test_resume import LAST, PPO, QUIET, differing, state_of, train  # noqa: F401  (a fixture)
+from test_resume import LAST, PPO, QUIET, differing, state_of
 
 from pmoe_lightning.checkpoints import read_checkpoint
 
@@ -17,7 +17,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture
-def run(train):  # noqa: F811
+def run(train):
     """The train command as a new process would run it: with nothing left of another run in the module of the zoo."""
 
     def run(*words: str) -> str:
