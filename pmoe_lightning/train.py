@@ -69,6 +69,9 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong configuration, 130 Ctrl-C, 143 SIGTERM."""
     # Hydra would cut the traceback of a real error short.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if "--version" in sys.argv[1:]:  # Hydra would say its own
+        print(f"pmoe_lightning {__version__}")
+        sys.exit()
     try:
         with _one_line_errors():
             words, jobs = _refuse_what_cannot_run(normalise_argv(sys.argv[1:]))
@@ -102,9 +105,6 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
     Returns:
         the words with ``resume`` a file, and the jobs of a sweep, none for a single run.
     """
-    if "--version" in words:  # Hydra would say its own
-        print(f"pmoe_lightning {__version__}")
-        sys.exit()
     arguments = get_args_parser().parse_args(words)
     if arguments.help:
         # Hydra's own help takes seconds to collect what it prints.
