@@ -139,7 +139,7 @@ def test_a_force_of_ones_own_is_acted_with_again(mine, train, tmp_path, capfd):
 def test_options_that_only_set_values_need_no_folder_later(mine, train, capfd):
     chosen = ["algo=mine", "actor=seven", "env=Pendulum-v1", "logger=none"]
     train("--config-dir", mine, *chosen, "callbacks=[checkpoint_last]", *SHORT[:-2], "hydra.run.dir=run")
-    assert load_policy(LAST, rule="max_weight")[0].module.num_components == 7
+    assert load_policy(LAST, rule="max_weight").actor[0].module.num_components == 7
     capfd.readouterr()
     assert evaluate([f"checkpoint={LAST}", "episodes=2", "--json", "env=other", "--config-dir", mine]) == 0
     assert json.loads(capfd.readouterr().out)["lengths"] == [20, 20]
