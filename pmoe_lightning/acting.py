@@ -1,4 +1,4 @@
-"""Which component of its mixture a policy follows."""
+"""The actor inside a policy, its distribution, and which component of its mixture the policy follows."""
 
 from __future__ import annotations
 
@@ -6,27 +6,40 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.distributions import Distribution
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.normalization import ObservationNormalizer
-from pmoe_lightning.options import OptionActor
+from pmoe_lightning.options import OptionActor, OptionPolicies
 
 _SAME = 1e-5  # as a share of the action range: the same mode in another batch size
+
+
+Actor = SafeProbabilisticTensorDictSequential | OptionActor
+
+
+def find_actor(policy: TensorDictModuleBase) -> Actor | None:
+    """The actor of a policy, whatever stands around it; None where there is none."""
+    return next((module for module in policy.modules() if isinstance(module, Actor)), None)
+
+
+def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Distribution | OptionPolicies:
+    """What the actor of a policy draws from at states that hold what the policy reads, before its normaliser."""
+    for module in policy.modules():
+        if isinstance(module, ObservationNormalizer):
+            states = module(states)
+    return find_actor(policy).get_dist(states)
 
 
 @torch.no_grad()
 def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> TanhGaussianMixture | None:
     """The mixture of a policy at states [*B], whatever stands around its actor; None where it has none."""
-    actors = (m for m in policy.modules() if isinstance(m, SafeProbabilisticTensorDictSequential | OptionActor))
-    actor = next(actors, None)
-    if actor is None:
+    if find_actor(policy) is None:
         return None
     inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
-    for normalizer in (m for m in policy.modules() if isinstance(m, ObservationNormalizer)):
-        inputs = normalizer(inputs)
-    distribution = actor.get_dist(inputs)
-    distribution = distribution.mixture if isinstance(actor, OptionActor) else distribution
+    distribution = distribution_at(policy, inputs)
+    distribution = distribution.mixture if isinstance(distribution, OptionPolicies) else distribution
     return distribution if isinstance(distribution, TanhGaussianMixture) else None
 
 

@@ -53,6 +53,7 @@ ALLOWED = {
     "film": {"figures"},
     "evaluation": {"acting", "envs", "errors", "film"},
     "checkpoints": {
+        "acting",
         "hamiltonian",
         "actors",
         "critics",

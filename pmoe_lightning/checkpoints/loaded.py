@@ -10,10 +10,9 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
-from torchrl.modules import SafeProbabilisticTensorDictSequential
 
-from pmoe_lightning.normalization import ObservationNormalizer
-from pmoe_lightning.options import OptionActor, OptionPolicies
+from pmoe_lightning.acting import Actor, distribution_at, find_actor
+from pmoe_lightning.options import OptionPolicies
 
 
 class LoadedPolicy(TensorDictModuleBase):
@@ -33,10 +32,9 @@ class LoadedPolicy(TensorDictModuleBase):
         self.in_keys, self.out_keys = list(policy.in_keys), list(policy.out_keys)
 
     @property
-    def actor(self) -> SafeProbabilisticTensorDictSequential | OptionActor:
+    def actor(self) -> Actor:
         """The actor alone, which loss modules take. It reads what the normaliser writes, where there is one."""
-        kinds = SafeProbabilisticTensorDictSequential | OptionActor
-        return next(module for module in self.policy.modules() if isinstance(module, kinds))
+        return find_actor(self.policy)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -49,11 +47,7 @@ class LoadedPolicy(TensorDictModuleBase):
         ``ExplorationType.RANDOM`` draws from it; an action transform evolves the draw, a safe policy chooses among
         several.
         """
-        inputs = self._inputs(tensordict, self.policy.in_keys[:1])
-        for module in self.policy.modules():
-            if isinstance(module, ObservationNormalizer):
-                inputs = module(inputs)
-        return self.actor.get_dist(inputs)
+        return distribution_at(self.policy, self._inputs(tensordict, self.policy.in_keys[:1]))
 
     @torch.no_grad()
     def predict(self, observation: Any) -> np.ndarray:
