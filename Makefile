@@ -7,7 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# Files begin in the order of tests/conftest.py, not those of most tests first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # Shells and other tools set variables of these names too: only those of the command line count.
 $(foreach name,ALGO ENV FRAMES SEED OVERRIDES,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
@@ -37,8 +38,11 @@ test-slow: $(VENV)/.installed ## also the tests that train until something is le
 docs-check: $(VENV)/.installed ## run the train and evaluate commands of README and docs, shortened
 	$(PYTEST) -m docs tests/test_docs.py
 
-torture: $(VENV)/.installed ## the proofs of docs/reliability.md; continues where it was cut
+torture: $(VENV)/.installed ## the proofs of docs/reliability.md, resumable; torture-moments CASE="[ppo-7]" one of them, or one case
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -s -p no:cacheprovider
+
+torture-%: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -s -p no:cacheprovider tests/torture/test_$*.py $(if $(CASE),-k '$(CASE)')
 
 check: $(VENV)/.installed-dev ## style
 	$(BIN)/ruff check .

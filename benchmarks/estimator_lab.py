@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import math
 import os
 import subprocess
@@ -30,12 +31,10 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from resumable import fill
 from tensordict import TensorDict
 from torch import Tensor
 
-from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
-from pmoe_lightning.critics import make_qvalue_network
-from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import (
     AbstractEstimator,
     Evaluation,
@@ -48,8 +47,11 @@ from pmoe_lightning.estimators import (
     Pathwise,
     ScoreFunction,
 )
-from pmoe_lightning.gradient_statistics import GROUPS, cosine, gradient_statistics
+from pmoe_lightning.estimators.gradient_statistics import GROUPS, cosine, gradient_statistics
 from pmoe_lightning.losses import PMOESACLoss
+from pmoe_lightning.modules.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
 
 RESULTS = Path(__file__).parent / "results" / "estimator_lab"
 COMPONENTS, ACTION_DIMS, ALPHA = (1, 2, 4, 8, 16), (1, 2, 6, 17), 0.1
@@ -285,20 +287,20 @@ def time_cell(rounds: int = 40) -> Iterator[dict]:
 
 
 # -- cells, tables, MLflow ---------------------------------------------------------------------------------------------
-def fill(path: Path, rows: Callable[[], Iterator[dict]]) -> None:
-    """Measure a cell unless its file exists; the file appears only when it is complete."""
-    if path.exists():
-        return
+def fill_rows(path: Path, rows: Callable[[], Iterator[dict]]) -> None:
+    """Measure the rows of a cell unless its file exists."""
     start = time.monotonic()
-    measured = list(rows())
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(measured[0]))
-        writer.writeheader()
-        for row in measured:
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
-    partial.rename(path)
-    print(f"{path.stem}: {len(measured)} rows in {time.monotonic() - start:.0f} s", flush=True)
+    if measured := fill(path, lambda: list(rows()), as_csv):
+        print(f"{path.stem}: {len(measured)} rows in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def as_csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+    return text.getvalue()
 
 
 def train_critic(frames: int) -> Path:
@@ -308,6 +310,7 @@ def train_critic(frames: int) -> Path:
     if not checkpoint.exists():
         words = ["algo=sac", "actor=pmoe", "estimator=marginalized", "callbacks=minimal", "logger=none"]
         words += [f"total_frames={frames}", "data.frames_per_epoch=10_000", "seed=1", f"hydra.run.dir={folder}"]
+        words.append("resume=auto")
         subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True)
     return checkpoint
 
@@ -383,13 +386,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cells = arguments.results / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
     for num_components in arguments.components:
         for action_dim in arguments.action_dims:
             path = cells / f"K{num_components:02}-A{action_dim:02}.csv"
-            fill(path, lambda K=num_components, A=action_dim: analytic_cell(K, A))
-    fill(cells / "time.csv", time_cell)
-    fill(cells / "critic.csv", lambda: critic_cell(arguments.checkpoint or train_critic(arguments.frames)))
+            fill_rows(path, lambda K=num_components, A=action_dim: analytic_cell(K, A))
+    fill_rows(cells / "time.csv", time_cell)
+    fill_rows(cells / "critic.csv", lambda: critic_cell(arguments.checkpoint or train_critic(arguments.frames)))
     report(arguments.results, collect(arguments.results))
 
 

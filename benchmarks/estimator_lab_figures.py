@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pmoe_lightning.figures import GREY, PALETTE
+from pmoe_lightning.evaluation.figures import GREY, PALETTE
 
 GROUPS = ("router", "loc", "scale")
 #: One colour per family, one line style and marker per variant of it.

@@ -50,7 +50,7 @@ def fill_buffer(transitions: int) -> None:
     import torch
     from tensordict import TensorDict
 
-    from pmoe_lightning.data import OffPolicyData
+    from pmoe_lightning.data.off_policy import OffPolicyData
 
     torch.set_num_threads(1)
     policy = torch.nn.Linear(1, 1)
@@ -90,19 +90,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*POINTS, "one-buffer"])
     parser.add_argument("transitions", nargs="?", type=int)
-    options = parser.parse_args()
-    if options.what == "one-buffer":
-        fill_buffer(options.transitions)
+    arguments = parser.parse_args()
+    if arguments.what == "one-buffer":
+        fill_buffer(arguments.transitions)
         return
-    measure = {"environments": with_environments, "buffer": with_buffer}[options.what]
+    measure = {"environments": with_environments, "buffer": with_buffer}[arguments.what]
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
-    for point in POINTS[options.what]:
+    for point in POINTS[arguments.what]:
         rows.append((point, *measure(point)))
         print("{}: {:.1f} us, {:.0f} MiB".format(*rows[-1]), flush=True)
-    with (RESULTS / f"growth_{options.what}.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([(options.what, "microseconds", "mebibytes"), *rows])
-    draw(options.what, rows)
+    with (RESULTS / f"growth_{arguments.what}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([(arguments.what, "microseconds", "mebibytes"), *rows])
+    draw(arguments.what, rows)
 
 
 if __name__ == "__main__":

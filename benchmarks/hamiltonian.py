@@ -3,13 +3,16 @@
     python benchmarks/hamiltonian.py cost                     # per update and per environment step, beside no transform
     python benchmarks/hamiltonian.py cost --compiled          # both as compiled graphs; compiling takes minutes
     python benchmarks/hamiltonian.py gain <checkpoint>        # Q gain against step size on a trained critic
-    python benchmarks/hamiltonian.py run                      # every learner, five seeds; resumable cell by cell
-    python benchmarks/hamiltonian.py run --learners gaussian gaussian_raw --seeds 1
-    python benchmarks/hamiltonian.py table                    # the table, and hamiltonian.png
+    python benchmarks/hamiltonian.py run                      # every cell of ``learning``; resumable cell by cell
+    python benchmarks/hamiltonian.py run --envs Pendulum-v1 --learners gaussian gaussian_raw --seeds 1
+    python benchmarks/hamiltonian.py run --checkout <folder> --label before      # the package of another checkout
+    python benchmarks/hamiltonian.py table                    # its table
+    python benchmarks/hamiltonian.py first                    # the table and figure of the first comparison
 
-Each cell of ``run`` trains SAC once through the command a user types, with networks of 128-128 and minibatches of 128
-to make five seeds affordable, and judges the last policy by ten deterministic episodes with seeds of their own; a
-finished cell is one JSON file.
+Each cell of ``run`` trains SAC once through the command a user types, for 50,000 frames, with networks of 128-128 and
+minibatches of 128 to make five seeds affordable, and judges the last policy by ten deterministic episodes with seeds of
+their own; a finished cell is one JSON file. The first comparison, of 30,000 frames of Hopper-v5, was made with an
+actor's gradient that lacked the curvature of the critics (see docs/hamiltonian.md); its cells are kept as they were.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product as cartesian
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from resumable import fill, finished, indented
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 from update import Products, readable_form
@@ -35,17 +40,19 @@ from pmoe_lightning.algorithms import SAC, make_sac
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.policy import policy_entry
 from pmoe_lightning.data.collector import RolloutCollector
-from pmoe_lightning.distributions import TanhBounds
 from pmoe_lightning.estimators import Frequency, Pathwise
-from pmoe_lightning.evaluation import student_t_interval
+from pmoe_lightning.evaluation.statistics import student_t_interval
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
-from pmoe_lightning.safety import CostConstraint
+from pmoe_lightning.modules.distributions import TanhBounds
+from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
 RESULTS = Path(__file__).parent / "results" / "hamiltonian"
-ENV, FRAMES, EPISODES, EVALUATION_SEED = "Hopper-v5", 30_000, 10, 10_000
+LEARNING = RESULTS / "learning"
+ENVS, FRAMES, EPISODES, EVALUATION_SEED = ("Pendulum-v1", "Hopper-v5", "HalfCheetah-v5"), 50_000, 10, 10_000
 ACTORS = {"gaussian": ["actor=gaussian", "estimator=pathwise"], "pmoe": ["actor=pmoe", "estimator=frequency"]}
-TRANSFORMS = {"": "none", "_raw": "hamiltonian_raw", "_gated": "hamiltonian_gated"}
+FORCES = ("raw", "normalized", "gated")
+TRANSFORMS = {"": "none"} | {f"_{force}": f"hamiltonian_{force}" for force in FORCES}
 SIZES = ["algo.hidden_sizes=[128,128]", "data.batch_size=128"]
 LEARNERS = {
     f"{actor}{suffix}": [*words, f"action_transform={transform}", *SIZES]
@@ -84,7 +91,7 @@ def learner(case: Case) -> SAC:
         observation_dim=OBSERVATIONS,
         action_dim=ACTIONS,
         action_transform=transform if case.steps else None,
-        safety=CostConstraint() if case.safe else None,
+        constraint=CostConstraint() if case.safe else None,
     )
 
 
@@ -110,8 +117,8 @@ def stepping(algorithm: SAC, compiled: bool) -> Timed:
     """What takes ``STEPS`` steps of one environment, as training does."""
     env = make_env("HalfCheetah-v5", num_envs=1, seed=0)
     frames = {"frames_per_batch": STEPS, "total_frames": -1}
-    options = {"track_traj_ids": False, "use_buffers": False, "auto_register_policy_transforms": False}
-    return RolloutCollector(env, algorithm.policy, **frames, **options, compile=compiled).rollout
+    settings = {"track_traj_ids": False, "use_buffers": False, "auto_register_policy_transforms": False}
+    return RolloutCollector(env, algorithm.policy, **frames, **settings, compile=compiled).rollout
 
 
 def operations(update: Timed) -> float:
@@ -155,7 +162,7 @@ def cost(compiled: bool) -> None:
 @torch.no_grad()
 def gain(checkpoint: str, states: int = 1200) -> None:
     """Print what one trajectory of three steps does to actions drawn by a trained SAC policy without a transform."""
-    from pmoe_lightning.critics import make_qvalue_network, stacked_qvalue_at
+    from pmoe_lightning.modules.critics import make_qvalue_network, stacked_qvalue_at
 
     content = read_checkpoint(checkpoint)
     entry, alpha = policy_entry(content), content["state_dict"]["loss.log_alpha"].exp()
@@ -193,64 +200,73 @@ def gain(checkpoint: str, states: int = 1200) -> None:
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
-def train(learner: str, seed: int) -> dict:
+def train(env: str, learner: str, seed: int, label: str, checkout: str) -> dict:
     """Train, and judge the policy at the end, through the commands a user types."""
-    folder = RESULTS.parent / "runs" / f"hamiltonian-{learner}-{seed}"
-    words = ["algo=sac", f"env.id={ENV}", f"total_frames={FRAMES}", f"seed={seed}", *LEARNERS[learner]]
-    words += ["callbacks=minimal", "logger=none", f"hydra.run.dir={folder}"]
+    folder = (RESULTS.parent / "runs" / f"hamiltonian-{label}-{env}-{learner}-{seed}").resolve()
+    words = ["algo=sac", f"env.id={env}", f"total_frames={FRAMES}", f"seed={seed}", *LEARNERS[learner]]
+    words += ["callbacks=minimal", "logger=none", "compile=true", "resume=auto", f"hydra.run.dir={folder}"]
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True)
+    subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True, cwd=checkout)
     seconds = time.monotonic() - start
     judge = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
     judge += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
-    answer = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True).stdout)
+    answer = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True, cwd=checkout).stdout)
     return {"mean": answer["mean"], "returns": answer["returns"], "seconds": seconds}
 
 
-def run(learners: list[str], seeds: list[int]) -> None:
+def measure(env: str, learner: str, seed: int, label: str, checkout: str) -> dict:
+    head = {"label": label, "learner": learner, "seed": seed, "env": env, "frames": FRAMES}
+    return head | train(env, learner, seed, label, checkout)
+
+
+def run(envs: list[str], learners: list[str], seeds: list[int], label: str, checkout: str) -> None:
     """Fill the missing cells, seed by seed, so that an interrupted study compares what it has."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        for learner in learners:
-            cell = RESULTS / f"{learner}-{seed}.json"
-            if not cell.exists():
-                result = {"learner": learner, "seed": seed, "env": ENV, "frames": FRAMES} | train(learner, seed)
-                cell.with_suffix(".partial").write_text(json.dumps(result, indent=1))
-                cell.with_suffix(".partial").rename(cell)
-                print(f"{cell.stem}: {result['mean']:.0f} in {result['seconds']:.0f} s", flush=True)
+    for env, seed, learner in cartesian(envs, seeds, learners):
+        cell = LEARNING / f"{label}-{env}-{learner}-{seed}.json"
+        if result := fill(cell, partial(measure, env, learner, seed, label, checkout), indented):
+            print(f"{cell.stem}: {result['mean']:.0f} in {result['seconds']:.0f} s", flush=True)
 
 
-def read() -> dict[str, dict[int, dict]]:
+Cells = dict[str, dict[int, dict]]
+
+
+def read(folder: Path, env: str, label: str | None = None) -> Cells:
     """Finished cells by learner and seed."""
-    found: dict[str, dict[int, dict]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        cell = json.loads(path.read_text())
-        found.setdefault(cell["learner"], {})[cell["seed"]] = cell
+    found: Cells = {}
+    for cell in finished(folder):
+        if (cell["env"], cell.get("label")) == (env, label):
+            found.setdefault(cell["learner"], {})[cell["seed"]] = cell
     return {learner: found[learner] for learner in LEARNERS if learner in found}
 
 
-def table(found: dict[str, dict[int, dict]]) -> None:
+def table(found: Cells, plain: Cells, title: str) -> None:
     """Every seed, the mean and the difference to no transform, each with its 95 % interval over seeds (Student's t)."""
-    print(f"| learner | {ENV}, {FRAMES:,} frames: return, seed by seed | mean | 95 % interval | against no transform |")
+    print(f"\n| learner | {title}: return, seed by seed | mean | 95 % interval | against no transform |")
     print("|---|---|---|---|---|")
     for learner, cells in found.items():
         values = {seed: cells[seed]["mean"] for seed in sorted(cells)}
-        plain = found.get(learner.split("_")[0], {})
-        pairs = [value - plain[seed]["mean"] for seed, value in values.items() if seed in plain]
+        without = plain.get(learner.split("_")[0], {})
+        pairs = [value - without[seed]["mean"] for seed, value in values.items() if seed in without]
         versus = ""
         if "_" in learner and len(pairs) > 1:
-            low, high = student_t_interval(pairs)
-            versus = f"{sum(pairs) / len(pairs):+.0f} ({low:+.0f} to {high:+.0f})"
-        mean, (low, high) = sum(values.values()) / len(values), student_t_interval(list(values.values()))
+            versus = f"{sum(pairs) / len(pairs):+.0f} ({interval(pairs)})"
         seeds = ", ".join(f"{value:.0f}" for value in values.values())
-        print(f"| {learner} | {seeds} | {mean:.0f} | {low:.0f} to {high:.0f} | {versus} |")
+        mean = sum(values.values()) / len(values)
+        print(f"| {learner} | {seeds} | {mean:.0f} | {interval(list(values.values()))} | {versus} |")
 
 
-def draw(found: dict[str, dict[int, dict]], path: Path) -> None:
+def interval(values: list[float]) -> str:
+    if len(values) < 2:
+        return "one seed"
+    low, high = student_t_interval(values)
+    return f"{low:.0f} to {high:.0f}"
+
+
+def draw(found: Cells, path: Path) -> None:
     """A dot per seed, a bar for their mean."""
     from matplotlib.figure import Figure
 
-    from pmoe_lightning.figures import PALETTE
+    from pmoe_lightning.evaluation.figures import PALETTE
 
     figure = Figure(figsize=(8.0, 4.2), dpi=100, layout="constrained")
     axes = figure.add_subplot()
@@ -261,7 +277,7 @@ def draw(found: dict[str, dict[int, dict]], path: Path) -> None:
         axes.scatter([position] * len(values), values, color=color, zorder=3)
     axes.set_xticks(range(len(found)), [learner.replace("_", "\n") for learner in found])
     axes.set_ylabel("mean return of ten deterministic episodes")
-    axes.set_title(f"{ENV} after {FRAMES:,} frames of SAC: one dot per seed, bars at the mean")
+    axes.set_title("Hopper-v5 after 30,000 frames of SAC: one dot per seed, bars at the mean")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
@@ -272,19 +288,29 @@ def main() -> None:
     commands.add_parser("cost").add_argument("--compiled", action="store_true")
     commands.add_parser("gain").add_argument("checkpoint")
     runner = commands.add_parser("run")
-    runner.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
+    runner.add_argument("--envs", nargs="+", choices=ENVS, default=list(ENVS))
+    gaussian = [f"gaussian{suffix}" for suffix in TRANSFORMS]
+    runner.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=gaussian)
     runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    runner.add_argument("--label", default="after", help="the cells' names begin with it")
+    runner.add_argument("--checkout", default=".", help="the folder in which the commands run, whose package they find")
     commands.add_parser("table")
+    commands.add_parser("first")
     arguments = parser.parse_args()
     if arguments.command == "cost":
         cost(arguments.compiled)
     elif arguments.command == "gain":
         gain(arguments.checkpoint)
     elif arguments.command == "run":
-        run(arguments.learners, arguments.seeds)
+        run(arguments.envs, arguments.learners, arguments.seeds, arguments.label, arguments.checkout)
+    elif arguments.command == "table":
+        for env, label in cartesian(ENVS, ("before", "after")):
+            if found := read(LEARNING, env, label):
+                table(found, read(LEARNING, env, "after"), f"{env}, {FRAMES:,} frames, {label}")
     else:
-        table(read())
-        draw(read(), RESULTS / "hamiltonian.png")
+        found = read(RESULTS, "Hopper-v5")
+        table(found, found, "Hopper-v5, 30,000 frames")
+        draw(found, RESULTS / "hamiltonian.png")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ these episodes end there.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from resumable import fill, finished
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
@@ -45,7 +46,8 @@ def train(learner: str, seed: int) -> Path:
     """The checkpoint at the end of one run."""
     folder = RESULTS.parent / "runs" / f"multi_goal-{learner}-{seed}"
     words = ["experiment=multi_goal", *LEARNERS[learner], f"seed={seed}", "callbacks=minimal", "logger=none"]
-    subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words, f"hydra.run.dir={folder}"], check=True)
+    words += [f"hydra.run.dir={folder}", "resume=auto"]  # a study that was cut goes on
+    subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True)
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -81,23 +83,22 @@ def judge(checkpoint: Path) -> dict:
 
 def run(learners: list[str], seeds: list[int]) -> None:
     """Fill the missing cells."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for learner in learners:
             cell = RESULTS / f"{learner}-{seed}.json"
-            if not cell.exists():
-                result = {"learner": learner, "seed": seed} | judge(train(learner, seed))
-                cell.with_suffix(".partial").write_text(json.dumps(result))
-                cell.with_suffix(".partial").rename(cell)
+            if result := fill(cell, partial(measure, learner, seed)):
                 print(f"{cell.stem}: kept {result['kept']} of {len(GOALS)}, {result['counts']}", flush=True)
+
+
+def measure(learner: str, seed: int) -> dict:
+    return {"learner": learner, "seed": seed} | judge(train(learner, seed))
 
 
 def read() -> dict[str, dict[int, dict]]:
     """Finished cells by learner and seed."""
     found: dict[str, dict[int, dict]] = {}
     for learner in LEARNERS:
-        for path in sorted(RESULTS.glob(f"{learner}-*.json")):
-            cell = json.loads(path.read_text())
+        for cell in finished(RESULTS, f"{learner}-*.json"):
             found.setdefault(learner, {})[cell["seed"]] = cell
     return found
 
@@ -115,7 +116,7 @@ def draw(found: dict[str, dict[int, dict]], path: Path) -> None:
     """One column per learner, its first seed: density of the first action at the origin, and sampled paths."""
     from matplotlib.figure import Figure
 
-    from pmoe_lightning.figures import GREY, PALETTE
+    from pmoe_lightning.evaluation.figures import GREY, PALETTE
 
     figure = Figure(figsize=(2.1 * len(found), 4.9), dpi=100, layout="constrained")
     panels = figure.subplots(2, len(found), squeeze=False)

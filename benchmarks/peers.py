@@ -22,7 +22,10 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+from resumable import fill, finished, indented
 
 #: How long is trained, by algorithm and task.
 FRAMES = {
@@ -83,7 +86,7 @@ def train_ours(algo: str, learner: str, env_id: str, seed: int) -> dict:
     folder = RESULTS.parent / "runs" / f"{algo}-{env_id}-{learner}-{seed}"
     command = [sys.executable, "-m", "pmoe_lightning.train", f"experiment=peers_{algo}", *OURS[learner]]
     command += [f"env.id={env_id}", f"seed={seed}", f"total_frames={FRAMES[algo, env_id]}", f"hydra.run.dir={folder}"]
-    command += ["logger=none"]
+    command += ["logger=none", "resume=auto"]  # a study that was cut goes on
     subprocess.run(command, check=True)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     answer = judge(checkpoint, "max_weight")
@@ -102,27 +105,26 @@ def judge(checkpoint: Path, rule: str) -> dict:
 
 def run(algo: str, learner: str, env_id: str, seeds: list[int]) -> None:
     """Fill the missing cells of one learner."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         cell = RESULTS / f"{algo}-{env_id}-{learner}-{seed}.json"
-        if cell.exists():
-            continue
-        start, cpu = time.monotonic(), time.process_time()
-        result = train_sb3(algo, env_id, seed) if learner == "sb3" else train_ours(algo, learner, env_id, seed)
-        cpu_seconds = time.process_time() - cpu if learner == "sb3" else None
-        wall = time.monotonic() - start
-        head = {"algo": algo, "learner": learner, "env": env_id, "seed": seed, "frames": FRAMES[algo, env_id]}
-        partial = cell.with_suffix(".partial")
-        partial.write_text(json.dumps(head | result | {"wall_seconds": wall, "cpu_seconds": cpu_seconds}, indent=1))
-        partial.rename(cell)
-        print(f"{cell.stem}: {result['mean']:.0f} in {wall:.0f} s", flush=True)
+        if result := fill(cell, partial(measure, algo, learner, env_id, seed), indented):
+            print(f"{cell.stem}: {result['mean']:.0f} in {result['wall_seconds']:.0f} s", flush=True)
+
+
+def measure(algo: str, learner: str, env_id: str, seed: int) -> dict:
+    """One cell, timed."""
+    start, cpu = time.monotonic(), time.process_time()
+    result = train_sb3(algo, env_id, seed) if learner == "sb3" else train_ours(algo, learner, env_id, seed)
+    cpu_seconds = time.process_time() - cpu if learner == "sb3" else None
+    times = {"wall_seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds}
+    head = {"algo": algo, "learner": learner, "env": env_id, "seed": seed, "frames": FRAMES[algo, env_id]}
+    return head | result | times
 
 
 def table() -> None:
     """Print every seed and the mean with its 95 % interval over seeds (Student's t)."""
     rows: dict[tuple[str, str, str], dict[int, float]] = {}
-    for cell in sorted(RESULTS.glob("*.json")):
-        data = json.loads(cell.read_text())
+    for data in finished(RESULTS):
         means = {"": data["mean"]}
         if "other_rules" in data:
             means = {", max_weight": data["mean"]} | {f", {rule}": mean for rule, mean in data["other_rules"].items()}

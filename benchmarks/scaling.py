@@ -120,11 +120,11 @@ def main() -> None:
     running.add_argument("--rounds", type=int, default=3)
     running.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     commands.add_parser("table")
-    options = parser.parse_args()
-    if options.command == "table":
+    arguments = parser.parse_args()
+    if arguments.command == "table":
         table()
     else:
-        run(options.rounds, options.tasks)
+        run(arguments.rounds, arguments.tasks)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def ours(algo: str, learner: str, num_envs: int, marks: Path) -> None:
     """Train as a user would, with the callbacks and the logger off and the marks on."""
     from pmoe_lightning.train import main
 
+    shutil.rmtree(marks.with_suffix(""), ignore_errors=True)  # of a measurement that was cut
     sys.argv[1:] = [f"experiment=peers_{algo}", *OURS[learner], f"env.id={ENV}", "logger=none", "compile=true"]
     sys.argv[1:] += [f"data.num_envs={num_envs}", f"total_frames={FRAMES[algo]}"]
     sys.argv[1:] += [f"hydra.run.dir={marks.with_suffix('')}", "+callbacks.marks._target_=speed.Marks"]
@@ -153,26 +155,26 @@ def environment() -> dict[str, str]:
     return os.environ | single | xla | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(options: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Add rounds to what was measured."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     if hasattr(os, "sched_setaffinity"):  # Linux; whatever is started below inherits it
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    scripts = dict(pair.split("=", 1) for pair in options.script)
+    scripts = dict(pair.split("=", 1) for pair in arguments.script)
     first = 1 + max((int(row["round"]) for row in measured()), default=-1)
-    for i in range(first, first + options.rounds):
-        for num_envs in options.num_envs:
-            for learner in (*options.learners, *scripts):
-                name = f"{options.algo}-{learner}-{num_envs}-{time.time_ns()}"
+    for i in range(first, first + arguments.rounds):
+        for num_envs in arguments.num_envs:
+            for learner in (*arguments.learners, *scripts):
+                name = f"{arguments.algo}-{learner}-{num_envs}-{time.time_ns()}"
                 marks = RESULTS.parent / "runs" / f"{name}.marks"
                 marks.parent.mkdir(parents=True, exist_ok=True)
                 if learner in scripts:
-                    rows = [time_script(scripts[learner], options.algo, num_envs)]
+                    rows = [time_script(scripts[learner], arguments.algo, num_envs)]
                 else:
-                    command = [sys.executable, __file__, "one", options.algo, learner, str(num_envs), str(marks)]
+                    command = [sys.executable, __file__, "one", arguments.algo, learner, str(num_envs), str(marks)]
                     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
-                    rows = windows(marks, options.algo)
-                head = {"algo": options.algo, "learner": learner, "num_envs": num_envs, "round": i}
+                    rows = windows(marks, arguments.algo)
+                head = {"algo": arguments.algo, "learner": learner, "num_envs": num_envs, "round": i}
                 append(RESULTS / "speed.csv", [head | row for row in rows])
                 cpu = statistics.median(row["cpu"] for row in rows)
                 print(f"{name}: {1 / cpu:,.0f} frames per CPU second", flush=True)
@@ -226,13 +228,13 @@ def main() -> None:
     one = commands.add_parser("one", help="train once, in this process; used by run")
     for name in ("algo", "learner", "num_envs", "marks"):
         one.add_argument(name)
-    options = parser.parse_args()
-    if options.command == "run":
-        run(options)
-    elif options.command == "table":
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments)
+    elif arguments.command == "table":
         table()
     else:
-        train_one(options.algo, options.learner, int(options.num_envs), Path(options.marks))
+        train_one(arguments.algo, arguments.learner, int(arguments.num_envs), Path(arguments.marks))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from tensordict import TensorDict
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_sac
 from pmoe_lightning.estimators import (
     Frequency,
@@ -41,7 +40,8 @@ from pmoe_lightning.estimators import (
     ScoreFunction,
 )
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
-from pmoe_lightning.networks import set_matmul_precision
+from pmoe_lightning.modules.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
+from pmoe_lightning.modules.networks import set_matmul_precision
 from pmoe_lightning.updates import SACUpdate
 
 RESULTS = Path(__file__).parent / "results" / "update"

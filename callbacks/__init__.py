@@ -5,6 +5,7 @@ hands out finished episodes, ``trainer.lightning_module`` counts ``updates`` and
 them from the configuration and training is the same, bit for bit.
 """
 
+from pmoe_lightning.callbacks.best_checkpoint import BestCheckpoint
 from pmoe_lightning.callbacks.estimator_variance import EstimatorVariance
 from pmoe_lightning.callbacks.evaluation import Evaluation
 from pmoe_lightning.callbacks.final_policy import FinalPolicy
@@ -18,6 +19,7 @@ from pmoe_lightning.callbacks.trajectories import ActionTrajectories
 
 __all__ = [
     "ActionTrajectories",
+    "BestCheckpoint",
     "EstimatorVariance",
     "Evaluation",
     "FinalPolicy",

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensordict import TensorDict
 
-from pmoe_lightning.callbacks.reporting import log_metrics, reached
-from pmoe_lightning.estimators import Marginalized
-from pmoe_lightning.gradient_statistics import cosine, gradient_statistics
+from pmoe_lightning.callbacks.interval import FrameInterval
+from pmoe_lightning.callbacks.reporting import log_metrics, warn_on_failure
+from pmoe_lightning.estimators import Marginalized, Objective
+from pmoe_lightning.estimators.gradient_statistics import (
+    ASKS_SLOPES,
+    ASKS_STATISTICS,
+    GroupStatistics,
+    cosine,
+    directional_slopes,
+    gradient_statistics,
+)
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+
+#: Of the shares of wrong signs: three standard errors of their difference over 64 states, at most.
+_CLEAR_EXCESS = 0.25
+_log = logging.getLogger(__name__)
 
 
 class EstimatorVariance(Callback):
     """Measure the chosen gradient estimator on a recent batch of states, beside ``marginalized``, which is unbiased.
 
-    For each group of mixture parameters, ``router`` (more than one component only), ``loc`` and ``scale``:
+    For each group of mixture parameters, ``router`` (more than one component only), ``loc`` and ``scale`` (or what else
+    the distribution calls its parameters):
 
     ====================================== =============================================================================
     ``train/estimator/variance_<group>``   summed variance of one estimate, mean per state
@@ -25,8 +42,19 @@ class EstimatorVariance(Callback):
                                            the noise of the means
     ====================================== =============================================================================
 
+    Where the actor's loss has an action transform in it, also two shares of the states, see ``directional_slopes``:
+
+    ======================================== ===========================================================================
+    ``train/hamiltonian/wrong_signs``        the estimate has another sign, along a random direction of the means, than
+                                             a finite difference of the loss has
+    ``train/hamiltonian/wrong_signs_control`` the finite difference itself has, with other draws: what is noise
+    ======================================== ===========================================================================
+
+    Where the former is clearly larger, a line says so, once: the actor cannot learn through such a transform.
+
     For SAC the objective is that of the actor; for PPO that of the entropy bonus, the part that an estimator serves
-    there. The random numbers of training are left as they are.
+    there. What the distribution cannot be asked for (``modules.mixture``) is left out, which one line of the log says.
+    The random numbers of training are left as they are.
 
     Args:
         every_frames: environment frames between two measurements.
@@ -37,17 +65,19 @@ class EstimatorVariance(Callback):
     def __init__(self, every_frames: int = 10_000, num_samples: int = 32, max_states: int = 64) -> None:
         if num_samples < 2:
             raise ValueError(f"a variance needs num_samples of at least 2, not {num_samples}")
-        self.every_frames, self.num_samples, self.max_states = every_frames, num_samples, max_states
-        self._frames = 0
+        self.num_samples, self.max_states = num_samples, max_states
+        self._interval, self._has_warned, self._told = FrameInterval(every_frames), False, set[str]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._frames = trainer.datamodule.env_frames
+        self._interval.mark(trainer.datamodule.env_frames)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         frames = trainer.datamodule.env_frames
-        if reached(self.every_frames, self._frames, frames) and trainer.is_global_zero:
-            log_metrics(trainer, self.measure(pl_module), frames)
-        self._frames = frames
+        if self._interval.is_due(frames):
+            self._interval.mark(frames)
+            if trainer.is_global_zero:
+                with warn_on_failure("the gradient estimator was not measured"):
+                    log_metrics(trainer, self.measure(pl_module), frames)
 
     def measure(self, algorithm: LightningModule) -> dict[str, float]:
         """The metrics above, for the states that the algorithm trained on last.
@@ -63,18 +93,68 @@ class EstimatorVariance(Callback):
         with torch.random.fork_rng(devices=devices):
             with torch.no_grad():
                 distribution = algorithm.actor.get_dist(states.copy())
-            chosen, exact = (
-                gradient_statistics(
-                    estimator,
-                    distribution,
-                    lambda repeated: algorithm.loss.objective(states, repeated),
-                    num_samples=self.num_samples,
-                )
-                for estimator in (algorithm.estimator, Marginalized())
+
+            if not self._offers(distribution, "the gradient's statistics", ASKS_STATISTICS):
+                return {}
+
+            def make_objective(repeated: MixtureDistribution) -> Objective:
+                return algorithm.loss.objective(states, repeated)
+
+            statistics = partial(
+                gradient_statistics,
+                distribution=distribution,
+                make_objective=make_objective,
+                num_samples=self.num_samples,
             )
-        metrics = {}
-        for group in chosen if distribution.num_components > 1 else ("loc", "scale"):
-            metrics[f"train/estimator/variance_{group}"] = chosen[group].variance / len(states)
-            metrics[f"train/estimator/signal_to_noise_{group}"] = chosen[group].signal_to_noise
-            metrics[f"train/estimator/cosine_{group}"] = cosine(chosen[group].mean, exact[group].mean)
-        return metrics
+            chosen, exact = statistics(algorithm.estimator), {}
+            if self._offers(distribution, "the cosine", Marginalized.asks):
+                exact = statistics(Marginalized())
+            signs = self._signs(algorithm, distribution, make_objective)
+        if distribution.num_components == 1:
+            chosen.pop("router", None)
+        return _metrics(chosen, exact, len(states)) | signs
+
+    def _offers(self, distribution: object, what: str, asks: frozenset[Offer]) -> bool:
+        """Whether it can be asked for that; if not, a line says so, once."""
+        lacking = missing(type(distribution), asks)
+        if lacking and what not in self._told:
+            self._told.add(what)
+            name = type(distribution).__name__
+            _log.info("%s is left out: %s does not offer %s", what, name, ", ".join(lacking))
+        return not lacking
+
+    def _signs(
+        self,
+        algorithm: LightningModule,
+        distribution: MixtureDistribution,
+        make_objective: Callable[[MixtureDistribution], Objective],
+    ) -> dict[str, float]:
+        transform = getattr(algorithm.loss, "action_transform", None)
+        if transform is None or not transform.is_used_in("actor_loss"):
+            return {}
+        if not self._offers(distribution, "the share of wrong signs", ASKS_SLOPES):
+            return {}
+        # More than a variance needs: a sign is lost in noise long before a length is.
+        slopes = directional_slopes(algorithm.estimator, distribution, make_objective, num_samples=128)
+        wrong, control = slopes.wrong_signs, slopes.wrong_signs_control
+        if wrong - control > _CLEAR_EXCESS and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "the actor's gradient through the action transform has the wrong sign in %.0f %% of the states, "
+                "where noise alone has it in %.0f %%: lower action_transform.step_size, or leave actor_loss out of its "
+                "used_in",
+                *(100 * wrong, 100 * control),
+            )
+        return {"train/hamiltonian/wrong_signs": wrong, "train/hamiltonian/wrong_signs_control": control}
+
+
+def _metrics(
+    chosen: Mapping[str, GroupStatistics], exact: Mapping[str, GroupStatistics], num_states: int
+) -> dict[str, float]:
+    metrics = {}
+    for group, found in chosen.items():
+        metrics[f"train/estimator/variance_{group}"] = found.variance / num_states
+        metrics[f"train/estimator/signal_to_noise_{group}"] = found.signal_to_noise
+        if exact:
+            metrics[f"train/estimator/cosine_{group}"] = cosine(found.mean, exact[group].mean)
+    return metrics

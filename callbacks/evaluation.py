@@ -14,10 +14,10 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.callbacks.reporting import find_callback, log_metrics
-from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.envs import with_memory
-from pmoe_lightning.evaluation import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy
-from pmoe_lightning.stopping import StopAfterIteration
+from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy
+from pmoe_lightning.processes.stop_after_iteration import StopAfterIteration
+from pmoe_lightning.tracking.references import load_policy
 
 _MAX_ENVS = 16
 
@@ -40,7 +40,7 @@ class Evaluation(Callback):
     the policy alone decides the outcome. With several devices the first process evaluates and the others wait.
 
     A signal that stops the run also stops an evaluation, which then has no result. A run that goes on from that stop
-    makes up for it, in its curves though not in the choice of the best checkpoint.
+    makes up for it.
 
     Args:
         make_env: called as ``make_env(num_envs=..., seed=...)`` at the first evaluation; for a policy with memory also
@@ -52,6 +52,7 @@ class Evaluation(Callback):
 
     Attributes:
         history: rows (env_frames, mean return, low, high), one per evaluation.
+        made_up: the mean return of an evaluation that was made up for as this run went on.
     """
 
     def __init__(
@@ -67,11 +68,14 @@ class Evaluation(Callback):
         self.max_episode_steps = max_episode_steps
         self._stopped_at: int | None = None  # the frames of an evaluation that is to be made up for
         self.history: list[list[float]] = []
+        self.made_up: float | None = None
         self._env: EnvBase | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.datamodule.env_frames in (0, self._stopped_at):
-            self._evaluate(trainer, pl_module)
+        frames = trainer.datamodule.env_frames
+        if frames in (0, self._stopped_at):
+            mean = self._evaluate(trainer, pl_module)
+            self.made_up = mean if frames else None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule
@@ -104,8 +108,6 @@ class Evaluation(Callback):
 
     def _run_episodes(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         start, stop = time.monotonic(), find_callback(trainer, StopAfterIteration)
-        if stop is not None:
-            stop.listen()  # the first evaluation comes before its own start
         with isolate_rng():
             if self._env is None:
                 make_env = with_memory(self.make_env, pl_module.policy)

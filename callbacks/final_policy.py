@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 
 from pmoe_lightning.callbacks.reporting import log_artifact, warn_on_failure
-from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.envs import make_env
-from pmoe_lightning.evaluation import record_video
+from pmoe_lightning.evaluation.film import record_video
+from pmoe_lightning.processes.stopping import stop
+from pmoe_lightning.tracking.references import load_policy
 
 
 class FinalPolicy(Checkpoint):
@@ -54,9 +55,10 @@ class FinalPolicy(Checkpoint):
         if best is None or not trainer.is_global_zero:
             return
         if self.video:
-            with warn_on_failure("no video of the best policy"):
+            with warn_on_failure("no video of the best policy"), stop.interruptible(ends_children=True):
                 self._film(trainer, pl_module, best)
         if self.model:
+            # Not interruptible: an exception in the middle of an export can end in an abort of the process.
             with warn_on_failure("the best policy was not packaged"):
                 self._package(trainer, best)
 
@@ -92,7 +94,12 @@ class FinalPolicy(Checkpoint):
     def _package(self, trainer: Trainer, checkpoint: Path) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MLFlowLogger):
-                from pmoe_lightning.tracking import check_server, log_policy_model
+                from pmoe_lightning.tracking import queue_policy_model
 
-                check_server(logger.tracking_uri)
-                log_policy_model(logger, checkpoint, parts=trainer.lightning_module.parts, register_as=self.register_as)
+                queue_policy_model(
+                    logger,
+                    checkpoint,
+                    checkpoint.with_suffix(".model"),
+                    parts=trainer.lightning_module.parts,
+                    register_as=self.register_as,
+                )

@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pmoe_lightning.callbacks.reporting import warn_on_failure
-from pmoe_lightning.stopping import Interrupted, Preempted
+from pmoe_lightning.processes.stop_after_iteration import StoppedAfterIteration
+from pmoe_lightning.processes.stopping import Stopped
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -30,7 +30,9 @@ class LastCheckpoint(ModelCheckpoint):
         self._has_trained = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        alone = trainer.world_size == 1
-        if self._has_trained and (alone or isinstance(exception, (Interrupted, Preempted, SIGTERMException))):
+        between_iterations = isinstance(exception, StoppedAfterIteration)
+        # Broken off in one, a run has an exact state to go on from: the one that is saved.
+        can_be_saved = between_iterations or (trainer.world_size == 1 and not isinstance(exception, Stopped))
+        if self._has_trained and can_be_saved:
             with warn_on_failure("the end of the run was not saved"):
                 super().on_exception(trainer, pl_module, exception)

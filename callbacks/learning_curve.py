@@ -6,11 +6,11 @@ from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pmoe_lightning import figures
 from pmoe_lightning.callbacks.evaluation import Evaluation
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.reporting import find_callback, log_figure, warn_on_failure
 from pmoe_lightning.checkpoints.policy import trained_rule
+from pmoe_lightning.evaluation import figures
 
 
 class LearningCurve(Callback):

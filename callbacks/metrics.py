@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pmoe_lightning.callbacks.reporting import log_metrics, reached, warn_on_failure
+from pmoe_lightning.callbacks.interval import FrameInterval
+from pmoe_lightning.callbacks.reporting import log_metrics, warn_on_failure
 
 
 class MetricsLogger(Callback):
@@ -28,7 +29,8 @@ class MetricsLogger(Callback):
     Everything is logged against environment frames, after the batch that reaches a multiple of the interval and at the
     end. Any other batch costs one comparison. Reading the metrics waits for the device, so the interval should not be
     much shorter than a second of training. A run that is stopped from outside leaves its unfinished interval to the
-    checkpoint, so that the resumed run logs what the uninterrupted one would have.
+    checkpoint, so that the resumed run logs what the uninterrupted one would have. One that fails logs it, unless the
+    iteration under way would have completed it.
 
     Args:
         every_frames: environment frames between two reports.
@@ -39,24 +41,25 @@ class MetricsLogger(Callback):
     """
 
     def __init__(self, every_frames: int = 1000) -> None:
-        self.every_frames = every_frames
+        self._interval = FrameInterval(every_frames)
         self.latest: dict[str, float] = {}
         self.episodes: list[list[float]] = []
-        self._frames = self._updates = 0
+        self._updates = 0
         self._time = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if reached(self.every_frames, self._frames, trainer.datamodule.env_frames):
+        if self._interval.is_due(trainer.datamodule.env_frames):
             self._report(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Exception):  # not Ctrl-C, nor a signal
+        has_failed = isinstance(exception, Exception)  # not after Ctrl-C, nor a signal
+        if has_failed and not self._interval.is_left_to_resumed_run(trainer.datamodule, exception):
             with warn_on_failure("the last training metrics were not logged"):
                 self._report(trainer)
 
@@ -67,19 +70,19 @@ class MetricsLogger(Callback):
         self.episodes = state_dict["episodes"].tolist()
 
     def _mark(self, trainer: Trainer) -> None:
-        self._frames, self._updates = trainer.datamodule.env_frames, trainer.lightning_module.updates
-        self._time = time.monotonic()
+        self._interval.mark(trainer.datamodule.env_frames)
+        self._updates, self._time = trainer.lightning_module.updates, time.monotonic()
 
     def _report(self, trainer: Trainer) -> None:
         frames, updates = trainer.datamodule.env_frames, trainer.lightning_module.updates
         metrics = trainer.lightning_module.drain_metrics() | self._drain_episodes(trainer, frames)
-        if metrics or frames > self._frames:
+        if metrics or self._interval.has_rest(frames):
             metrics |= {"train/updates": float(updates), "train/episodes": float(trainer.datamodule.episodes)}
             if trainer.datamodule.violations is not None:
                 metrics["train/violations"] = float(trainer.datamodule.violations)
-            if reached(self.every_frames, self._frames, frames):  # the rest of an interval is too short to time
+            if self._interval.is_due(frames):  # the rest of an interval is too short to time
                 seconds = max(time.monotonic() - self._time, 1e-9)
-                metrics["train/time/frames_per_second"] = (frames - self._frames) / seconds
+                metrics["train/time/frames_per_second"] = (frames - self._interval.frames) / seconds
                 metrics["train/time/updates_per_second"] = (updates - self._updates) / seconds
             log_metrics(trainer, metrics, frames)
             self.latest |= metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,23 @@ from matplotlib.figure import Figure
 from tensordict import TensorDict
 from torch import Tensor
 
-from pmoe_lightning import figures
-from pmoe_lightning.acting import acting_component, mixture_at
 from pmoe_lightning.callbacks.evaluation import Evaluation
-from pmoe_lightning.callbacks.reporting import find_callback, log_figure, log_metrics, reached, warn_on_failure
-from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.callbacks.interval import FrameInterval
+from pmoe_lightning.callbacks.reporting import find_callback, log_figure, log_metrics, warn_on_failure
 from pmoe_lightning.envs import with_memory
-from pmoe_lightning.evaluation import follow_episode
+from pmoe_lightning.evaluation import figures
+from pmoe_lightning.evaluation.episodes import follow_episode
+from pmoe_lightning.modules.acting import ASKS_ACTING, acting_component, find_actor, mixture_at
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
 
+#: What each of the reports asks of the policy's distribution.
+_ASKS: dict[str, frozenset[Offer]] = {
+    "the mixture's weights": frozenset({"weights"}),
+    "the distance of its components": frozenset({"component_modes"}),
+    "the scale of its components": frozenset({"diagonal_scales"}),
+    "the figure of its component modes": ASKS_ACTING,
+}
+_log = logging.getLogger(__name__)
 _STATES = 8  # columns of component_modes
 
 
@@ -48,7 +58,8 @@ class MixtureDiagnostics(Callback):
     Figures: ``mixture_weights``, how states were shared over the run, and ``component_modes``, the actions that the
     components offer along one episode of the policy as it is judged, in the environment of the run's ``Evaluation``
     (without one: in recent states). Global random states are as before afterwards, so training is not changed. A policy
-    that is not a ``TanhGaussianMixture`` is left alone.
+    whose distribution does not offer what one of these needs (``modules.mixture``) is measured without it, which one
+    line of the log says.
 
     Args:
         every_frames: environment frames between two measurements.
@@ -57,49 +68,61 @@ class MixtureDiagnostics(Callback):
     """
 
     def __init__(self, every_frames: int = 5000, figure_every_frames: int = 100_000, max_states: int = 256) -> None:
-        self.every_frames, self.figure_every_frames, self.max_states = every_frames, figure_every_frames, max_states
+        self.max_states = max_states
         self.history: list[list[float]] = []
         self.specialisation: list[list[float]] = []
-        self._frames = self._figure_frames = 0
+        self._measured, self._drawn = FrameInterval(every_frames), FrameInterval(figure_every_frames)
+        self._has_told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._frames = self._figure_frames = trainer.datamodule.env_frames
+        frames = trainer.datamodule.env_frames
+        self._measured.start(frames)
+        self._drawn.start(frames)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         frames = trainer.datamodule.env_frames
-        if reached(self.every_frames, self._frames, frames):
-            self._measure(trainer, pl_module, frames)
-        if reached(self.figure_every_frames, self._figure_frames, frames):
-            self._draw(trainer, pl_module, frames)
+        with warn_on_failure("the mixture was not measured"):
+            if self._measured.is_due(frames):
+                self._measure(trainer, pl_module, frames)
+            if self._drawn.is_due(frames):
+                self._draw(trainer, pl_module, frames)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, pl_module)
+        with warn_on_failure("the mixture figures were not logged"):
+            self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with warn_on_failure("the mixture figures were not logged"):
+            data = trainer.datamodule
+            if self._measured.is_left_to_resumed_run(data, exception):
+                self._measured.mark(data.env_frames)
             self._finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         rows = {"history": self.history, "specialisation": self.specialisation}
-        return {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in rows.items()}
+        return tensors | {"frames": self._measured.frames, "figure_frames": self._drawn.frames}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         history = state_dict["history"]
         # Earlier checkpoints have the mean weights alone.
         specialisation = state_dict.get("specialisation", torch.full_like(history, torch.nan))
         self.history, self.specialisation = history.tolist(), specialisation.tolist()
+        self._measured.frames, self._drawn.frames = state_dict.get("frames"), state_dict.get("figure_frames")
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         frames = trainer.datamodule.env_frames
-        if frames > self._figure_frames:
+        if self._drawn.has_rest(frames):
             self._draw(trainer, pl_module, frames)
-        elif frames > self._frames:
+        elif self._measured.has_rest(frames):
             self._measure(trainer, pl_module, frames)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
-        self._frames = frames
+        self._measured.mark(frames)
         mixture = _recent_mixture(pl_module, self.max_states)
         if mixture is not None:
+            self._tell_what_is_left_out(type(mixture))
+        if mixture is not None and offers(mixture, "the mixture's weights"):
             metrics = mixture_metrics(mixture)
             log_metrics(trainer, metrics, frames)
             weights, heaviest = (
@@ -110,22 +133,38 @@ class MixtureDiagnostics(Callback):
             self.specialisation.append([*heaviest, metrics["train/mixture/router_entropy"]])
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
-        self._figure_frames = frames
-        if frames > self._frames:
+        self._drawn.mark(frames)
+        if self._measured.has_rest(frames):
             self._measure(trainer, pl_module, frames)
         if self.history:
             log_figure(trainer, "mixture_weights", self._draw_weights, frames)
-        if _recent_mixture(pl_module, 1) is not None:
+        mixture = _recent_mixture(pl_module, 1)
+        if mixture is not None and offers(mixture, "the figure of its component modes"):
             log_figure(trainer, "component_modes", partial(_draw_modes, trainer, pl_module), frames)
+
+    def _tell_what_is_left_out(self, distribution: type) -> None:
+        """Once, in one line."""
+        left_out = [report for report, asks in _ASKS.items() if missing(distribution, asks)]
+        if left_out and not self._has_told:
+            _log.info("%s is measured without %s, which it does not offer", distribution.__name__, ", ".join(left_out))
+        self._has_told = True
 
     def _draw_weights(self) -> Figure:
         heaviest, entropy = [row[:-1] for row in self.specialisation], [row[-1] for row in self.specialisation]
         return figures.mixture_weights(self.history, heaviest, entropy)
 
 
+def offers(distribution: object, report: str) -> bool:
+    """Whether a distribution can be asked for one of the reports above."""
+    return not missing(type(distribution), _ASKS[report])
+
+
 @torch.no_grad()
-def mixture_metrics(mixture: TanhGaussianMixture) -> dict[str, float]:
-    """The table of :class:`MixtureDiagnostics` for a mixture with batch shape [B]; one transfer from the device."""
+def mixture_metrics(mixture: MixtureDistribution) -> dict[str, float]:
+    """What a mixture with batch shape [B] gives of :class:`MixtureDiagnostics`'s table; one transfer from the device.
+
+    It must offer ``weights``.
+    """
     weights = mixture.weights
     mean_weights, entropy = weights.mean(0), _entropy(weights)
     values = {f"train/mixture/weight_{k}": mean_weights[k] for k in range(mixture.num_components)}
@@ -136,9 +175,10 @@ def mixture_metrics(mixture: TanhGaussianMixture) -> dict[str, float]:
         "train/mixture/mutual_information": (_entropy(mean_weights) - entropy.mean()).clamp(min=0.0),
         "train/mixture/effective_components": _entropy(mean_weights).exp(),
         "train/mixture/effective_components_per_state": entropy.exp().mean(),
-        "train/mixture/scale": mixture.scale.mean(),
     }
-    if mixture.num_components > 1:
+    if offers(mixture, "the scale of its components"):
+        values["train/mixture/scale"] = mixture.scale.mean()
+    if mixture.num_components > 1 and offers(mixture, "the distance of its components"):
         values["train/mixture/component_distance"] = _component_distance(mixture)
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
@@ -147,20 +187,20 @@ def _entropy(weights: Tensor) -> Tensor:
     return torch.special.entr(weights).sum(-1)
 
 
-def _component_distance(mixture: TanhGaussianMixture) -> Tensor:
+def _component_distance(mixture: MixtureDistribution) -> Tensor:
     modes = mixture.component_modes / (mixture.high - mixture.low)  # [B, K, A]
     first, second = torch.triu_indices(mixture.num_components, mixture.num_components, 1, device=modes.device)
     return (modes[:, first] - modes[:, second]).square().mean(-1).sqrt().mean()
 
 
 @torch.no_grad()
-def _recent_mixture(pl_module: LightningModule, num_states: int) -> TanhGaussianMixture | None:
+def _recent_mixture(pl_module: LightningModule, num_states: int) -> object | None:
+    """What the policy draws from in that many of the last states; None before the first update."""
     observation = pl_module.last_observation
-    if observation is None:
+    if observation is None or find_actor(pl_module.actor) is None:
         return None
     observation = observation[:: max(1, len(observation) // num_states)][:num_states]
-    mixture = pl_module.actor.get_dist(TensorDict({pl_module.observation_key: observation}, [len(observation)]))
-    return mixture if isinstance(mixture, TanhGaussianMixture) else None
+    return pl_module.actor.get_dist(TensorDict({pl_module.observation_key: observation}, [len(observation)]))
 
 
 def _draw_modes(trainer: Trainer, pl_module: LightningModule) -> Figure:
@@ -182,15 +222,15 @@ def _draw_modes(trainer: Trainer, pl_module: LightningModule) -> Figure:
     return _modes_figure(mixture, states=labels, acting=acting_component(mixture, states).cpu().numpy(), title=title)
 
 
-def _modes_figure(mixture: TanhGaussianMixture, **arguments: Any) -> Figure:
+def _modes_figure(mixture: MixtureDistribution, **arguments: Any) -> Figure:
     action_dim = mixture.loc.shape[-1]
-    lower, upper = mixture.squash(mixture.loc - mixture.scale), mixture.squash(mixture.loc + mixture.scale)
+    if offers(mixture, "the scale of its components"):
+        ends = (mixture.squash(mixture.loc + sign * mixture.scale) for sign in (-1, 1))
+        arguments |= {name: end.cpu().numpy() for name, end in zip(("lower", "upper"), ends, strict=True)}
     return figures.component_modes(
         mixture.component_modes.cpu().numpy(),
         mixture.weights.cpu().numpy(),
         mixture.low.expand(action_dim).cpu().numpy(),
         mixture.high.expand(action_dim).cpu().numpy(),
-        lower=lower.cpu().numpy(),
-        upper=upper.cpu().numpy(),
         **arguments,
     )

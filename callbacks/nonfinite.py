@@ -12,6 +12,8 @@ from pmoe_lightning.errors import NonFiniteError
 
 _log = logging.getLogger(__name__)
 _NORM = "train/gradient_norm"  # what a loss that is not finite makes not finite too
+#: Weights that started below one and are larger than this may have been driven there by the learning rate.
+_GROWN = 10.0
 
 
 class NonFiniteGuard(Callback):
@@ -54,8 +56,16 @@ class NonFiniteGuard(Callback):
         first = min(names, key=lambda name: name == _NORM)
         what = f"{first} is not finite by update {pl_module.updates:,} (frame {frames:,}){kept}"
         if self.mode == "stop" or self._in_a_row >= self.patience:
-            hint = "lower algo.lr, or callbacks.nonfinite=skip" if self.mode == "stop" else f"{self.patience} in a row"
+            hint = _advice(pl_module) if self.mode == "stop" else f"{self.patience} in a row"
             raise NonFiniteError(f"{what}: {hint}")
         self._skipped += 1
         _log.warning("%s; skipped", what)
         log_metrics(trainer, {"train/skipped_iterations": float(self._skipped)}, frames)
+
+
+def _advice(algorithm: LightningModule) -> str:
+    """What to try; the learning rate only where weights are large, by way of which one that is too high overflows."""
+    largest = max(float(parameter.detach().abs().max()) for parameter in algorithm.loss.parameters())
+    if largest > _GROWN:
+        return f"weights have grown to {largest:.3g}: lower algo.lr, or callbacks.nonfinite=skip"
+    return "look at the observations and rewards of that time, or leave the step out: callbacks.nonfinite=skip"

@@ -60,7 +60,7 @@ class FramesProgressBar(ProgressBar):
         self._start = self._shown_at = time.monotonic()
         self._shown_frames = trainer.datamodule.env_frames
         self._settling, self._settled, self._updates = 1 + pl_module.compiles, None, pl_module.updates
-        if self._enabled and pl_module.compiles:
+        if self._enabled and pl_module.compiles and self._shown_frames < trainer.datamodule.total_frames:
             print(_COMPILING, flush=True)
         if self._enabled and sys.stdout.isatty() and sys.stderr.isatty():
             total = trainer.datamodule.total_frames

@@ -12,15 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
 
-from pmoe_lightning.tracking.address import first_line
+from pmoe_lightning.tracking.address import store_line
 
 _log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Callback)
-
-
-def reached(every_frames: int, before: int, now: int) -> bool:
-    """Whether a multiple of ``every_frames`` lies in (before, now], so that the reports of all runs are aligned."""
-    return now // every_frames > before // every_frames
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float], env_frames: int) -> None:
@@ -60,5 +55,5 @@ def warn_on_failure(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _log.warning("%s: %s", what, first_line(error))
+        _log.warning("%s: %s", what, store_line(error))
         _log.debug("%s", what, exc_info=True)

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 
-from pmoe_lightning import figures
-from pmoe_lightning.callbacks.reporting import log_figure, reached, warn_on_failure
+from pmoe_lightning.callbacks.interval import FrameInterval
+from pmoe_lightning.callbacks.reporting import log_figure, warn_on_failure
+from pmoe_lightning.evaluation import figures
 
 
 class ActionTrajectories(Callback):
@@ -30,19 +31,24 @@ class ActionTrajectories(Callback):
     def __init__(
         self, every_frames: int = 100_000, num_states: int = 4, num_actions: int = 12, resolution: int = 60
     ) -> None:
-        self.every_frames, self.num_states = every_frames, num_states
+        self._interval, self.num_states = FrameInterval(every_frames), num_states
         self.num_actions, self.resolution = num_actions, resolution
-        self._frames = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._frames = trainer.datamodule.env_frames
+        self._interval.start(trainer.datamodule.env_frames)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frames": self._interval.frames}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._interval.frames = state_dict["frames"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if reached(self.every_frames, self._frames, trainer.datamodule.env_frames):
+        if self._interval.is_due(trainer.datamodule.env_frames):
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.datamodule.env_frames > self._frames:
+        if self._interval.has_rest(trainer.datamodule.env_frames):
             self._log(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -50,11 +56,12 @@ class ActionTrajectories(Callback):
             self.on_train_end(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._frames = trainer.datamodule.env_frames
+        frames = trainer.datamodule.env_frames
+        self._interval.mark(frames)
         transform = getattr(pl_module.loss, "action_transform", None)
         drawable = transform is not None and transform.num_leapfrog_steps > 0 and pl_module.last_observation is not None
         if drawable and pl_module.actor.get_dist(_states(pl_module, 1)).loc.shape[-1] == 2:
-            log_figure(trainer, "action_trajectories", partial(self.draw, pl_module), self._frames)
+            log_figure(trainer, "action_trajectories", partial(self.draw, pl_module), frames)
 
     @torch.no_grad()
     def draw(self, algorithm: LightningModule) -> Figure:

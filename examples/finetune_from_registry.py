@@ -33,8 +33,9 @@ from pmoe_lightning import (
     make_qvalue_network,
     make_value_network,
 )
-from pmoe_lightning.checkpoints import read_checkpoint, resolve_checkpoint, write_checkpoint
-from pmoe_lightning.evaluation import evaluate_policy
+from pmoe_lightning.checkpoints import read_checkpoint, write_checkpoint
+from pmoe_lightning.evaluation.episodes import evaluate_policy
+from pmoe_lightning.tracking.references import resolve_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", help="models:/<name>@<alias>, models:/<name>/<version>, an MLflow run id or a checkpoint")

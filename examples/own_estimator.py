@@ -26,19 +26,19 @@ class HeaviestComponents(AbstractEstimator):
         num_kept: components of the sum.
     """
 
-    def __init__(self, *, num_kept: int = 2) -> None:
-        self.num_kept = num_kept
+    asks = frozenset({"draws", "weights", "component_draws", "component_densities"})  # see ``modules/mixture.py``
 
-    def check(self, num_components: int) -> None:
-        if self.num_kept > num_components:
-            raise ValueError(f"estimator heaviest: num_kept={self.num_kept} of {num_components} components")
+    def __init__(self, *, num_kept: int = 2) -> None:
+        self.num_kept = self.least_components = num_kept
 
     def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
         log_weights, kept = distribution.log_weights.topk(self.num_kept, -1)  # [*B, num_kept]
         weights, kept = log_weights.softmax(-1).movedim(-1, 0), kept.movedim(-1, 0)  # [num_kept, *B]
-        u = distribution.rsample_components()  # [K, *B, A], before tanh
-        u = u.gather(0, kept.unsqueeze(-1).expand(*kept.shape, u.shape[-1]))
+        draws = distribution.rsample_components()  # [K, *B, A], before tanh
+        u = draws.gather(0, kept.unsqueeze(-1).expand(*kept.shape, draws.shape[-1]))
         evaluation = objective(u, distribution.log_prob_unsquashed(u))  # squashes, scores and asks the critics
+        # What an action transform adds to the cost comes as a value alone: its derivative is a score of the draws.
+        evaluation = evaluation.scored(lambda: distribution.stratum_log_prob_unsquashed(draws.detach()).gather(0, kept))
         cost, log_prob = ((weights * values).sum(0) for values in (evaluation.cost, evaluation.log_prob))
         return Surrogate(cost, log_prob.detach())
 

@@ -4,7 +4,9 @@ The names below load on first use, so ``import pmoe_lightning`` costs nothing an
 MLflow or Hydra: a plain TorchRL script can take only the actor, the estimator or the loss.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from pmoe_lightning.lazy import load_on_first_use
 
@@ -16,15 +18,15 @@ if not (_package / "conf").is_dir() and (_package.parent / "conf" / "config.yaml
     __path__.append(str(_package.parent))
 
 _HOMES = {
-    "TanhGaussianMixture": "distributions",
-    "make_additive_moe_actor": "actors",
-    "make_gaussian_actor": "actors",
-    "make_mcp_actor": "actors",
-    "make_pmoe_actor": "actors",
-    "make_option_actor": "options",
-    "make_option_value_network": "critics",
-    "make_qvalue_network": "critics",
-    "make_value_network": "critics",
+    "TanhGaussianMixture": "modules.distributions",
+    "make_additive_moe_actor": "modules.actors",
+    "make_gaussian_actor": "modules.actors",
+    "make_mcp_actor": "modules.actors",
+    "make_pmoe_actor": "modules.actors",
+    "make_option_actor": "modules.option_policies",
+    "make_option_value_network": "modules.critics",
+    "make_qvalue_network": "modules.critics",
+    "make_value_network": "modules.critics",
     "Frequency": "estimators",
     "GumbelSoftmax": "estimators",
     "HalfReparameterized": "estimators",
@@ -40,13 +42,19 @@ _HOMES = {
     "PMOESACLoss": "losses",
     "PMOEPPOLoss": "losses",
     "SafeSACLoss": "losses",
-    "CostConstraint": "safety",
-    "SafePolicy": "safety",
-    "load_policy": "checkpoints",
+    "CostConstraint": "safe",
+    "SafePolicy": "safe",
+    "load_policy": "tracking",
     "make_env": "envs",
 }
 __all__ = sorted(_HOMES)
-__getattr__ = load_on_first_use(__name__, _HOMES)
+_public = load_on_first_use(__name__, _HOMES)
+#: Where the modules are now that a user's configuration of before may name in a `_target_`.
+_FORMER = {"actors": "modules.actors", "options": "modules.option_policies", "safety": "safe"}
+
+
+def __getattr__(name: str) -> Any:
+    return import_module(f"{__name__}.{_FORMER[name]}") if name in _FORMER else _public(name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,6 @@ code 0; 1 when the checkpoint or the tracking server cannot be used; 2 for wrong
 
 import argparse
 import ctypes
-import difflib
 import json
 import math
 import os
@@ -18,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmoe_lightning import __version__
-from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.errors import ConfigurationError, RunError, error_line
+from pmoe_lightning.processes.output import lost_result, outlive_output
 
 if TYPE_CHECKING:
     from pmoe_lightning.checkpoints.loaded import LoadedPolicy
-    from pmoe_lightning.envs import GymnasiumEnv
-    from pmoe_lightning.evaluation import Evaluation
+    from pmoe_lightning.envs import AbstractEnvironment
+    from pmoe_lightning.evaluation.episodes import EpisodeResults
 
 _MAX_ENVS = 16
-_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 _RULES = ("trained", "best_value", "max_weight", "sample_component", "sample")
 _ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
 _CHOSEN_HERE = ("num_envs", "seed", "render_mode", "carry")  # arguments of make_env that are not the environment's
@@ -54,11 +53,11 @@ class Judged:
     """A policy, the environment it acted in, by which rule, and how well."""
 
     policy: "LoadedPolicy"
-    make_env: Callable[..., "GymnasiumEnv"]
+    make_env: Callable[..., "AbstractEnvironment"]
     env_id: str
     env_kwargs: dict[str, Any]
     rule: str
-    result: "Evaluation"
+    result: "EpisodeResults"
 
 
 _HELP = {
@@ -79,17 +78,21 @@ _HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    outlive_output()
     try:
         request = parse(sys.argv[1:] if arguments is None else arguments)
         run(request)
     except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    if error := lost_result():
+        print(f"error: the result could not be written to standard output: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -139,7 +142,7 @@ def _only_on_stderr() -> Iterator[None]:
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """Read ``key=value``, ``--key=value`` and ``--key value`` alike: MLflow passes parameters in all of these forms.
+    """Read the words as the train command reads its own (``read_words``); a value in quotes is what they hold.
 
     An empty value means the default. ``--help``, ``--version`` and ``--shell-completion`` print and exit.
 
@@ -154,30 +157,22 @@ def parse(arguments: Sequence[str]) -> Request:
     if any(argument in ("-sc", "--shell-completion") for argument in arguments):
         print(_shell_completion(arguments))
         sys.exit()
+    from pmoe_lightning.configuration.arguments import needs_value, read_words
+
     kinds = {each.name: each.type for each in fields(Request) if each.name != "env_arguments"}
     values: dict[str, Any] = {}
     env_arguments: dict[str, Any] = {}
-    waiting = [argument for argument in arguments if argument.strip()]
-    while waiting:
-        argument = waiting.pop(0)
-        key, equals, value = argument.removeprefix("--").partition("=")
+    for text, key, value in read_words(arguments, switches=[key for key, kind in kinds.items() if kind is bool]):
         key = "config_dir" if key == "config-dir" else key  # as the train command spells it
         of_env = key.startswith(_ENV_PREFIXES)
         if key not in kinds and not of_env:
-            raise ConfigurationError(f"unknown argument {argument!r}{_nearest(key, kinds)}")
-        if not equals:
-            if not argument.startswith("--"):
-                raise ConfigurationError(f"{key} needs a value: write {key}=...")
-            if kinds.get(key) is bool and (not waiting or waiting[0].lower() not in _WORDS):
-                value = "true"
-            elif not waiting:
-                raise ConfigurationError(f"--{key} needs a value")
-            else:
-                value = waiting.pop(0)
+            raise ConfigurationError(f"unknown argument {text!r}{_nearest(key, kinds)}")
+        if value is None:
+            raise ConfigurationError(needs_value(key).removeprefix("" if text.startswith("--") else "--"))
         if not value.strip():
             continue
         if key.lstrip("+") == "env.id":
-            values["env"] = value.strip()
+            values["env"] = _unquoted("env", value.strip())
         elif of_env:
             env_arguments |= _env_argument(key, value.strip())
         else:
@@ -208,24 +203,36 @@ def _shell_completion(arguments: Sequence[str]) -> str:
     return f"complete -o nospace -o default -W '{' '.join([*words, '--help', '--version'])}' pmoe-evaluate"
 
 
+def _unquoted(key: str, text: str) -> str:
+    """What is in the quotes; text without any, such as a path, is taken as it is, whatever characters are in it."""
+    from pmoe_lightning.configuration.arguments import read_override
+
+    return str(read_override(f"{key}={text}")[1]) if text[0] in "'\"" else text
+
+
 def _convert(key: str, value: str, kind: Any) -> Any:
+    from pmoe_lightning.configuration.arguments import TRUTH_VALUES, read_override
+
     if kind is bool:
-        if value.lower() not in _WORDS:
+        if value.lower() not in TRUTH_VALUES:
             raise ConfigurationError(f"{key} must be true or false, not {value!r}")
-        return _WORDS[value.lower()]
+        return TRUTH_VALUES[value.lower()]
     if kind is int:
         lowest = 0 if key == "seed" else 1
-        if not value.isdecimal() or not lowest <= int(value) < 2**31:
+        number = int(value) if value.isdecimal() else read_override(f"{key}={value}")[1]  # to Hydra 007 is text
+        if type(number) is not int or not lowest <= number < 2**31:
             raise ConfigurationError(f"{key} must be a whole number of at least {lowest}, not {value!r}")
-        return int(value)
+        return number
+    value = _unquoted(key, value)
     if key == "rule" and value not in _RULES:
         raise ConfigurationError(f"unknown rule {value!r}{_nearest(value, _RULES)}")
     return value
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+    from pmoe_lightning.configuration.composition import nearest
+
+    return nearest(word, list(known)) or f"; known: {', '.join(known)}"
 
 
 def _help_parser() -> argparse.ArgumentParser:
@@ -250,9 +257,9 @@ def evaluate(request: Request) -> Judged:
     """
     from pmoe_lightning.checkpoints.files import read_checkpoint
     from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
-    from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
     from pmoe_lightning.envs import with_memory
-    from pmoe_lightning.evaluation import evaluate_policy
+    from pmoe_lightning.evaluation.episodes import evaluate_policy
+    from pmoe_lightning.tracking.references import resolve_checkpoint
 
     where = f"checkpoint {request.checkpoint}"
     entry = policy_entry(read_checkpoint(resolve_checkpoint(request.checkpoint)), where)
@@ -273,20 +280,20 @@ def evaluate(request: Request) -> Judged:
 
 
 def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
-    """What makes the options that the description names, where the user's folder has them: local files choose code."""
+    """What makes the choices that the description names, where the user's folder has them: local files choose code."""
     from pmoe_lightning.checkpoints.policy import own_parts
-    from pmoe_lightning.configuration import read_option
+    from pmoe_lightning.configuration import read_choice
 
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigurationError(f"config_dir={config_dir} is not a folder")
     return {
-        f"{group}/{name}": read_option(group, name, config_dir)[0]
+        f"{group}/{name}": read_choice(group, name, config_dir)[0]
         for group, name in own_parts(description).items()
-        if name in _options(config_dir, group)
+        if name in _choices(config_dir, group)
     }
 
 
-def _options(config_dir: str, group: str) -> list[str]:
+def _choices(config_dir: str, group: str) -> list[str]:
     return [file.stem for file in Path(config_dir, group).glob("*.yaml")] if config_dir else []
 
 
@@ -303,12 +310,12 @@ def _environment(
 def _chosen_environment(
     request: Request, description: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> tuple[Any, str, dict[str, Any]]:
-    from pmoe_lightning.configuration import read_option
+    from pmoe_lightning.configuration import read_choice
     from pmoe_lightning.envs import make_env
 
     trained, own = description["env"], description.get("own_parts", {}).get("env")
-    if request.env in _options(request.config_dir, "env"):
-        make, values = read_option("env", request.env, request.config_dir)
+    if request.env in _choices(request.config_dir, "env"):
+        make, values = read_choice("env", request.env, request.config_dir)
         return make, values.pop("id"), values
     if request.env and request.env != trained["id"]:
         return make_env, request.env, {}
@@ -337,7 +344,7 @@ def _with_argument(arguments: Mapping[str, Any], name: str, value: Any) -> dict[
     return {**arguments, first: value}
 
 
-def _check_fit(description: dict[str, Any], env_id: str, env: "GymnasiumEnv") -> None:
+def _check_fit(description: dict[str, Any], env_id: str, env: "AbstractEnvironment") -> None:
     policy = description["observation_dim"], len(description["action_low"])
     world = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
     if policy != world:
@@ -347,7 +354,7 @@ def _check_fit(description: dict[str, Any], env_id: str, env: "GymnasiumEnv") ->
 
 
 def _video(request: Request, judged: Judged) -> Path | None:
-    from pmoe_lightning.evaluation import record_video
+    from pmoe_lightning.evaluation.film import record_video
 
     env_id, sample = judged.env_id, judged.rule == "sample"
     path = Path(request.output, f"{env_id.replace(':', '-').replace('/', '-')}-seed{request.seed}.mp4")
@@ -355,8 +362,7 @@ def _video(request: Request, judged: Judged) -> Path | None:
         arguments = {"seed": request.seed, "env_kwargs": judged.env_kwargs, "make": judged.make_env}
         return record_video(judged.policy, env_id, path, sample=sample, **arguments)
     except Exception as error:  # of the environment, its renderer, the encoder: none is worth the result
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"warning: no video: {reason}", file=sys.stderr)
+        print(f"warning: no video: {error_line(error)}", file=sys.stderr)
         return None
 
 
@@ -413,6 +419,7 @@ def _row(name: str, text: str) -> str:
 def _log(summary: dict[str, Any], video: Path | None) -> None:
     import mlflow
 
+    from pmoe_lightning.tracking.address import store_line
     from pmoe_lightning.tracking.server import check_server
 
     run_id = os.environ["MLFLOW_RUN_ID"]
@@ -426,7 +433,7 @@ def _log(summary: dict[str, Any], video: Path | None) -> None:
         if video is not None:
             client.log_artifact(run_id, str(video), "videos")
     except (RunError, mlflow.MlflowException) as error:
-        print(f"warning: not added to MLflow run {run_id}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"warning: not added to MLflow run {run_id}: {store_line(error)}", file=sys.stderr)
 
 
 def _finite(value: float) -> float | None:

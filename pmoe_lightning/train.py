@@ -2,7 +2,7 @@
 
     python -m pmoe_lightning.train algo=sac env=Hopper-v5 seed=3
 
-Here the request is read and refused or accepted; ``training.py`` carries it out. Only the latter imports torch,
+Here the request is read and refused or accepted; ``run/`` carries it out. Only the latter imports torch,
 Lightning and MLflow, so ``--help`` and refusals are quick.
 """
 
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -20,8 +21,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pmoe_lightning import __version__
-from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
-from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.configuration import (
+    compose_jobs,
+    describe_groups,
+    normalise_argv,
+    output_folder,
+    read_value,
+    register,
+    validate,
+    with_value,
+)
+from pmoe_lightning.errors import ConfigurationError, RunError, error_line
+from pmoe_lightning.processes import run_folder
+from pmoe_lightning.processes.orphans import end_with_launcher
+from pmoe_lightning.processes.output import outlive_output
+from pmoe_lightning.processes.stopping import stop
 from pmoe_lightning.tracking.address import without_secrets
 
 HELP = """Train a multimodal continuous-control policy.
@@ -37,7 +51,7 @@ Examples
   -m algo=ppo,sac seed=1,2,3                 one run per combination, below one parent run
   algo=sac resume=auto                       go on with the newest unfinished run of this configuration
 
-Choices (group=option, files in conf/)
+Choices (group=choice, files in conf/)
 {choices}
 
 Values (key=value)
@@ -54,19 +68,23 @@ register()
 @hydra.main(version_base="1.3", config_path="pkg://pmoe_lightning.conf", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        from pmoe_lightning.sweep import run_job
+        from pmoe_lightning.run.sweep import run_job
 
         run_job(cfg)  # an exit, which the lines below make of an error, would end the sweep
         return
-    from pmoe_lightning.training import run_training
+    from pmoe_lightning.run.training import run_training
 
     with _one_line_errors():
+        run_folder.hold(HydraConfig.get().runtime.output_dir)  # held already, unless only Hydra could know it
         validate(cfg)
         run_training(cfg)
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong configuration, 130 Ctrl-C, 143 SIGTERM."""
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong configuration, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
+    outlive_output()  # first, so that no pipe takes the place of a closed stream
+    stop.listen()
+    end_with_launcher()
     # Hydra would cut the traceback of a real error short.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if "--version" in sys.argv[1:]:  # Hydra would say its own
@@ -74,12 +92,15 @@ def main() -> None:
         sys.exit()
     try:
         with _one_line_errors():
-            words, jobs = _refuse_what_cannot_run(normalise_argv(sys.argv[1:]))
+            with stop.interruptible():
+                words, jobs = _refuse_what_cannot_run(normalise_argv(sys.argv[1:]))
             sys.argv[1:] = words
             with _sweep(jobs, words) if jobs else nullcontext():
                 _hydra_main()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        run_folder.release_all()
 
 
 @contextmanager
@@ -94,7 +115,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _sweep(jobs: list[DictConfig], words: list[str]) -> AbstractContextManager[None]:
-    from pmoe_lightning.sweep import sweep_run
+    from pmoe_lightning.run.sweep import sweep_run
 
     return sweep_run(jobs, words)
 
@@ -124,23 +145,60 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
     resumes = any(cfg.resume is not None for cfg in jobs)
     if resumes and arguments.multirun:
         raise ConfigurationError("resume continues one run: leave out --multirun")
-    from pmoe_lightning.training import check_surroundings
+    folder = output_folder(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
+    if arguments.multirun:
+        return _refuse_sweep(words, jobs, folder), jobs
+    return _refuse_run(
+        words, jobs[0], folder, is_named=read_value(arguments.overrides, "hydra.run.dir") is not None
+    ), []
+
+
+def _refuse_run(words: list[str], cfg: DictConfig, folder: Path | None, *, is_named: bool) -> list[str]:
+    """Raise if the run cannot begin, else hold its folder; returns the words with ``resume`` a file."""
+    from pmoe_lightning.run.resume import NothingLeft, refuse_occupied, resume_words
+
+    if folder is not None:
+        refuse_occupied(cfg, folder, is_named=is_named)
+    from pmoe_lightning.run.surroundings import check_surroundings
+
+    check_surroundings([cfg])
+    if cfg.resume is not None:
+        try:
+            return resume_words(words, cfg, folder, is_named=is_named)
+        except NothingLeft as ending:
+            print(ending)
+            sys.exit()
+    if folder is None:
+        return words
+    run_folder.hold(folder)
+    refuse_occupied(cfg, folder, is_named=is_named)  # another run may have come and gone by now
+    return with_value(words, "hydra.run.dir", str(folder))
+
+
+def _refuse_sweep(words: list[str], jobs: list[DictConfig], folder: Path | None) -> list[str]:
+    """Raise if the sweep cannot begin, else hold its folder; returns the words with that folder."""
+    if folder is not None:
+        run_folder.refuse_held(folder)
+        _refuse_occupied_by_sweep(folder)
+    from pmoe_lightning.run.surroundings import check_surroundings
+    from pmoe_lightning.run.sweep import check_sweep
 
     check_surroundings(jobs)
-    if arguments.multirun:
-        from pmoe_lightning.sweep import check_sweep
+    check_sweep(jobs)
+    if folder is None:
+        return words
+    run_folder.hold(folder)
+    _refuse_occupied_by_sweep(folder)
+    return with_value(words, "hydra.sweep.dir", str(folder))
 
-        check_sweep(jobs)
-        return words, jobs
-    if resumes:
-        from pmoe_lightning.resume import resume_words
 
-        words = resume_words(words, jobs[0])
-    return words, []
+def _refuse_occupied_by_sweep(folder: Path) -> None:
+    if run_folder.holds_run(folder) or any(folder.rglob(".hydra")):
+        raise ConfigurationError(f"{folder} holds a sweep or a run: give another hydra.sweep.dir")
 
 
 def _print_line(kind: str, error: Exception, *, code: int) -> int:
-    print(without_secrets(f"{kind}: {' '.join(str(error).split())}"), file=sys.stderr)
+    print(without_secrets(f"{kind}: {error_line(error)}"), file=sys.stderr)
     return code
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import inspect
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jaxtyping
@@ -16,7 +20,22 @@ import pytest
 from beartype import beartype
 from waiting import HANG_SECONDS
 
+from pmoe_lightning.processes.stopping import STOPS, stop
+
 ROOT = Path(__file__).resolve().parents[1]
+# MLflow's servers would each start eight processes for jobs that nothing here asks for.
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup tests what a terminal's end does, too
+
+
+#: Files of real processes: few tests and minutes each. Begun first, so that no core is left with them at the end.
+LONGEST = ("test_devices", "test_train", "test_resume", "test_tracking", "test_processes", "test_workers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
 
 
 SHAPE_CHECKED = {
@@ -38,7 +57,8 @@ def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ in SHAPE_CHECKED:
-            from pmoe_lightning import critics, distributions, estimators
+            from pmoe_lightning import estimators
+            from pmoe_lightning.modules import critics, distributions
 
             patch.setattr(critics, "stacked_qvalue", with_shape_checks(critics.stacked_qvalue))
             for owner in (
@@ -102,6 +122,34 @@ def store(tmp_path: Path, empty_store: Path) -> Path:
     return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
 
 
+def syntax_tree(path: Path) -> ast.Module:
+    """The file, parsed: while Python 3.11 makes the tree, no finalizer may parse as well, or it loses count."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """The train command answers signals to the end of its process: behind this they are the caller's again."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        stop.asked = 0
+
+
+@pytest.fixture(autouse=True)
+def signals_of_the_tests() -> Iterator[None]:
+    """Whatever commands a test runs in this process, the next one begins with no handler and no note of theirs."""
+    with restored_signals():
+        yield
+
+
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The train command inside this process, because starting Python costs more than these runs: what it printed."""
@@ -113,15 +161,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         from pmoe_lightning.train import main
 
         monkeypatch.setattr(sys, "argv", ["train", *words])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        left = 0
+        logging.root.handlers.clear()  # as in a new process: those of a run before write to a stream that is closed
         try:
             main()
-            left = 0
         except SystemExit as ending:
             left = ending.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         printed = "".join(capfd.readouterr())
         assert left == code, printed
         return printed

@@ -12,8 +12,8 @@ from pmoe_lightning.algorithms.sac import SAC
 from pmoe_lightning.checkpoints.policy import ACTORS
 from pmoe_lightning.estimators import Marginalized
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
-from pmoe_lightning.normalization import ObservationNormalizer
-from pmoe_lightning.safety import CostConstraint
+from pmoe_lightning.modules.normalization import ObservationNormalizer
+from pmoe_lightning.safe.constraint import CostConstraint
 
 SPACES = {
     "Pendulum-v1": (3, [-2.0], [2.0]),
@@ -82,7 +82,7 @@ def make_sac_policy(
             Marginalized(),
             hidden_sizes=(16, 16),
             action_transform=make_hamiltonian_transform(**sizes, **transform) if transform else None,
-            safety=CostConstraint(**constraint) if constraint else None,
+            constraint=CostConstraint(**constraint) if constraint else None,
             policy_description=description,
             **sizes,
         )

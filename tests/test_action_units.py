@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -208,23 +206,13 @@ def trained(tmp_path_factory) -> Callable[..., dict[str, Any]]:
         words = ["algo=sac", "env.id=NormalizedTask-v0", f"+env.low={low}", f"+env.high={high}", "total_frames=264"]
         words += ["data.init_random_frames=64", "data.frames_per_epoch=264", "algo.hidden_sizes=[16]"]
         words += ["data.batch_size=32", "data.frames_per_batch=8", "logger=none", "callbacks=minimal", "compile=false"]
-        with pytest.MonkeyPatch.context() as patch, restored_signals():
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train", *words, f"hydra.run.dir={folder}"])
             main()
         return read_checkpoint(folder / "checkpoints" / "last.ckpt")
 
     yield train_command
     del gymnasium.registry["NormalizedTask-v0"]
-
-
-@contextmanager
-def restored_signals() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def test_the_train_command_learns_the_same_weights_with_every_power_of_two(trained):

@@ -23,7 +23,8 @@ from torchrl.modules import (
 )
 from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
 
-from pmoe_lightning.actors import (
+from pmoe_lightning.envs import make_env
+from pmoe_lightning.modules.actors import (
     BestValueActor,
     ComposedNetwork,
     make_additive_moe_actor,
@@ -31,11 +32,10 @@ from pmoe_lightning.actors import (
     make_mcp_actor,
     make_pmoe_actor,
 )
-from pmoe_lightning.compositions import add_actions, multiply_densities
-from pmoe_lightning.critics import make_qvalue_network, make_value_network
-from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.envs import make_env
-from pmoe_lightning.options import make_option_actor
+from pmoe_lightning.modules.critics import make_qvalue_network, make_value_network
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
+from pmoe_lightning.modules.expert_blends import add_actions, multiply_densities
+from pmoe_lightning.modules.option_policies import make_option_actor
 
 OBSERVATION, A, B = 5, 2, 16
 LOW, HIGH = [-2.0, 0.5], [1.0, 2.0]

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import Trainer
 from tensordict import TensorDict
 
-from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import make_ppo, make_sac
-from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy
-from pmoe_lightning.data import OffPolicyData, OnPolicyData
+from pmoe_lightning.checkpoints import AtomicCheckpointIO
+from pmoe_lightning.data.off_policy import OffPolicyData
+from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.estimators import (
     Frequency,
@@ -25,7 +25,9 @@ from pmoe_lightning.estimators import (
     Pathwise,
     ScoreFunction,
 )
-from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.modules.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.tracking.references import load_policy
 
 OBSERVATION_DIM, A, LOW, HIGH = 3, 1, [-2.0], [2.0]
 pendulum = partial(make_env, "Pendulum-v1")
@@ -187,7 +189,7 @@ def test_an_estimator_anneals_over_the_frames_of_the_run(make, data):
 
 def test_sac_compiled_learns_what_it_learns_uncompiled(tmp_path, caplog):
     """One program for the whole run, annealing included; Lightning's counters, metrics, and a resume without it."""
-    caplog.set_level(logging.INFO, logger="pmoe_lightning.compilation")
+    caplog.set_level(logging.INFO, logger="pmoe_lightning.updates.compilation")
     runs = []
     for compile in (False, True):
         torch.manual_seed(0)
@@ -274,8 +276,28 @@ def test_gae_bootstraps_truncation_but_not_termination():
     assert batch["advantage"].flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_updates_are_planned_for_replay_and_for_rollouts():
+    replay, rollouts = sac(), ppo()
+    assert replay.planned_updates(off_policy(replay, total_frames=80)) == 64 and not replay.on_policy
+    assert rollouts.planned_updates(on_policy(rollouts, total_frames=384)) == 384 * 2 / 32 and rollouts.on_policy
+
+
+def test_without_a_fused_optimizer_too_a_gradient_that_is_not_finite_changes_nothing(monkeypatch):
+    algorithm = sac()
+    fused = algorithm.configure_optimizers
+    monkeypatch.setattr(algorithm, "configure_optimizers", lambda: torch.optim.Adam(fused().param_groups, fused=False))
+    fit(algorithm, off_policy(algorithm, total_frames=24))
+    before = [parameter.detach().clone() for parameter in algorithm.loss.parameters()]
+    algorithm.step(TensorDict(loss_actor=sum(p.sum() for p in algorithm.actor.parameters()) * float("nan")))
+    assert algorithm.updates == 9
+    for parameter, kept in zip(algorithm.loss.parameters(), before, strict=True):
+        assert torch.equal(parameter, kept)
+
+
 def test_metrics_are_means_and_are_drained():
     algorithm = sac()
+    algorithm.record({"train/table": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+    assert algorithm.drain_metrics() == {f"train/table_{i}_{j}": 1.0 + 2 * i + j for i in (0, 1) for j in (0, 1)}
     for value in (1.0, 2.0):
         algorithm.record_loss(TensorDict(loss_actor=torch.tensor(value), winner_frequency=torch.tensor([value, 0.0])))
     drained = algorithm.drain_metrics()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pmoe_lightning.configuration.groups import group_options
+from pmoe_lightning.configuration.groups import group_choices
 from pmoe_lightning.configuration.schemas import SCHEMAS, Configuration, Limit
 from pmoe_lightning.train import main
 
@@ -58,7 +58,7 @@ def misspelt() -> Iterator[list[str]]:
 
 
 def unknown_options() -> Iterator[list[str]]:
-    for group, options in group_options().items():
+    for group, options in group_choices().items():
         if group != "env":  # there any word is the id of an environment
             for option in options:
                 yield from ([f"{group}={wrong}"] for wrong in (f"{option}x", option[1:], f"../{option}"))
@@ -71,6 +71,8 @@ INCOMPATIBLE = [
     ["algo=dac", "actor=pmoe"],
     ["algo=ppo", "actor=options"],
     ["algo=sac", "actor=options"],
+    ["estimator=none"],
+    ["algo=sac", "estimator=none"],
     ["estimator=pathwise"],
     ["estimator=pathwise", "actor.num_components=2"],
     ["estimator=score_function", "estimator.num_samples=1"],

@@ -16,9 +16,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from matplotlib.figure import Figure
+from test_gradient_statistics import Reversed
 
-from pmoe_lightning import figures
-from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_ppo, make_sac
 from pmoe_lightning.callbacks import (
     ActionTrajectories,
@@ -32,13 +31,17 @@ from pmoe_lightning.callbacks import (
     MixtureDiagnostics,
 )
 from pmoe_lightning.callbacks.mixture import mixture_metrics
-from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy, read_checkpoint
-from pmoe_lightning.data import OffPolicyData, OnPolicyData
-from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
+from pmoe_lightning.data.off_policy import OffPolicyData
+from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.estimators import Frequency, Pathwise
-from pmoe_lightning.evaluation import evaluate_policy, follow_episode
+from pmoe_lightning.evaluation import figures
+from pmoe_lightning.evaluation.episodes import evaluate_policy, follow_episode
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
+from pmoe_lightning.modules.actors import make_pmoe_actor
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
+from pmoe_lightning.tracking.references import load_policy
 
 EPISODE, EPOCH, TOTAL = 20, 100, 300
 pendulum = partial(make_env, "Pendulum-v1", max_episode_steps=EPISODE)
@@ -244,6 +247,26 @@ def test_the_rest_of_an_interval_is_logged_after_an_error(tmp_path):
         fit([MetricsLogger(250), StopAt(180, ZeroDivisionError())], tmp_path, logger=logger)
     assert [step for step, _ in logger.rows] == [180]
     assert logger.values("train/episodes") == [9]
+
+
+class FailIn(Callback):
+    """Fails in the update of an iteration."""
+
+    def __init__(self, env_frames: int) -> None:
+        self.env_frames = env_frames
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.datamodule.env_frames >= self.env_frames:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("frames", "reported"), [(160, [100, 160]), (200, [100]), (TOTAL, [100, 200])])
+def test_a_broken_off_iteration_leaves_the_points_at_its_end_to_the_run_that_goes_on(tmp_path, frames, reported):
+    """With values of half an iteration they would be wrong, and there for good."""
+    logger = Recorder()
+    with pytest.raises(ZeroDivisionError):
+        fit([MetricsLogger(100), MixtureDiagnostics(100, 1000), FailIn(frames)], tmp_path, logger=logger)
+    assert logger.steps("train/updates") == logger.steps("train/mixture/weight_0") == reported
 
 
 def test_a_logger_that_fails_does_not_hide_the_error_that_ended_the_run(tmp_path, caplog):
@@ -458,11 +481,11 @@ def test_the_estimator_is_measured_at_intervals(tmp_path, num_components):
         assert not logger.steps("train/estimator/variance_router")
 
 
-def two_dimensional(folder, callbacks, logger, transform) -> Trainer:
+def two_dimensional(folder, callbacks, logger, transform, estimator=None) -> Trainer:
     seed_everything(0, verbose=False)
     sizes = {"observation_dim": 2, "action_dim": 2, "hidden_sizes": [8]}
     actor = make_pmoe_actor(2, [-1.0] * 2, [1.0] * 2, num_components=1, hidden_sizes=[8])
-    algorithm = make_sac(actor, Pathwise(), action_transform=transform, **sizes)
+    algorithm = make_sac(actor, estimator or Pathwise(), action_transform=transform, **sizes)
     data = OffPolicyData(
         partial(make_env, "MultiGoal-v0"), algorithm.policy, total_frames=120, frames_per_epoch=60, frames_per_batch=20,
         init_random_frames=20, batch_size=8, utd_ratio=0.1, seed=0,
@@ -470,6 +493,30 @@ def two_dimensional(folder, callbacks, logger, transform) -> Trainer:
     trainer = make_trainer(callbacks, folder, logger)
     trainer.fit(algorithm, datamodule=data)
     return trainer
+
+
+def test_a_transform_has_its_gradient_compared_with_finite_differences(tmp_path):
+    logger, ends = Recorder(), []
+    for callbacks in ([], [EstimatorVariance(50, num_samples=4)]):
+        made = make_hamiltonian_transform(2, 2, force="raw", step_size=0.2)
+        trainer = two_dimensional(tmp_path, callbacks, logger, made)
+        ends.append([*(p.detach().clone() for p in trainer.lightning_module.parameters()), torch.rand(3)])
+    for name in ("wrong_signs", "wrong_signs_control"):
+        assert logger.steps(f"train/hamiltonian/{name}") == [60, 100]
+        assert all(0 <= value <= 1 for value in logger.values(f"train/hamiltonian/{name}"))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    plain = Recorder()
+    two_dimensional(tmp_path, [EstimatorVariance(50, num_samples=4)], plain, None)
+    assert plain.steps("train/estimator/variance_loc") and not plain.steps("train/hamiltonian/wrong_signs")
+
+
+@pytest.mark.parametrize("estimator, lines", [(Pathwise(), 0), (Reversed(), 1)], ids=["right", "reversed"])
+def test_a_gradient_that_cannot_be_trusted_is_said_once(estimator, lines, tmp_path, caplog):
+    made, logger = make_hamiltonian_transform(2, 2, force="raw"), Recorder()
+    two_dimensional(tmp_path, [EstimatorVariance(50, num_samples=4)], logger, made, estimator)
+    said = [record.getMessage() for record in caplog.records if "wrong sign" in record.getMessage()]
+    assert len(said) == lines and len(logger.values("train/hamiltonian/wrong_signs")) == 2
+    assert all("lower action_transform.step_size" in line for line in said)
 
 
 def test_trajectories_are_drawn_at_intervals_and_change_nothing(tmp_path):

@@ -23,11 +23,12 @@ from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 from waiting import HANG_SECONDS
 
-from pmoe_lightning.checkpoints import load_policy, read_checkpoint, resolve_checkpoint
+from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
-from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.tracking.references import load_policy, resolve_checkpoint
 
 
 def act(policy: Any, observation: torch.Tensor, mode: ExplorationType | None = None) -> torch.Tensor:
@@ -402,9 +403,8 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, full_disk: None
 
 KILLED_WRITER = """
 import os, random, signal, sys, time, torch
-from pmoe_lightning.checkpoints.files import (
-    previous_checkpoint, read_checkpoint, remove_leftovers, write_checkpoint
-)
+from pmoe_lightning.checkpoints.files import previous_checkpoint, read_checkpoint, write_checkpoint
+from pmoe_lightning.processes.partial_files import remove_leftovers
 
 torch.set_num_threads(1)  # a forked child has none of the parent's threads and would wait for them
 path, kills = sys.argv[1], int(sys.argv[2])
@@ -464,6 +464,38 @@ def test_the_replaced_checkpoint_is_kept(tmp_path: Path) -> None:
         write_checkpoint({"step": step}, path)
     assert read_checkpoint(path) == {"step": 3}
     assert read_checkpoint(previous_checkpoint(path)) == {"step": 2}
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.previous.ckpt"]
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        return bool(read_checkpoint(path))
+    except RunError:
+        return False
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_damaged_checkpoint_never_replaces_the_whole_one_before(links, tmp_path: Path, monkeypatch) -> None:
+    """At every step of the writing after a recovery there is a whole one, whatever the filesystem can do."""
+    path, replace = tmp_path / "last.ckpt", os.replace
+
+    def replace_and_look(*names: Any) -> None:
+        replace(*names)
+        assert is_whole(path) or is_whole(previous_checkpoint(path)), names
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no links")
+
+    write_checkpoint({"step": 1}, path)
+    write_checkpoint({"step": 2}, path)
+    monkeypatch.setattr(os, "replace", replace_and_look)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for step in (3, 4, 5):
+        path.write_bytes(path.read_bytes()[:-7])  # of another length, so that whoever wrote it can see that
+        write_checkpoint({"step": step}, path)
+        assert read_checkpoint(path) == {"step": step}
+        assert read_checkpoint(previous_checkpoint(path)) == {"step": 1}
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.previous.ckpt"]
 
 

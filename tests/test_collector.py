@@ -16,15 +16,15 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.transforms import StepCounter
 from torchrl.envs.utils import ExplorationType
 
-from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.envs import make_env, with_memory
 from pmoe_lightning.estimators import Frequency
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
-from pmoe_lightning.normalization import ObservationNormalizer
-from pmoe_lightning.options import make_option_actor
-from pmoe_lightning.safety import CostConstraint
+from pmoe_lightning.modules.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.modules.normalization import ObservationNormalizer
+from pmoe_lightning.modules.option_policies import make_option_actor
+from pmoe_lightning.safe.constraint import CostConstraint
 
 OBSERVATION_DIM, LOW, HIGH = 11, [-1.0] * 3, [1.0] * 3
 SIZES: dict[str, Any] = {"hidden_sizes": (16,), "activation": "tanh"}
@@ -47,12 +47,12 @@ def normalized(make: Callable, **arguments: Any) -> TensorDictModuleBase:
     return TensorDictSequential(normalizer, actor)
 
 
-def acting(force: str, safety: CostConstraint | None = None) -> TensorDictModuleBase:
+def acting(force: str, constraint: CostConstraint | None = None) -> TensorDictModuleBase:
     """SAC's policy with an action transform, choosing among candidates where it is safe."""
     actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, **SIZES)
     transform = make_hamiltonian_transform(OBSERVATION_DIM, len(LOW), force=force, step_size=0.3)
     sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": len(LOW), "hidden_sizes": (16,)}
-    return make_sac(actor, Frequency(), action_transform=transform, safety=safety, **sizes).policy
+    return make_sac(actor, Frequency(), action_transform=transform, constraint=constraint, **sizes).policy
 
 
 POLICIES: dict[str, Callable[[], TensorDictModuleBase]] = {

@@ -10,8 +10,8 @@ from tensordict import TensorDict, from_modules
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pmoe_lightning import critics
-from pmoe_lightning.critics import QValueNetwork, make_qvalue_network, make_value_network
+from pmoe_lightning.modules import critics
+from pmoe_lightning.modules.critics import QValueNetwork, make_qvalue_network, make_value_network
 
 OBSERVATION, A, K, B = 5, 2, 3, 7
 

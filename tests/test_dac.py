@@ -13,16 +13,16 @@ from tensordict import TensorDict
 
 from pmoe_lightning.algorithms import make_dac
 from pmoe_lightning.callbacks import EstimatorVariance
-from pmoe_lightning.checkpoints import load_policy
-from pmoe_lightning.critics import make_option_value_network
-from pmoe_lightning.data import OnPolicyData
+from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.estimators import Frequency
 from pmoe_lightning.losses import DACLoss
-from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
-from pmoe_lightning.options import make_option_actor
+from pmoe_lightning.modules.critics import make_option_value_network
+from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.modules.option_policies import make_option_actor
 from pmoe_lightning.tracking import MLflowLogger, log_policy_model
+from pmoe_lightning.tracking.references import load_policy
 
 OBSERVATION, K, N, T = 3, 3, 1, 5
 LOW, HIGH = [-2.0], [2.0]
@@ -92,6 +92,18 @@ def test_advantages_of_both_processes_by_hand():
     q = [values(step["observation"])[step["option"].item()] for step in steps]
     assert data["state_value"].flatten().tolist() == pytest.approx(q, rel=1e-5)
     torch.testing.assert_close(data["value_target"], data["advantage_low"] + data["state_value"])
+
+
+def test_a_minibatch_of_one_row_has_finite_losses_and_gradients():
+    """The last minibatch of a pass may hold one transition: there is no deviation to normalise its advantage by."""
+    loss = make_loss()
+    one = transitions(loss)[:1]
+    out = loss(one)
+    assert all(out[name].isfinite() for name in LOSSES)
+    ratio_of_one = -one["advantage_high"].item(), -one["advantage_low"].item()
+    assert (out["loss_objective_high"].item(), out["loss_objective_low"].item()) == pytest.approx(ratio_of_one)
+    sum(out[name] for name in LOSSES).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in loss.parameters())
 
 
 def test_before_the_first_update_both_ratios_are_one():

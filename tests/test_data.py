@@ -13,11 +13,12 @@ from probe_envs import Transition, expected_transitions, make_scripted_env
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 
-from pmoe_lightning.actors import make_pmoe_actor
-from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.data.off_policy import OffPolicyData
+from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.errors import ConfigurationError
-from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.modules.actors import make_pmoe_actor
+from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
 
 LOW, HIGH = torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 3.0])
 

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from test_resume import LAST, differing, state_of
 from waiting import HANG_SECONDS, wait_until
 
@@ -31,18 +33,25 @@ def start(tmp_path: Path, clean_environ: dict[str, str]) -> Callable[..., subpro
     """Starts the train command with two processes, unless told otherwise, and returns the first."""
 
     def start(*words: str, devices: int = 2, **environ: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "pmoe_lightning.train", *words, *SMALL, f"trainer.devices={devices}"]
+        command = [sys.executable, "-m", "pmoe_lightning.train", *SMALL, *words, f"trainer.devices={devices}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=tmp_path, env=clean_environ | environ, **pipes)
 
     return start
 
 
-def other_process(first: subprocess.Popen) -> int:
-    """The training process that the first has started."""
-    found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
-    return next(pid for pid, name in names.items() if "pmoe_lightning.train" in name)
+def other_process(first: subprocess.Popen) -> int | None:
+    """The process that trains with the first. Before it has become that, its parent is in the kernel, deaf."""
+    for pid in map(int, Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()):
+        with suppress(OSError):  # another child, which has just ended
+            if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return pid
+    return None
+
+
+def wait_for_other_process(first: subprocess.Popen) -> int:
+    wait_until(lambda: other_process(first), first)
+    return other_process(first)
 
 
 def is_alive(pid: int) -> bool:
@@ -131,6 +140,33 @@ def test_a_process_that_dies_takes_the_other_with_it(rank, start, tmp_path):
         assert process.returncode == 1
         assert errors.splitlines()[-1] == "error: training process 1 of 2 was killed by SIGKILL"
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_dies_before_they_are_together_takes_the_other_with_it(rank, start):
+    """The second has just been started, and waits for nobody yet."""
+    process = start(*PPO, "hydra.run.dir=run")
+    second = wait_for_other_process(process)
+    os.kill(second, signal.SIGSTOP)
+    os.kill(second if rank else process.pid, signal.SIGKILL)
+    os.kill(second, signal.SIGCONT)
+    errors = process.communicate(timeout=HANG_SECONDS)[1]
+    wait_until(lambda: not is_alive(second))
+    if rank == 1:
+        assert process.returncode == 1
+        assert errors.splitlines()[-1] == "error: training process 1 of 2 was killed by SIGKILL"
+
+
+def test_a_signal_ends_the_wait_for_a_process_that_does_not_come(start, tmp_path, store):
+    process = start(*PPO, "hydra.run.dir=run", "logger=mlflow")
+    second = wait_for_other_process(process)
+    os.kill(second, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=HANG_SECONDS)[1]
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    wait_until(lambda: not is_alive(second))
+    (run,) = MlflowClient(f"sqlite:///{store}").search_runs(["1"])
+    assert run.info.status == "KILLED"
 
 
 @pytest.mark.slow

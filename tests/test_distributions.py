@@ -27,7 +27,7 @@ from scipy import stats
 from torch import Tensor, distributions
 from torchrl.modules import TanhNormal
 
-from pmoe_lightning.distributions import TanhGaussianMixture
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
 
 DTYPES = (torch.float32, torch.float64)
 

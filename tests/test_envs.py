@@ -370,11 +370,11 @@ def test_whatever_a_constructor_raises_is_one_clear_line() -> None:
     ],
 )
 def test_numbers_that_float32_loses_are_said_in_one_line(space, observation, entry, caplog) -> None:
-    said = {"reset": {0: observation}, "space": space}
     for _ in range(2):
-        env = GymnasiumEnv([Strange(**said), Strange(**said)])
-        env.envs[0].spec = env.envs[1].spec = gymnasium.envs.registration.EnvSpec(f"Large{entry[6:7]}-v0")
-        env.reset()
+        strange = [Strange(reset={0: observation}, space=space) for _ in range(2)]
+        for env in strange:
+            env.spec = gymnasium.envs.registration.EnvSpec(f"Large{entry[6:7]}-v0")
+        GymnasiumEnv(strange).reset()
     assert len(caplog.records) == 1 and entry in caplog.text and "float32" in caplog.text
 
 

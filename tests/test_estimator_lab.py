@@ -21,8 +21,10 @@ def lab():
     spec = importlib.util.spec_from_file_location("estimator_lab", LAB)
     module = importlib.util.module_from_spec(spec)
     sys.modules["estimator_lab"] = module
+    sys.path.insert(0, str(LAB.parent))  # as for a script
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(LAB.parent))
     del sys.modules["estimator_lab"]
 
 

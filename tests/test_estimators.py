@@ -28,7 +28,6 @@ from quadrature import (
 from torch import Tensor
 
 from pmoe_lightning import estimators
-from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import (
     AbstractEstimator,
     Evaluation,
@@ -37,10 +36,12 @@ from pmoe_lightning.estimators import (
     Implicit,
     Marginalized,
     Pathwise,
+    check_pair,
 )
 from pmoe_lightning.estimators import HalfReparameterized as Half
 from pmoe_lightning.estimators import ScoreFunction as Score
 from pmoe_lightning.estimators.implicit import _centred_distribution, implicit_rsample
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
 
 
 class Row(NamedTuple):
@@ -189,7 +190,7 @@ def test_surrogate_keeps_the_contract(row, num_components, batch, dtype):
     assert not any(value.requires_grad for value in surrogate.diagnostics.values())
     torch.testing.assert_close(surrogate.loss, surrogate.expected_cost + sum(surrogate.auxiliary.values()))
     assert all(value.isfinite().all() for value in gradient)
-    row.estimator.check(num_components)
+    check_pair(row.estimator, TanhGaussianMixture, num_components)
 
 
 @pytest.mark.parametrize(("row", "num_components"), CASES)
@@ -286,8 +287,12 @@ def test_marginalized_is_the_weighted_sum_of_the_components():
 
 
 def test_pathwise_refuses_several_components():
-    for call in (lambda: Pathwise().check(3), lambda: estimate(Pathwise(), random_leaves(4, K=3))):
-        with pytest.raises(ValueError, match="3 components.*actor=gaussian.*marginalized"):
+    refusals = (
+        lambda: check_pair(Pathwise(), TanhGaussianMixture, 3),
+        lambda: estimate(Pathwise(), random_leaves(4, K=3)),
+    )
+    for call in refusals:
+        with pytest.raises(ValueError, match="Pathwise.*TanhGaussianMixture has 3 components.*actor=gaussian.*marg"):
             call()
 
 

@@ -27,23 +27,18 @@ from tensordict import TensorDict
 from waiting import HANG_SECONDS
 
 import pmoe_lightning
-from pmoe_lightning.acting import acting_component, mixture_at
-from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.checkpoints.files import write_checkpoint
-from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.envs import GymnasiumEnv, make_env
+from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import Request, _environment, main, parse
-from pmoe_lightning.evaluation import (
-    MAX_EPISODE_STEPS,
-    EvaluationStopped,
-    evaluate_policy,
-    follow_episode,
-    record_video,
-    student_t_interval,
-)
-from pmoe_lightning.figures import PALETTE
-from pmoe_lightning.film import film_frame, steps_between_pictures
+from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy, follow_episode
+from pmoe_lightning.evaluation.figures import PALETTE
+from pmoe_lightning.evaluation.film import record_video
+from pmoe_lightning.evaluation.film_frames import film_frame, steps_between_pictures
+from pmoe_lightning.evaluation.statistics import student_t_interval
+from pmoe_lightning.modules.acting import acting_component, mixture_at
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
+from pmoe_lightning.tracking.references import load_policy
 
 
 def test_student_t_interval_matches_a_textbook_value() -> None:
@@ -202,7 +197,7 @@ def test_a_film_shows_the_whole_episode_its_return_and_the_acting_component(
         drawn.append((*arguments[:2], list(arguments[2]), *arguments[3:]))
         return film_frame(*arguments)
 
-    monkeypatch.setattr("pmoe_lightning.evaluation.film_frame", keep)
+    monkeypatch.setattr("pmoe_lightning.evaluation.film.film_frame", keep)
     policy = load_policy(make_policy()[1])
     kwargs = {"max_episode_steps": 9}
     path = record_video(policy, "Pendulum-v1", tmp_path / "film.mp4", seed=3, max_frames=4, env_kwargs=kwargs)
@@ -252,12 +247,12 @@ def test_a_film_follows_the_body_with_coarser_shadows(
 ) -> None:
     seen: set[tuple[bool, int]] = set()
 
-    def picture(env: GymnasiumEnv) -> np.ndarray:  # no machine need be able to render
-        task = env.envs[0].unwrapped
+    def picture(env: gymnasium.Env, name: str) -> np.ndarray:  # no machine need be able to render
+        task = env.unwrapped
         seen.add((task.mujoco_renderer.camera_id >= 0, task.model.vis.quality.shadowsize))
         return np.zeros((480, 480, 3), np.uint8)
 
-    monkeypatch.setattr("pmoe_lightning.evaluation._render", picture)
+    monkeypatch.setattr("pmoe_lightning.envs.rendering.render", picture)
     policy = load_policy(make_policy("HalfCheetah-v5")[1])
     record_video(policy, "HalfCheetah-v5", tmp_path / "film.mp4", max_frames=2, env_kwargs=env_kwargs)
     assert seen == {(follows, 1024)}
@@ -297,6 +292,14 @@ def test_every_form_of_an_argument_is_understood() -> None:
     assert parse(
         ["", "--json", "true", "checkpoint=a=b.ckpt", "seed=", "--video", "yes", "rule=sample", "episodes=3"]
     ) == (expected)
+
+
+def test_words_are_read_as_by_the_train_command() -> None:
+    # An empty value, which a script passes for what nobody gave, does not swallow the next word.
+    request = parse(["--seed", "", "checkpoint='my run/a.ckpt'", "--config-dir", "mine", "episodes=1_000", "--json"])
+    assert request == Request("my run/a.ckpt", episodes=1000, config_dir="mine", json=True)
+    request = parse(['checkpoint="a, b=c.ckpt"', "--video", "--rule", "sample", "--json", "false"])
+    assert request == Request("a, b=c.ckpt", video=True, rule="sample")
 
 
 def test_json_is_the_only_output(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -447,7 +450,7 @@ def test_sampling_a_policy_that_follows_the_best_value_is_to_draw_from_its_mixtu
         assert main([f"checkpoint={tmp_path / 'best.ckpt'}", "episodes=2", f"rule={rule}", "--json"]) == 0
         returns[rule] = json.loads(capfd.readouterr().out)["returns"]
     assert returns["sample"] == list(expected.returns) and returns["sample"] != returns["best_value"]
-    monkeypatch.setattr("pmoe_lightning.evaluation._render", lambda env: np.zeros((16, 16, 3), np.uint8))
+    monkeypatch.setattr("pmoe_lightning.envs.rendering.render", lambda env, name: np.zeros((16, 16, 3), np.uint8))
     taken: list[torch.Tensor] = []
     policy = load_policy(content)
     policy.register_forward_hook(lambda module, inputs, out: taken.append(out["action"][0].clone()))
@@ -537,6 +540,9 @@ def test_the_result_is_there_however_the_film_ends(
         (["checkpoint={}", "video=maybe"], 2, "video must be true or false"),
         (["checkpoint={}", "--seed"], 2, "--seed needs a value"),
         (["checkpoint={}", "json"], 2, "json needs a value"),
+        (["checkpoint={}", "--jsn"], 2, "unknown argument '--jsn'; did you mean json?"),
+        (["checkpoint={}", "seed=1,2"], 2, "seed has several values, 1,2: give one, or a list in brackets"),
+        (["checkpoint='{}"], 2, "write checkpoint=value"),
         (["checkpoint={}", "+env.gravity=1"], 2, "unexpected keyword argument 'gravity'"),
         (["checkpoint={}", "env.gravity=1"], 2, "unexpected keyword argument 'gravity'"),
         (["checkpoint={}", "+env.g=1,2"], 2, "+env.g has several values, 1,2: give one, or a list in brackets"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +90,28 @@ def test_the_train_command_finds_an_estimator_and_an_environment_of_ones_own(run
     assert action.shape == (1, 2) and action.abs().max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_algorithm_of_ones_own_goes_through_every_command(tmp_path, monkeypatch, capsys):
+    """own_algorithm.py, with all default callbacks: what looks at a mixture leaves itself out; a resume is bitwise."""
+    from pmoe_lightning.train import main
+
+    own = ["--config-dir", str(EXAMPLES / "conf")]
+    words = [*own, "algo=td3", "env=Pendulum-v1", "algo.hidden_sizes=[16]", "actor.hidden_sizes=[16]", "logger=none"]
+    words += ["data.init_random_frames=32", "data.batch_size=16", "data.frames_per_epoch=48", "data.frames_per_batch=1"]
+    words += ["callbacks.evaluation.episodes=1", "callbacks.final_policy.video=false", "+env.max_episode_steps=30"]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    for ends in (["total_frames=79", "run1"], ["total_frames=45", "run2"], ["total_frames=79", "run2", "resume=run2"]):
+        monkeypatch.setattr(sys, "argv", ["train", *words, ends[0], f"hydra.run.dir={ends[1]}", *ends[2:]])
+        main()
+    assert "was not" not in capsys.readouterr().err
+    whole, resumed = (read_checkpoint(f"run{n}/checkpoints/last.ckpt") for n in (1, 2))
+    assert whole["updates"] == resumed["updates"] == 47
+    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    assert evaluate([*own, "checkpoint=run1/checkpoints/last.ckpt", "episodes=1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lengths"] == [30]
+
+
 SMALL = ["algo.hidden_sizes=[16]", "compile=false", "env=Hopper-v5", "+env.max_episode_steps=50", "data.num_envs=2"]
 SAC = ["algo=sac", "total_frames=192", "data.init_random_frames=64", "data.batch_size=16", "data.utd_ratio=0.2"]
 PPO = ["algo=ppo", "total_frames=128", "data.frames_per_batch=64", "algo.num_epochs=2", "algo.minibatch_size=32"]
@@ -104,12 +125,7 @@ def train(monkeypatch, tmp_path):
     def train(*words: str) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train", *SMALL, *words, "hydra.run.dir=run"])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        main()
 
     return train
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pmoe_lightning import figures
+from pmoe_lightning.evaluation import figures
 
 
 def render(figure: Figure) -> None:

@@ -8,9 +8,15 @@ import pytest
 import torch
 from quadrature import bounds, expectation_and_gradient, parameters, squash
 
-from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Surrogate
-from pmoe_lightning.gradient_statistics import GROUPS, GroupStatistics, cosine, gradient_statistics
+from pmoe_lightning.estimators.gradient_statistics import (
+    GROUPS,
+    GroupStatistics,
+    cosine,
+    directional_slopes,
+    gradient_statistics,
+)
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
 
 
 class Noisy(AbstractEstimator):
@@ -79,3 +85,27 @@ def test_cosine():
     assert cosine(first, second) == pytest.approx(math.sqrt(0.5))
     assert cosine(first, -first) == pytest.approx(-1.0)
     assert math.isnan(cosine(first, 0 * first))
+
+
+class Reversed(AbstractEstimator):
+    """The cost of ``Marginalized`` with the gradient turned round."""
+
+    def __call__(self, distribution, objective) -> Surrogate:
+        surrogate = Marginalized()(distribution, objective)
+        cost = surrogate.expected_cost
+        return surrogate._replace(expected_cost=2 * cost.detach() - cost)
+
+
+@pytest.mark.parametrize("estimator, wrong", [(Marginalized(), 0.0), (Reversed(), 1.0)], ids=["right", "reversed"])
+def test_a_difference_tells_a_gradient_from_its_reverse(estimator, wrong):
+    """20 states whose slopes are far from zero, and one random state of the generator left where it should be."""
+    policy = mixture(20)
+    policy = TanhGaussianMixture(policy.log_weights, policy.loc, 0.3 * policy.scale)
+    slopes = directional_slopes(estimator, policy, quadratic, num_samples=4000)
+    clear = slopes.difference.abs() > 0.02
+    assert clear.sum() >= 10
+    sign = 1 - 2 * wrong
+    torch.testing.assert_close(slopes.control, slopes.difference, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(sign * slopes.estimate, slopes.difference, rtol=0.02, atol=0.01)
+    assert (slopes.estimate * slopes.difference < 0)[clear].double().mean() == wrong
+    assert slopes.wrong_signs == pytest.approx(wrong, abs=0.15) and slopes.wrong_signs_control <= 0.15

@@ -7,81 +7,50 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import syntax_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pmoe_lightning"
 FOLDERS = {"pmoe_lightning": PACKAGE, "pmoe_lightning.callbacks": ROOT / "callbacks"}
 
-# Each part with the parts of the package it may import; a part may always import itself.
-MATHS = {
-    "keys",
-    "compositions",
-    "distributions",
-    "networks",
-    "actors",
-    "options",
-    "critics",
-    "estimators",
-    "hamiltonian",
-    "losses",
-    "safety",
-}
+#: The rooms in the order of their floors, each with those that it may look into; every room may look into itself.
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
-    "keys": set(),
-    "distributions": set(),
-    "compositions": set(),
-    "networks": set(),
-    "normalization": set(),
-    "figures": set(),
-    "critics": {"networks"},
-    "actors": {"compositions", "keys", "networks", "distributions"},
-    "options": {"actors", "networks", "distributions"},
-    "estimators": {"distributions"},
-    "gradient_statistics": {"distributions", "estimators"},
-    "hamiltonian": {"distributions", "keys"},
-    "losses": {"actors", "distributions", "estimators", "critics", "hamiltonian", "keys", "options", "safety"},
-    "safety": {"critics", "distributions", "hamiltonian"},
-    "compilation": set(),
-    "updates": {"compilation"},
-    "stopping": {"updates"},
-    "peers": {"errors"},
-    "algorithms": MATHS | {"errors", "updates"},
+    "processes": {"errors"},
+    "modules": set(),
+    "estimators": {"modules"},
+    "hamiltonian": {"modules"},
+    "safe": {"modules", "hamiltonian"},
+    "losses": {"modules", "estimators", "hamiltonian", "safe"},
+    "updates": {"processes"},
+    "algorithms": {"errors", "processes", "modules", "estimators", "hamiltonian", "safe", "losses", "updates"},
     "envs": {"errors"},
-    "data": {"checkpoints", "compilation", "envs", "errors", "lazy", "networks", "normalization"},
-    "acting": {"distributions", "normalization", "options"},
-    "film": {"figures"},
-    "evaluation": {"acting", "envs", "errors", "film"},
-    "checkpoints": {
-        "acting",
+    "evaluation": {"errors", "processes", "modules", "envs"},
+    "checkpoints": {"errors", "lazy", "processes", "modules", "hamiltonian", "safe"},
+    "data": {"errors", "lazy", "processes", "modules", "updates", "envs", "checkpoints"},
+    "tracking": {"errors", "lazy", "processes", "checkpoints"},
+    "callbacks": {"errors", "processes", "modules", "estimators", "envs", "evaluation", "checkpoints", "tracking"},
+    "configuration": {"errors"},
+    "run": {
+        "errors",
+        "processes",
+        "modules",
         "hamiltonian",
-        "actors",
-        "critics",
-        "errors",
-        "lazy",
-        "normalization",
-        "options",
-        "safety",
-        "tracking",
-    },  # a reference may name an MLflow run
-    "tracking": {"checkpoints", "errors", "lazy"},
-    "callbacks": {
-        "acting",
-        "checkpoints",
-        "distributions",
+        "safe",
+        "algorithms",
         "envs",
-        "errors",
-        "estimators",
         "evaluation",
-        "figures",
-        "gradient_statistics",
-        "stopping",
+        "checkpoints",
         "tracking",
+        "configuration",
     },
-    "configuration": {"errors", "conf"},
-    "evaluate": {"checkpoints", "configuration", "envs", "errors", "evaluation", "tracking"},
+    "train": {"errors", "processes", "configuration", "tracking", "run"},
+    "evaluate": {"errors", "processes", "envs", "evaluation", "checkpoints", "tracking", "configuration"},
 }
-COMMANDS = {"train", "training", "sweep", "resume"}  # meet everything
+MATHS = {"modules", "estimators", "hamiltonian", "safe", "losses"}
+#: Only these take a configuration.
+COMMANDS = {"run", "train", "configuration"}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -97,7 +66,7 @@ def modules() -> list[tuple[str, Path]]:
 def imported_names(path: Path) -> set[str]:
     """Every module that a file imports, at its top or inside functions, as a full dotted name."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -111,16 +80,41 @@ def part_of(name: str) -> str:
     return name.split(".")[1] if name.count(".") else ""
 
 
-def test_imports_point_down():
-    wrong = []
+def test_imports_are_those_of_the_table():
+    looks_into: dict[str, set[str]] = {room: set() for room in ALLOWED}
     for name, path in modules():
-        part = part_of(name)
-        if part in COMMANDS or name == "pmoe_lightning":
+        if name == "pmoe_lightning":
             continue
-        assert part in ALLOWED, f"say in this test what {part} may import"
+        room = part_of(name)
+        assert room in ALLOWED, f"say in this test what {room} may look into"
         used = {part_of(target) for target in imported_names(path) if target.startswith("pmoe_lightning.")}
-        wrong += [f"{name} imports {other}" for other in used - ALLOWED[part] - {part, "__version__"}]
-    assert not wrong
+        looks_into[room] |= used - {room, "__version__"}
+    assert looks_into == ALLOWED
+
+
+def drawing() -> str:
+    """The table of docs/architecture.md: every room with its first sentence and the rooms that it looks into."""
+    rows = ["| room | what it is | looks into |", "|---|---|---|"]
+    for room, seen in ALLOWED.items():
+        folder = FOLDERS.get(f"pmoe_lightning.{room}", PACKAGE / room)
+        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        said = ast.get_docstring(syntax_tree(file)).split("\n\n")[0].replace("\n", " ").replace("``", "`")
+        rows.append(f"| `{room}` | {said} | {', '.join(other for other in ALLOWED if other in seen)} |")
+    return "\n".join(rows)
+
+
+def test_the_drawing_of_the_page_is_that_of_the_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert drawing() in page, f"the table of docs/architecture.md is to be:\n{drawing()}"
+
+
+def test_no_room_looks_up():
+    """What a room looks into stands above it in the table: there can be no circle."""
+    floors = list(ALLOWED)
+    upward = [
+        f"{room} -> {other}" for room in floors for other in ALLOWED[room] if other not in floors[: floors.index(room)]
+    ]
+    assert not upward
 
 
 def test_outside_packages_stay_where_they_belong():
@@ -128,9 +122,9 @@ def test_outside_packages_stay_where_they_belong():
     for name, path in modules():
         part, outside = part_of(name), {target.split(".")[0] for target in imported_names(path)}
         banned = {"callbacks", "conf", "tests"}  # they are pmoe_lightning.callbacks and pmoe_lightning.conf
-        if part not in COMMANDS | {"configuration"}:
+        if part not in COMMANDS:
             banned |= {"hydra", "omegaconf"}  # nothing below the commands takes a configuration
-        if part in MATHS | {"normalization", "acting", "envs", "evaluation", "figures", "film"}:
+        if part in MATHS | {"envs", "evaluation"}:
             banned |= {"lightning", "mlflow"}
         wrong += [f"{name} imports {other}" for other in outside & banned]
     assert not wrong
@@ -139,9 +133,9 @@ def test_outside_packages_stay_where_they_belong():
 def test_nothing_below_the_commands_takes_a_configuration():
     wrong = []
     for name, path in modules():
-        if part_of(name) in COMMANDS | {"configuration"}:
+        if part_of(name) in COMMANDS:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.FunctionDef):
                 arguments = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
                 wrong += [f"{name}.{node.name}"] * bool(arguments & {"cfg", "config"})

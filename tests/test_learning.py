@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pmoe_lightning.checkpoints import load_policy
 from pmoe_lightning.envs import make_env, with_memory
-from pmoe_lightning.evaluation import evaluate_policy
+from pmoe_lightning.evaluation.episodes import evaluate_policy
+from pmoe_lightning.tracking.references import load_policy
 
 pytestmark = pytest.mark.slow
 

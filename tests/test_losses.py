@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,20 @@ from torchrl.data import Bounded
 from torchrl.modules import PercentileValueNorm, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss, LossModule, PPOLoss, SACLoss, SoftUpdate
 
-from pmoe_lightning.actors import make_pmoe_actor
-from pmoe_lightning.critics import make_qvalue_network, make_value_network
-from pmoe_lightning.estimators import Frequency, Marginalized, Pathwise
-from pmoe_lightning.estimators.base import take_sample
+from pmoe_lightning.estimators import (
+    Frequency,
+    GumbelSoftmax,
+    HalfReparameterized,
+    Marginalized,
+    Pathwise,
+    ScoreFunction,
+    Surrogate,
+)
+from pmoe_lightning.estimators.base import AbstractEstimator, take_sample
 from pmoe_lightning.losses import PMOEPPOLoss, PMOESACLoss
+from pmoe_lightning.modules.actors import make_pmoe_actor
+from pmoe_lightning.modules.critics import make_qvalue_network, make_value_network
+from pmoe_lightning.modules.distributions import TanhBounds
 
 OBSERVATION_DIM, A, B = 3, 2, 16
 SIZES = (8, 8)
@@ -108,8 +118,9 @@ def test_sac_with_one_component_equals_torchrl(estimator):
         out = loss(transitions())
         results.append((out, gradients(out, actor), gradients_of_critics(loss)))
     (theirs, actor_theirs, critic_theirs), (mine, actor_mine, critic_mine) = results
-    for name in ("loss_actor", "loss_qvalue", "loss_alpha", "alpha", "entropy"):
+    for name in ("loss_actor", "loss_qvalue", "loss_alpha", "alpha"):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mine["regulated_entropy"], theirs["entropy"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(actor_mine, actor_theirs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(critic_mine, critic_theirs, rtol=1e-6, atol=1e-6)
 
@@ -173,7 +184,14 @@ def test_every_argument_of_sac_acts_as_in_torchrl(arguments, foreign):
         for loss in losses:
             loss.target_qvalue_network_params.data.copy_(loss.qvalue_network_params.data.apply(lambda x: x * 0.9))
     weights = torch.rand(B, generator=torch.Generator().manual_seed(5))
-    assert_equal_outcomes(ours, peer, transitions().set("priority_weight", weights))
+    data = transitions().set("priority_weight", weights)
+    assert_equal_outcomes(ours, peer, data, "entropy", "regulated_entropy")
+    torch.manual_seed(1)
+    theirs = peer(data.copy())
+    torch.manual_seed(1)
+    mine = ours(data.copy())
+    if "entropy" in (scalars := theirs.to_dict()):  # TorchRL's name of the regulated one
+        torch.testing.assert_close(mine.to_dict()["regulated_entropy"], scalars["entropy"], rtol=1e-5, atol=1e-5)
     assert {name for name, _ in inspect.signature(SACLoss.__init__).parameters.items()} - {"self"} == {
         "actor_network",
         "qvalue_network",
@@ -433,8 +451,52 @@ def test_alpha_loss_is_the_hand_computed_one():
     actor = make_pmoe_actor(OBSERVATION_DIM, LOW, HIGH, num_components=3, hidden_sizes=SIZES)
     loss = sac_loss(actor, critics(), alpha_init=0.5)
     out = loss(transitions())
-    expected = -math.log(0.5) * (-out["entropy"].item() - A)
+    expected = -math.log(0.5) * (-out["regulated_entropy"].item() - A)
     assert out["loss_alpha"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "regulated"),
+    [
+        (Marginalized(), 0.0),
+        (HalfReparameterized(), 0.0),
+        (ScoreFunction(), 0.0),
+        (GumbelSoftmax(), 0.0),
+        (Frequency(), -math.log(4)),  # a component's own density is K times its share of the mixture's
+        (Frequency(log_prob="mixture"), 0.0),  # with these critics, which hardly prefer any of the draws
+        (GumbelSoftmax(straight_through=False), 9.8),  # between the components, where there is hardly any density
+    ],
+    ids=["marginalized", "half", "score", "gumbel", "frequency", "frequency-mixture", "gumbel-relaxed"],
+)
+def test_the_entropy_is_the_policys_whatever_the_estimator(estimator, regulated):
+    """Four separated components of scale 0.3 in six dimensions; tolerance five standard errors, so 1 in 10^6 fails."""
+    actor, states = separated_mixture()
+    qvalues = [make_qvalue_network(OBSERVATION_DIM, 6, hidden_sizes=SIZES) for _ in range(2)]
+    loss = PMOESACLoss(actor, qvalues, estimator=estimator, target_entropy=-6.0)
+    loss.make_value_estimator(gamma=0.9)
+    SoftUpdate(loss, tau=0.005)
+    distribution = actor.get_dist(states)
+    drawn = distribution.rsample_unsquashed((64,))
+    log_prob = distribution.log_prob_unsquashed(drawn) - TanhBounds.normalized(drawn).log_abs_det_jacobian(drawn)
+    truth, error = -log_prob.mean().item(), log_prob.std().item() / math.sqrt(len(states))
+    out = loss(states)
+    assert out["entropy"].item() == pytest.approx(truth, abs=5 * error)
+    assert out["regulated_entropy"].item() - truth == pytest.approx(regulated, abs=10 * error)
+
+
+def separated_mixture() -> tuple[Any, TensorDict]:
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(OBSERVATION_DIM, [-1.0] * 6, [1.0] * 6, num_components=4, hidden_sizes=SIZES)
+    network = actor[0].module
+    with torch.no_grad():
+        for head in (network.loc, network.log_scale, network.router):
+            head.weight.zero_()
+            head.bias.zero_()
+        network.log_scale.bias.fill_(math.log(0.3))
+        network.loc.bias.copy_(torch.randn(24).sign())
+    batch = transitions(4096)
+    batch["action"] = torch.zeros(4096, 6)
+    return actor, batch
 
 
 def test_sac_state_dict_round_trip_and_target_update():
@@ -594,16 +656,15 @@ def test_ppo_entropy_bonus_has_the_router_gradient_that_torchrl_misses():
     assert ((draws.mean(0) - exact).abs() < 5 * error).all()
     assert (exact.abs() > 20 * error).all()  # the bound separates the true gradient from zero
 
-    monte_carlo = PMOEPPOLoss(actor, value, entropy_coeff=1.0)
-    monte_carlo.estimator = lambda distribution, objective: objective_of_one_draw(distribution, objective)
+    monte_carlo = PMOEPPOLoss(actor, value, estimator=OneDraw(), entropy_coeff=1.0)
     flawed = router_entropy_gradients(monte_carlo, data, 300)
     assert (flawed.mean(0).abs() < 5 * flawed.std(0) / math.sqrt(len(flawed))).all()  # TorchRL's: zero on average
 
 
-def objective_of_one_draw(distribution, objective):
+class OneDraw(AbstractEstimator):
     """The Monte Carlo entropy TorchRL falls back on: -log pi(u) at one pathwise draw from the mixture."""
-    from pmoe_lightning.estimators import Surrogate
 
-    u = distribution.rsample_unsquashed()
-    evaluation = objective(u, distribution.log_prob_unsquashed(u))
-    return Surrogate(evaluation.cost, evaluation.log_prob.detach())
+    def __call__(self, distribution, objective):
+        u = distribution.rsample_unsquashed()
+        evaluation = objective(u, distribution.log_prob_unsquashed(u))
+        return Surrogate(evaluation.cost, evaluation.log_prob.detach())

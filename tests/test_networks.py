@@ -8,9 +8,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from pmoe_lightning.critics import make_qvalue_network, stacked_layers, stacked_qvalue, stacked_qvalue_at
 from pmoe_lightning.hamiltonian import differentiable
-from pmoe_lightning.networks import bfloat16_over_float32, make_mlp, matmul_precision, set_matmul_precision
+from pmoe_lightning.modules.critics import make_qvalue_network, stacked_layers, stacked_qvalue, stacked_qvalue_at
+from pmoe_lightning.modules.networks import bfloat16_over_float32, make_mlp, matmul_precision, set_matmul_precision
 
 
 @pytest.fixture(autouse=True)

@@ -16,16 +16,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 
-from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import make_ppo, make_sac
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.callbacks import NonFiniteGuard
 from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
-from pmoe_lightning.data import OffPolicyData, OnPolicyData
 from pmoe_lightning.data.collector import RolloutCollector
+from pmoe_lightning.data.off_policy import OffPolicyData
+from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import NonFiniteError
 from pmoe_lightning.estimators import Frequency
+from pmoe_lightning.modules.actors import make_pmoe_actor
 
 VALUES = (float("nan"), float("inf"), float("-inf"))
 SIZES = {"observation_dim": 3, "action_dim": 1, "hidden_sizes": (16,)}
@@ -54,6 +55,10 @@ class Sick(gymnasium.Wrapper):
 def sick_env(where: str, value: float, *, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
     envs = [gymnasium.make("Pendulum-v1") for _ in range(num_envs)]
     return GymnasiumEnv([Sick(envs[0], where, value), *envs[1:]], seed=seed)
+
+
+def make_pendulum(*, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
+    return GymnasiumEnv([gymnasium.make("Pendulum-v1") for _ in range(num_envs)], seed=seed)
 
 
 def unstable_env(*, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
@@ -154,6 +159,51 @@ def test_broken_transitions_reach_neither_replay_nor_an_update(make_algorithm):
 
 def _breakdowns_per_rollout() -> list[int]:
     return [sum(1 for t in range(12, 96, 13) if t // 16 == i) for i in range(6)]
+
+
+@pytest.mark.parametrize("usable", [0, 1], ids="{} usable".format)
+def test_a_rollout_of_hardly_any_usable_transition_is_finite_and_counted(usable):
+    """One has no variance and no deviation, none has no mean: neither is reported as a loss that is not finite."""
+
+    class Breaks(gymnasium.Wrapper):
+        steps = 0
+
+        def step(self, action: np.ndarray) -> tuple:
+            observation, reward, *rest = super().step(action)
+            Breaks.steps += 1
+            return observation, reward if Breaks.steps > 32 or Breaks.steps <= usable else np.nan, *rest
+
+    class Watch(Callback):
+        metrics: list[dict[str, float]] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            Watch.metrics.append(pl_module.drain_metrics())
+
+    def make(*, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
+        return GymnasiumEnv([Breaks(gymnasium.make("Pendulum-v1"))], seed=seed)
+
+    algorithm = ppo(target_kl=1.0)
+    data = data_for(algorithm, make, num_envs=1, total_frames=64)
+    fit(algorithm, data, guard := NonFiniteGuard("skip"), Watch())
+    assert data.breakdowns == 32 - usable and guard._skipped == 0
+    first, second = Watch.metrics
+    assert ("train/loss_critic" in first) == bool(usable) and "train/explained_variance" not in first
+    assert "train/explained_variance" in second
+    assert algorithm.updates == 2 * usable + 4, "two passes over the usable one, two over two minibatches of 16"
+
+
+def test_the_learning_rate_is_blamed_only_where_it_can_be_the_cause():
+    class Poison(Callback):
+        """Makes a target infinite, whatever the weights are."""
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: TensorDictBase, batch_idx: int) -> None:
+            batch["next", "reward"].fill_(torch.inf)
+
+    with pytest.raises(NonFiniteError, match="look at the observations and rewards") as caught:
+        fit(algorithm := sac(), data_for(algorithm, make_pendulum), NonFiniteGuard(), Poison())
+    assert "algo.lr" not in str(caught.value) and "callbacks.nonfinite=skip" in str(caught.value)
+    with pytest.raises(NonFiniteError, match=r"weights have grown to .*: lower algo\.lr"):
+        fit(algorithm := sac(lr=1e12), data_for(algorithm, make_pendulum), NonFiniteGuard())
 
 
 def test_the_run_stops_for_an_environment_but_not_for_mujoco():

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
 
 
 def batches() -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from pmoe_lightning.actors import make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import make_dac, make_ppo
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
 from pmoe_lightning.estimators import (
@@ -23,7 +22,8 @@ from pmoe_lightning.estimators import (
     Pathwise,
     ScoreFunction,
 )
-from pmoe_lightning.options import make_option_actor
+from pmoe_lightning.modules.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.modules.option_policies import make_option_actor
 from pmoe_lightning.updates import OnPolicyUpdate
 
 B, OBSERVATION_DIM, A, LOW, HIGH = 16, 5, 2, [-1.0, -2.0], [1.0, 3.0]
@@ -125,7 +125,7 @@ def test_two_hundred_updates_are_those_of_the_loss_module(name: str) -> None:
 def test_compiled_updates_are_those_of_the_loss_module(
     name: str, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "pmoe_lightning.compilation"):
+    with caplog.at_level(logging.INFO, "pmoe_lightning.updates.compilation"):
         difference, distance = run_both(name, passes=20, compile=True, device=device)
     assert distance > 0.05 and difference < 1e-2 * distance
     assert len(caplog.records) == 1 and "compiled the update of" in caplog.text  # once, and said so

@@ -10,12 +10,12 @@ from policies import make_policy
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from pmoe_lightning.checkpoints import load_policy
-from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.envs import carried_entries, make_env
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.evaluation import evaluate_policy
-from pmoe_lightning.options import OptionPolicies, make_option_actor
+from pmoe_lightning.evaluation.episodes import evaluate_policy
+from pmoe_lightning.modules.distributions import TanhGaussianMixture
+from pmoe_lightning.modules.option_policies import OptionPolicies, make_option_actor
+from pmoe_lightning.tracking.references import load_policy
 
 OBSERVATION, A, K, B = 5, 2, 3, 12
 LOW, HIGH = [-2.0, 0.5], [1.0, 2.0]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import syntax_tree
 
 import pmoe_lightning
 
@@ -93,7 +94,7 @@ def test_every_package_that_is_imported_is_declared():
     def imported(folder: str) -> set[str]:
         names = set()
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(syntax_tree(path)):
                 if isinstance(node, ast.Import):
                     names |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):

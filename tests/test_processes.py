@@ -18,17 +18,17 @@ from tensordict import TensorDict
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
-from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.estimators import Frequency, Marginalized
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
-from pmoe_lightning.updates import OnPolicyUpdate, SACUpdate
-from pmoe_lightning.updates.processes import (
+from pmoe_lightning.modules.actors import make_pmoe_actor
+from pmoe_lightning.processes.collectives import (
     average_over_processes,
     gather_objects,
     largest_over_processes,
     standardize_over_processes,
 )
+from pmoe_lightning.updates import OnPolicyUpdate, SACUpdate
 
 UPDATES, FEW_UPDATES = 200, 20
 

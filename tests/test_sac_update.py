@@ -10,8 +10,6 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
-from pmoe_lightning.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
-from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.estimators import (
     AbstractEstimator,
     Frequency,
@@ -24,7 +22,9 @@ from pmoe_lightning.estimators import (
 )
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
-from pmoe_lightning.safety import CostConstraint
+from pmoe_lightning.modules.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
+from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
 OBSERVATION_DIM, A, B, TAU = 5, 2, 16, 0.05

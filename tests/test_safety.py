@@ -15,19 +15,20 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.algorithms import make_sac
-from pmoe_lightning.checkpoints import load_policy
-from pmoe_lightning.data import OffPolicyData
+from pmoe_lightning.data.off_policy import OffPolicyData
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.envs.velocity import PUBLISHED_LIMITS, VelocityCost
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.estimators import Marginalized
-from pmoe_lightning.evaluation import evaluate_policy
+from pmoe_lightning.evaluation.episodes import evaluate_policy
 from pmoe_lightning.hamiltonian import differentiable, make_hamiltonian_transform
 from pmoe_lightning.losses import SafeSACLoss
-from pmoe_lightning.safety import CostConstraint, choose_safe, constrained_value
+from pmoe_lightning.modules.actors import make_pmoe_actor
+from pmoe_lightning.safe.candidates import choose_safe
+from pmoe_lightning.safe.constraint import CostConstraint, constrained_value
 from pmoe_lightning.tracking import MLflowLogger, log_policy_model
+from pmoe_lightning.tracking.references import load_policy
 
 OBSERVATION_DIM, A, LOW, HIGH, SIZES = 11, 3, [-1.0] * 3, [1.0] * 3, (16, 16)
 hopper = partial(make_env, "Hopper-v5", velocity_limit=0.1)  # which falling forwards exceeds
@@ -58,7 +59,7 @@ def sac(force: str | None = None, **constraint):
         action_dim=A,
         hidden_sizes=SIZES,
         action_transform=transform,
-        safety=CostConstraint(**constraint),
+        constraint=CostConstraint(**constraint),
         policy_description=description,
     )
 
@@ -160,16 +161,22 @@ def test_costs_reach_replay_counters_and_evaluation():
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
+def test_no_next_action_is_left_in_the_minibatch_of_the_caller():
+    loss, batch = sac().loss, transitions(4)
+    batch["next", "cost"] = torch.ones(4, 1)
+    loss(batch)
+    assert ("next", "action") not in batch.keys(True)
+
+
 def test_the_cost_target_by_hand():
     """The cost of the step, and what the higher of two target critics says of a next state that is not terminal."""
     loss, batch = sac(gamma=0.5).loss, transitions(4)
     batch["next", "cost"] = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
     batch["next", "terminated"] = torch.tensor([[False], [False], [True], [True]])
-    batch["next", "action"] = torch.zeros(4, A)
     for parameters in (loss.target_cost_network_params, loss.cost_network_params):
         parameters.data.apply_(lambda x: x.zero_())
     loss.target_cost_network_params.data["module", "layers", "4", "bias"].copy_(torch.tensor([[2.0], [6.0]]))
-    assert loss.cost_target(batch).tolist() == [1 + 0.5 * 6, 0.5 * 6, 1, 0]
+    assert loss.cost_target(batch, torch.zeros(4, A)).tolist() == [1 + 0.5 * 6, 0.5 * 6, 1, 0]
     # Predictions are zero: two critics, each off by the target of its draw.
     out = loss(batch)
     assert out["loss_cost"].item() == 2 * (16 + 9 + 1 + 0) / 4

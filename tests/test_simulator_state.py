@@ -13,7 +13,8 @@ from test_resume import differing
 import pmoe_lightning.envs  # noqa: F401  (registers MultiGoal-v0)
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.envs import GymnasiumEnv
-from pmoe_lightning.envs.simulator_state import NotCaptured, capture, restore
+from pmoe_lightning.envs.object_parts import NotCaptured
+from pmoe_lightning.envs.simulator_state import capture, restore
 
 MUJOCO = ["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum", "InvertedPendulum"]
 MUJOCO += ["Pusher", "Reacher", "Swimmer", "Walker2d"]

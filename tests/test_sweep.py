@@ -18,7 +18,7 @@ from waiting import HANG_SECONDS, wait_until
 
 from pmoe_lightning.configuration import compose_jobs, register
 from pmoe_lightning.errors import ConfigurationError
-from pmoe_lightning.sweep import as_csv, by_configuration, check_sweep, read_children
+from pmoe_lightning.run.sweep import as_csv, by_configuration, check_sweep, read_children
 from pmoe_lightning.tracking import MLflowLogger
 
 SHORT = ("debug=default", "callbacks=[minimal,evaluation]", "callbacks.evaluation.episodes=1", "total_frames=256")
@@ -115,6 +115,27 @@ def test_a_stopped_sweep_starts_no_further_job(tmp_path, store, clean_environ):
     assert process.returncode == 143 and "Traceback" not in errors
     parent, children, _ = family(store)
     assert [run.info.status for run in (parent, *children)] == ["KILLED", "KILLED"]
+
+
+def test_a_killed_sweep_is_closed_from_its_folder(run_module, tmp_path, store, clean_environ):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environ = clean_environ | {"TMPDIR": str(temporary)}
+    words = ["-m", *SHORT, "seed=1,2", "hydra.sweep.dir=sweep-${algo.gamma}", "logger.flush_seconds=1000"]
+    command = [sys.executable, "-m", "pmoe_lightning.train", *words, "total_frames=1_000_000"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: list(tmp_path.glob("sweep-0.99/0-*/checkpoints/last.ckpt")), process)
+        process.kill()
+        process.communicate(timeout=HANG_SECONDS)
+    parent, (child,), client = family(store)
+    assert parent.info.status == child.info.status == "RUNNING"
+    assert not list(temporary.glob("mlflow-spool*"))
+    done = run_module("pmoe_lightning.tracking.resend", "sweep-0.99")
+    assert done.returncode == 0, done.stderr
+    killed = [client.get_run(run.info.run_id) for run in (parent, child)]
+    assert [run.info.status for run in killed] == ["KILLED", "KILLED"]
+    assert killed[1].data.tags["overrides"] and killed[0].data.tags["platform"]
+    assert not list(tmp_path.rglob("run.json"))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -31,19 +31,20 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from mlflow import MlflowClient
 from policies import make_policy
+from proxies import TROUBLES, Proxy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS, RETRIES_SECONDS, wait_until
 
-from pmoe_lightning.checkpoints import load_policy, resolve_checkpoint
 from pmoe_lightning.checkpoints.files import write_checkpoint
-from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.evaluate import main as evaluate_main
+from pmoe_lightning.modules.critics import make_qvalue_network
 from pmoe_lightning.tracking import MLflowLogger, check_server, log_policy_model, provenance, run_status
-from pmoe_lightning.tracking.address import without_secrets
-from pmoe_lightning.tracking.database import database_file
+from pmoe_lightning.tracking.address import store_line, without_secrets
+from pmoe_lightning.tracking.database import absolute_uri, database_file, make_database
 from pmoe_lightning.tracking.delivery import Delivery
 from pmoe_lightning.tracking.naming import run_name, sweep_name
+from pmoe_lightning.tracking.references import load_policy, resolve_checkpoint
 from pmoe_lightning.tracking.resend import main as resend_main
 from pmoe_lightning.tracking.spool import Spool
 from pmoe_lightning.tracking.ui import page as ui_page
@@ -202,13 +203,8 @@ def test_every_ending_has_its_status_and_all_points(
         enable_checkpointing=False,
         limit_val_batches=0,
     )
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(raised) if raised else contextlib.nullcontext():
-            trainer.fit(Ending(end))
-    finally:
-        signal.signal(signal.SIGINT, handlers[0])
-        signal.signal(signal.SIGTERM, handlers[1])
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        trainer.fit(Ending(end))
     steps = range(4) if raised is None else range(3)
     assert history(logger, "step") == {100 * step: float(step) for step in steps}
     if started and raised is None:
@@ -266,6 +262,7 @@ def test_parameters_are_flat_complete_and_never_changed(logger: MLflowLogger) ->
     many = {f"p{i}": i for i in range(250)}
     logger.log_hyperparams({"algo": {"gamma": 0.99, "sizes": [1, 2], "none": None}, "long": "x" * 9000, **many})
     logger.log_hyperparams({"algo": {"gamma": 0.5, "tau": 0.1}})
+    assert logger.flush(HANG_SECONDS)
     run = run_of(logger)
     params = run.data.params
     assert params["algo.gamma"] == "0.99" and params["algo.tau"] == "0.1"
@@ -313,7 +310,7 @@ def test_a_failed_upload_is_a_warning(logger: MLflowLogger, tmp_path: Path, capl
     logger.log_artifact(tmp_path / "missing.ckpt")
     logger.log_metrics({"a": 1.0}, step=3)
     assert logger.flush(HANG_SECONDS)
-    assert "could not log" in caplog.text and "missing.ckpt" in caplog.text
+    assert "set-aside" in caplog.text and "missing.ckpt is gone" in caplog.text
     assert history(logger, "a") == {3: 1.0}
 
 
@@ -380,7 +377,9 @@ def test_a_server_that_goes_away_costs_neither_time_nor_points(
     assert not logger.flush(5.0)
     monkeypatch.setattr("pmoe_lightning.tracking.logger._EXIT_PATIENCE_SECONDS", 1.0)
     logger.finish("FAILED")
-    assert "did not answer" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "49 points and 1 other entries are not there yet (the server does not answer)" in said
+    assert "send them with: python -m pmoe_lightning.tracking.resend" in said.splitlines()[-1]
 
     # The server now also works off the requests that timed out: points sent twice must count once.
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
@@ -392,6 +391,37 @@ def test_a_server_that_goes_away_costs_neither_time_nor_points(
     assert np.isnan(history(logger, "bad")[0])
     assert run_of(logger).info.status == "FINISHED"
     assert json.loads(read_artifact(logger, "versions.json", tmp_path))["python"]
+
+
+def test_what_another_than_mlflow_answers_costs_nothing(
+    server: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with Proxy(int(server[0].rpartition(":")[2])) as proxy:
+        logger = MLflowLogger("over_a_proxy", tracking_uri=proxy.uri, flush_seconds=1000.0, spool=tmp_path / "spool")
+        logger.start()
+        assert logger.flush(HANG_SECONDS)
+        for step, trouble in enumerate(TROUBLES):
+            proxy.trouble = trouble
+            logger.log_metrics({"a": float(step)}, step=step)
+            logger.log_text(trouble, f"{step}.txt")
+            logger.set_tags({f"t{step}": trouble})
+            logger.log_hyperparams({f"p{step}": trouble})
+            caplog.clear()
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+            assert not logger.flush(HANG_SECONDS), f"{trouble}: taken for an answer of MLflow"
+            monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+            proxy.trouble = None
+            assert logger.flush(HANG_SECONDS), trouble
+            assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"], caplog.text
+        logger.finish("FINISHED")
+        points = MlflowClient(proxy.uri).get_metric_history(logger.run_id, "a")
+        run, files = run_of(logger), MlflowClient(proxy.uri).list_artifacts(logger.run_id)
+    assert [point.step for point in points] == list(range(len(TROUBLES)))
+    assert {f"{step}.txt" for step in range(len(TROUBLES))} <= {file.path for file in files}
+    for step, trouble in enumerate(TROUBLES):
+        assert run.data.tags[f"t{step}"] == run.data.params[f"p{step}"] == trouble
+    assert run.info.status == "FINISHED" and not (tmp_path / "spool").exists()
 
 
 def put_points(spool: Spool | BackgroundWriter, *values: float) -> None:
@@ -413,7 +443,9 @@ def test_points_refused_for_good_do_not_block_the_others(
     delivery = Delivery(logger.experiment, logger.tracking_uri, logger.run_id)
     assert delivery.deliver(spool) and not len(spool)
     assert history(logger, "a") == {1: 1.0, 2: 2.0, 4: 4.0}
-    assert "refused 1 metric points, dropped" in caplog.text
+    assert "refuses 'not [a] name'" in caplog.text and "set-aside" in caplog.text
+    (aside,) = (tmp_path / "spool" / "set-aside").iterdir()
+    assert json.loads(aside.read_text())["values"] == {"points": [["not [a] name", 3.0, 0, 3]]}
 
 
 def test_flush_counts_a_batch_that_is_under_way(tmp_path: Path) -> None:
@@ -474,7 +506,7 @@ os.waitpid(child, 0)
 def test_a_spool_survives_the_process_and_stays_within_its_limit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spool = Spool(tmp_path / "spool", limit_bytes=250)
+    spool = Spool(tmp_path / "spool", limit_bytes=600)
     put_points(spool, 1.0, 2.0)
     put_points(spool, *[9.0] * 20)
     spool.put("status", {"status": "FINISHED", "ended": 0})
@@ -483,23 +515,29 @@ def test_a_spool_survives_the_process_and_stays_within_its_limit(
     again = Spool(tmp_path / "spool")
     kinds = [entry.kind for entry in again.entries()]
     assert kinds[:2] == ["points", "points"] and kinds[-1] == "status" and len(kinds) < 8
-    assert "cannot read" in caplog.text
+    assert "set-aside/000000099-1.entry: is damaged" in caplog.text
     put_points(again, 5.0)
     assert again.entries()[-1].values["points"][0][1] == 5.0
 
 
-def test_a_disk_that_is_full_costs_points_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    spool = Spool(tmp_path / "spool")
+def test_what_a_full_disk_does_not_take_waits_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spool = Spool(tmp_path / "spool", memory_bytes=1000)
+    spool.identify("sqlite:///mlflow.db", "0" * 32)
     put_points(spool, 1.0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
         put_points(spool, 2.0, 3.0)
-        spool.put("upload", {"name": "a.txt", "folder": None}, b"content")
+        assert waiting(spool) == [1.0, 2.0, 3.0] and spool.unwritten == 2
+        spool.put("upload", {"name": "a.txt", "folder": None}, b"a" * 1000)
+        assert (len(spool), spool.dropped) == (3, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert waiting(Spool(tmp_path / "spool")) == [1.0]
     put_points(spool, 4.0)
-    assert waiting(spool) == [1.0, 4.0]
+    assert waiting(Spool(tmp_path / "spool")) == waiting(spool) == [1.0, 2.0, 3.0, 4.0]
+    assert spool.unwritten == 0
+    assert caplog.text.count("cannot be written (File too large): what is logged is kept in memory") == 1
     assert caplog.text.count("cannot be written (File too large): what is logged now is lost") == 1
 
 
@@ -677,14 +715,52 @@ def test_the_database_of_every_form_of_uri(tmp_path: Path, monkeypatch: pytest.M
     }.items():
         assert database_file(uri) == file
     assert "not a SQLite URI" in refusal("sqlite:a.db")
+    for uri in ("sqlite://", "http://host", "sqlite:////a/b.db?timeout=3"):
+        assert absolute_uri(uri) == uri
+    assert absolute_uri("sqlite:///a.db?timeout=3") == f"sqlite:///{tmp_path}/a.db?timeout=3"
 
 
-def test_the_rest_of_an_interrupted_making_is_one_line(tmp_path: Path) -> None:
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a journal comes and goes
+        return 0
+
+
+@pytest.mark.parametrize("program", ["ours", "MLflow"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_store_whose_making_was_killed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, share: float
+) -> None:
+    """Killed when its file has that share of its final size, which it reaches before its last migration."""
+    monkeypatch.setattr("pmoe_lightning.tracking.database._ABANDONED_SECONDS", 0.0)
+    database, size = tmp_path / "mlflow.db", 600_000
+    make = {"ours": make_database, "MLflow": lambda uri: MlflowClient(uri).search_experiments()}[program]
+    child = os.fork()
+    if not child:
+        make(f"sqlite:///{database}")
+        signal.pause()  # where the kill comes late, on a busy machine
+    wait_until(lambda: any(size_of(path) > share * size for path in tmp_path.glob("mlflow.db*")))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(tmp_path.iterdir())
+    logger = MLflowLogger(tracking_uri=f"sqlite:///{database}")
+    logger.start()
+    logger.finish("FINISHED")
+    assert run_of(logger).info.status == "FINISHED"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"mlflow.db", "mlflow.db.interrupted", "mlflow.db.interrupted-journal"}
+
+
+def test_a_database_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("create table experiments (experiment_id integer)")
+        connection.execute("create table notes (text)")
+        connection.execute("insert into notes values ('of somebody')")
+        connection.commit()
     os.utime(database, (0, 0))
-    with pytest.raises(RunError, match="the rest of an interrupted start, then remove it") as caught:
+    with pytest.raises(RunError, match="cannot be brought up to date .* set MLFLOW_TRACKING_URI to another") as caught:
         MLflowLogger(tracking_uri=f"sqlite:///{database}")
     assert "\n" not in str(caught.value)
 
@@ -721,6 +797,20 @@ ADDRESSES = {
     "file:///home/me@work": "file:///home/me@work",
     "https://host:5000/a/page": "https://host:5000/a/page",
 }
+
+
+def test_what_the_client_says_of_a_server_is_one_short_line() -> None:
+    for said, meant in {
+        "API request to endpoint /api failed with error code 503 != 200. Response body: '<html>": "HTTP 503",
+        "API request to http://a:b@host failed with exception Max retries": "the server does not answer",
+        "API request to http://host failed with timeout exception": "the server does not answer",
+        "413 Client Error: Too large for url: http://host": "HTTP 413",
+        "(raised as a result of Query-invoked autoflush)\n(sqlite3.DatabaseError) malformed\n[SQL: ...]": (
+            "(sqlite3.DatabaseError) malformed"
+        ),
+        "": "ValueError",
+    }.items():
+        assert store_line(ValueError(said)) == meant
 
 
 @pytest.mark.parametrize("address", ADDRESSES)

@@ -20,14 +20,14 @@ from tensordict import TensorDict
 from waiting import HANG_SECONDS, RETRIES_SECONDS, wait_until
 
 import pmoe_lightning.callbacks.evaluation
+import pmoe_lightning.run.training
 import pmoe_lightning.train
-import pmoe_lightning.training
 from pmoe_lightning import load_policy
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
 from pmoe_lightning.callbacks import Evaluation, FinalPolicy, FramesProgressBar
-from pmoe_lightning.data import OnPolicyData
 from pmoe_lightning.data.collection import CollectedData
+from pmoe_lightning.data.on_policy import OnPolicyData
 
 ROOT = Path(__file__).resolve().parents[1]
 CRASHING_ENV = """
@@ -161,20 +161,42 @@ def wait_for_first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
     wait_until((folder / "checkpoints" / "last.ckpt").exists, process)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+    ids=["SIGTERM", "Ctrl-C behind tee", "SIGHUP"],
+)
 def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, store, clean_environ):
+    """Ctrl-C ends the ``tee`` behind a run too, and SIGHUP comes from a terminal that is gone."""
     words = ["debug=default", "callbacks=[minimal,final_policy]", "total_frames=1000000", "hydra.run.dir=run"]
     command = [sys.executable, "-m", "pmoe_lightning.train", *words]
-    with started(command, cwd=tmp_path, env=clean_environ, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_first_checkpoint(tmp_path / "run", process)
+    reads, writes = os.openpty() if number == signal.SIGHUP else os.pipe()
+    os.set_blocking(reads, False)
+    said = b""
+
+    def read_on() -> None:
+        nonlocal said
+        with suppress(BlockingIOError):
+            said += os.read(reads, 65536)
+
+    with started(command, cwd=tmp_path, env=clean_environ, stdout=writes, stderr=writes) as process:
+        last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        wait_until(lambda: read_on() or last.exists(), process)
+        if number != signal.SIGTERM:
+            os.close(reads)
+        os.close(writes)
         process.send_signal(number)
-        errors = process.communicate(timeout=HANG_SECONDS)[1]
+        process.wait(HANG_SECONDS)
+    if number == signal.SIGTERM:
+        read_on()
+        os.close(reads)
+        assert b"stopping after this iteration" in said and b"results  " in said
     assert process.returncode == code
-    assert "Traceback" not in errors
+    assert b"Traceback" not in said
     run, client = the_run(tmp_path)
     assert run.info.status == "KILLED"
     assert "checkpoints" in artifacts(client, run.info.run_id)
-    assert_acts(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert_acts(last)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -220,9 +242,9 @@ def test_two_processes_are_one_run(run_module, tmp_path, algo):
 
 # -- runs that end early -----------------------------------------------------------------------------------------------
 STAGES = {
-    "the trainer is made": (pmoe_lightning.training, "make_trainer"),
-    "networks are made": (pmoe_lightning.training, "make_run"),
-    "parameters are logged": (pmoe_lightning.training, "_parameters"),
+    "the trainer is made": (pmoe_lightning.run.training, "make_trainer"),
+    "networks are made": (pmoe_lightning.run.training, "make_run"),
+    "parameters are logged": (pmoe_lightning.run.training, "_parameters"),
     "data are set up": (OnPolicyData, "setup"),
     "callbacks are set up": (FramesProgressBar, "setup"),
     "the fit starts": (AbstractAlgorithm, "on_fit_start"),
@@ -232,7 +254,7 @@ STAGES = {
     "the policy is evaluated again": (Evaluation, "on_train_epoch_end"),
     "the best policy is kept": (FinalPolicy, "on_train_end"),
 }
-ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "a bug": None}
+ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "a bug": None, "SIGHUP": signal.SIGHUP}
 SHORT = ["env=Pendulum-v1", "+env.max_episode_steps=20", "algo.hidden_sizes=[8]", "algo.num_epochs=1"]
 SHORT += ["data.num_envs=2"]
 SHORT += ["data.frames_per_batch=64", "data.frames_per_epoch=128", "total_frames=256"]

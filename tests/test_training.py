@@ -6,19 +6,8 @@ import pytest
 from test_configuration import configure
 
 from pmoe_lightning.errors import ConfigurationError
-from pmoe_lightning.training import (
-    UPDATES_TO_REPAY_COMPILING,
-    check_devices,
-    check_matmul_precision,
-    planned_updates,
-    resolve_compile,
-)
-
-
-def test_updates_are_planned_for_replay_and_for_rollouts():
-    assert planned_updates(configure("algo=sac", "total_frames=6000", "data.utd_ratio=0.5")) == 2500
-    ppo = configure("algo=ppo", "total_frames=6400", "algo.num_epochs=5", "algo.minibatch_size=64")
-    assert planned_updates(ppo) == 500
+from pmoe_lightning.run.assemble import UPDATES_TO_REPAY_COMPILING, resolve_compile
+from pmoe_lightning.run.surroundings import check_devices, check_matmul_precision
 
 
 def test_compiling_is_as_told_or_where_it_is_repaid():
@@ -49,7 +38,7 @@ def test_a_precision_without_its_hardware_is_refused(caplog):
 
 @pytest.mark.parametrize(("ratio", "warned"), [(0.51, False), (1.0, False), (1.06, False), (2.96, True)])
 def test_bfloat16_is_warned_of_where_it_is_slower(ratio, warned, caplog, monkeypatch):
-    monkeypatch.setattr("pmoe_lightning.training.bfloat16_over_float32", lambda: ratio)
+    monkeypatch.setattr("pmoe_lightning.run.surroundings.bfloat16_over_float32", lambda: ratio)
     check_matmul_precision("bf16-hidden", "cpu")
     said = "matmul_precision=bf16-hidden: a product takes 3.0 times as long as in float32 here"
     assert caplog.messages == [said] * warned

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,12 +27,12 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 from waiting import HANG_SECONDS, wait_until
 
-from pmoe_lightning.data import OffPolicyData
 from pmoe_lightning.data.collection import CollectedData
+from pmoe_lightning.data.off_policy import OffPolicyData
 from pmoe_lightning.data.workers import Worker, WorkerCollector
 from pmoe_lightning.envs import make_env, with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
-from pmoe_lightning.normalization import RewardScaler
+from pmoe_lightning.modules.normalization import RewardScaler
 
 MakeEnv = Callable[..., EnvBase]
 FRAMES = 32  # of each of the two workers in an iteration
@@ -164,6 +166,23 @@ def test_a_worker_that_dies_is_named_and_takes_the_others_with_it(closing):
     assert not is_alive(other)
     with pytest.raises(RunError, match="not saved"):
         data.experience()
+
+
+def test_a_worker_that_dies_as_it_starts_is_named_and_the_others_say_nothing(capfd):
+    """The other is still importing what it needs, and would not find what it is to share."""
+    others = set(multiprocessing.active_children())
+
+    def kill() -> None:
+        wait_until(lambda: set(multiprocessing.active_children()) - others)
+        min(set(multiprocessing.active_children()) - others, key=lambda process: process.pid).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RunError, match=r"^collection worker 0 of 2 was killed by SIGKILL$"):
+        workers(make_forgetful_env, make_policy())
+    killer.join()
+    assert not set(multiprocessing.active_children()) - others
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_numbers_that_the_workers_cannot_share_are_refused():

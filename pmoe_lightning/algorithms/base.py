@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -17,7 +18,7 @@ from torchrl.objectives import LossModule
 
 from pmoe_lightning.errors import NonFiniteError
 from pmoe_lightning.estimators import AbstractEstimator
-from pmoe_lightning.updates.processes import gather_objects
+from pmoe_lightning.processes.collectives import gather_objects
 
 
 class AbstractAlgorithm(LightningModule, ABC):
@@ -27,6 +28,11 @@ class AbstractAlgorithm(LightningModule, ABC):
     per iteration. Metrics are summed as tensors and read out by ``drain_metrics``: nothing waits for the device inside
     an update.
 
+    A subclass says what it is (``on_policy``, ``planned_updates``), what it optimises with (``configure_optimizers``)
+    and what it does with a batch (``training_step``, which may leave ``last_observation`` [B, O] for the figures); and,
+    where it has them, its ``estimator`` and the ``action_values`` that ``load_policy`` can rank actions by. It is made
+    by a function of an actor, an estimator, the sizes O and A and its own numbers, see ``docs/extending.md``.
+
     Args:
         loss: the loss module; it holds every parameter that is trained.
         actor: the actor inside ``loss``.
@@ -34,8 +40,13 @@ class AbstractAlgorithm(LightningModule, ABC):
         policy_description: plain values from which ``load_policy`` rebuilds ``policy``; written to checkpoints.
 
     Attributes:
-        parts: what else ``load_policy`` needs for that, the factories that are not this package's; empty at first.
+        on_policy: whether it learns from rollouts of the present policy, with a normaliser where there is one and with
+            the log-probabilities of what was done, or from minibatches of a replay buffer.
+        compiles: whether ``training_step`` is to run as a compiled program, where there is one.
+        parts: what else ``load_policy`` needs, the factories that are not this package's; empty at first.
     """
+
+    on_policy: ClassVar[bool]
 
     def __init__(
         self,
@@ -49,6 +60,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.loss, self.actor, self.policy = loss, actor, policy
         self.policy_description = dict(policy_description or {})
         self.parts: dict[str, Callable[..., Any]] = {}
+        self.compiles = False
         self.updates = 0
         self.last_observation: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
@@ -62,7 +74,11 @@ class AbstractAlgorithm(LightningModule, ABC):
     @property
     def estimator(self) -> AbstractEstimator | None:
         """What estimates the gradient of the mixture; None for an algorithm that estimates none."""
-        return self.loss.estimator
+        return None
+
+    def planned_updates(self, data: LightningDataModule) -> float:
+        """Optimizer steps that the whole run will take, by which ``compile=auto`` is decided; 0: it does not say."""
+        return 0.0
 
     def check_processes(self, number: int) -> None:
         """Refuse a number of training processes that cannot share the work evenly, with a ``ConfigurationError``."""
@@ -87,8 +103,11 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.manual_backward(sum(value for name, value in out.items() if name.startswith("loss_")))
         norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm or math.inf)
         self.record({"train/gradient_norm": norm})
-        # Where this is one, a fused Adam leaves weights and moments as they are; nobody waits for the device.
-        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        # Where it is not finite, weights and moments stay as they are.
+        if optimizer.optimizer.defaults.get("fused"):  # it sees to that itself, and nobody waits for the device
+            optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+        elif not norm.isfinite():
+            optimizer.zero_grad()
         optimizer.step()
         self.updates += 1
 
@@ -125,14 +144,12 @@ class AbstractAlgorithm(LightningModule, ABC):
         return names
 
     def drain_metrics(self) -> dict[str, float]:
-        """Means since the last call; vectors are numbered, as in ``train/mixture/winner_frequency_0``."""
+        """Means since the last call; elements are numbered, as in ``train/mixture/winner_frequency_0``."""
         metrics: dict[str, float] = {}
         for name, total in self._sums.items():
-            mean = (total / self._counts[name]).tolist()
-            if isinstance(mean, list):
-                metrics |= {f"{name}_{i}": value for i, value in enumerate(mean)}
-            else:
-                metrics[name] = mean
+            mean = (total / self._counts[name]).cpu()
+            for place in itertools.product(*map(range, mean.shape)):
+                metrics["_".join([name, *map(str, place)])] = mean[place].item()
         self._sums, self._counts = {}, defaultdict(int)
         return metrics
 
@@ -162,6 +179,9 @@ class AbstractAlgorithm(LightningModule, ABC):
         if data is not None and "optimizer_states" in checkpoint:
             checkpoint["experience"] = gather_objects(data.experience())
             checkpoint["metrics"] = {"sums": dict(self._sums), "counts": dict(self._counts)}
+            if data.env_frames >= data.total_frames and self.last_observation is not None:
+                # For what is drawn at the end, should another process have to do it.
+                checkpoint["last_observation"] = self.last_observation.clone()
         checkpoint["updates"] = self.updates
         progress = {"env_frames": data.env_frames if data else 0, "updates": self.updates}
         checkpoint["policy"] = self.policy_state() | progress
@@ -173,10 +193,13 @@ class AbstractAlgorithm(LightningModule, ABC):
             self.trainer.datamodule.load_experience(checkpoint["experience"][self.trainer.global_rank])
             metrics = checkpoint["metrics"]
             self._sums, self._counts = dict(metrics["sums"]), defaultdict(int, metrics["counts"])
+            self.last_observation = checkpoint.get("last_observation")
 
     def on_fit_start(self) -> None:
         # Where the module has moved to since they were loaded.
         self._sums = {name: value.to(self.device) for name, value in self._sums.items()}
+        if self.last_observation is not None:
+            self.last_observation = self.last_observation.to(self.device)
 
 
 def _check_finite(checkpoint: Mapping[str, Any]) -> None:

@@ -9,14 +9,17 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
-from pmoe_lightning.critics import make_option_value_network
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.losses import DACLoss
-from pmoe_lightning.options import OptionActor
+from pmoe_lightning.modules.critics import make_option_value_network
+from pmoe_lightning.modules.option_policies import OptionActor
 
 
 class DAC(OnPolicyAlgorithm):
-    """Steps a ``DACLoss`` on rollouts that hold ``option`` and ``option_previous``; see ``OnPolicyAlgorithm``."""
+    """Steps a ``DACLoss`` on rollouts that hold ``option`` and ``option_previous``; see ``OnPolicyAlgorithm``.
+
+    It has no estimator: options are chosen and scored, so nothing is differentiated through their choice.
+    """
 
     minibatch_keys = (
         "option_previous",
@@ -28,10 +31,6 @@ class DAC(OnPolicyAlgorithm):
         "advantage_low",
         "value_target",
     )
-
-    @property
-    def estimator(self) -> None:
-        """None: options are chosen and scored, so nothing is differentiated through their choice."""
 
     def estimate_advantages(self, rollout: TensorDictBase) -> None:
         self.loss.estimate_advantages(rollout, gamma=self.gamma, lmbda=self.lmbda)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -14,8 +15,8 @@ from torchrl.objectives import LossModule
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.processes.collectives import largest_over_processes, standardize_over_processes
 from pmoe_lightning.updates import OnPolicyUpdate
-from pmoe_lightning.updates.processes import largest_over_processes, standardize_over_processes
 
 
 class OnPolicyAlgorithm(AbstractAlgorithm):
@@ -36,6 +37,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         policy_description: see ``AbstractAlgorithm``.
     """
 
+    on_policy = True
     #: What an update needs of a transition, besides the observation.
     minibatch_keys: tuple[str, ...]
 
@@ -66,6 +68,9 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
     def estimate_advantages(self, rollout: TensorDictBase) -> None:
         """Write the advantages, ``value_target`` and ``state_value``; called without gradients."""
 
+    def planned_updates(self, data: LightningDataModule) -> float:
+        return data.total_frames * self.num_epochs / self.minibatch_size
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self.lr, eps=1e-5, fused=True)
@@ -86,14 +91,18 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         with torch.no_grad():
             self.estimate_advantages(batch)
-        self.record({"train/explained_variance": _explained_variance(batch)})
-        transitions = batch.reshape(-1).select(self.observation_key, *self.minibatch_keys)
+        usable = batch.reshape(-1)
         unusable = batch.get("unusable", None)
         if unusable is not None:
-            transitions = transitions[~unusable.reshape(-1)]
+            usable = usable[~unusable.reshape(-1)]
+        if len(usable) > 1:  # one alone has no variance
+            self.record({"train/explained_variance": _explained_variance(usable)})
+        transitions = usable.select(self.observation_key, *self.minibatch_keys)
         if self.trainer.world_size > 1:
             # Every process must take as many steps as the others.
             transitions = transitions[: -largest_over_processes(-len(transitions), transitions.device)]
+        if not len(transitions):
+            return
         for _ in range(self.num_epochs):
             if self._epoch(transitions):
                 break
@@ -134,7 +143,8 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         return divergences
 
 
-def _explained_variance(batch: TensorDictBase) -> Tensor:
+def _explained_variance(transitions: TensorDictBase) -> Tensor:
     """1 - Var[value_target - V] / Var[value_target]: one is a perfect critic, zero a constant one."""
-    target, error = batch["value_target"], batch["value_target"] - batch["state_value"]
+    target = transitions["value_target"]
+    error = target - transitions["state_value"]
     return 1 - error.var() / target.var().clamp_min(1e-8)

@@ -12,9 +12,9 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives.value import GAE
 
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
-from pmoe_lightning.critics import make_qvalue_network, make_value_network
 from pmoe_lightning.estimators import AbstractEstimator, Frequency, Marginalized
 from pmoe_lightning.losses import PMOEPPOLoss
+from pmoe_lightning.modules.critics import make_qvalue_network, make_value_network
 
 
 class PPO(OnPolicyAlgorithm):
@@ -31,6 +31,10 @@ class PPO(OnPolicyAlgorithm):
     ) -> None:
         super().__init__(loss, actor, policy, **arguments)
         self.advantage = GAE(gamma=self.gamma, lmbda=self.lmbda, value_network=loss.critic_network)
+
+    @property
+    def estimator(self) -> AbstractEstimator:
+        return self.loss.estimator
 
     def estimate_advantages(self, rollout: TensorDictBase) -> None:
         self.advantage(rollout)
@@ -81,11 +85,9 @@ def make_ppo(
         policy_description: see ``AbstractAlgorithm``.
 
     Raises:
-        ValueError: the estimator cannot serve the actor's number of components.
+        ValueError: the estimator cannot serve the actor's distribution.
     """
-    num_components = actor[0].module.num_components
-    estimator.check(num_components)
-    routing = estimator if isinstance(estimator, Frequency) and num_components > 1 else None
+    routing = estimator if isinstance(estimator, Frequency) and actor[0].module.num_components > 1 else None
     sizes = {"hidden_sizes": hidden_sizes, "activation": activation, "initialization": "orthogonal"}
     sizes["observation_key"] = actor.in_keys[0]
     loss = PMOEPPOLoss(

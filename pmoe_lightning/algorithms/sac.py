@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
@@ -13,11 +14,11 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import SoftUpdate
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
-from pmoe_lightning.critics import make_qvalue_network
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
-from pmoe_lightning.safety import CostConstraint
+from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
 
@@ -26,9 +27,8 @@ class SAC(AbstractAlgorithm):
 
     ``compile`` runs the same mathematics as one compiled graph (``updates/sac.py``); the loss module is its definition.
 
-    One Adam with a parameter group each for actor, critics and temperature (and, of a ``SafeSACLoss``, for the critics
-    of the cost and the multiplier): the losses touch disjoint parameters, so one backward pass of their sum equals one
-    of each. The actor therefore sees the critics as they were before this step.
+    One Adam with the parameter groups of the loss: its losses touch disjoint parameters, so one backward pass of their
+    sum equals one of each. The actor therefore sees the critics as they were before this step.
 
     Args:
         loss: the loss module, with its value estimator (gamma) set.
@@ -38,6 +38,8 @@ class SAC(AbstractAlgorithm):
         compile: see above.
         policy_description: see ``AbstractAlgorithm``.
     """
+
+    on_policy = False
 
     def __init__(
         self,
@@ -57,21 +59,16 @@ class SAC(AbstractAlgorithm):
         self.target_updater = SoftUpdate(loss, tau=tau)
         self.update: SACUpdate | None = None
 
+    @property
+    def estimator(self) -> AbstractEstimator:
+        return self.loss.estimator
+
+    def planned_updates(self, data: LightningDataModule) -> float:
+        return data.planned_minibatches
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        acting = list(self.loss.actor_network_params.parameters())
-        if self.loss.action_transform is not None:
-            acting += self.loss.action_transform.parameters()
-        groups: list[dict[str, Any]] = [
-            {"params": acting, "lr": self.lr_actor, "name": "actor"},
-            {"params": list(self.loss.qvalue_network_params.parameters()), "lr": self.lr_qvalue, "name": "qvalue"},
-        ]
-        if not self.loss.fixed_alpha:
-            groups.append({"params": [self.loss.log_alpha], "lr": self.lr_alpha, "name": "alpha"})
-        if isinstance(self.loss, SafeSACLoss):
-            critics, rate = list(self.loss.cost_network_params.parameters()), self.loss.constraint.lr_multiplier
-            groups.append({"params": critics, "lr": self.lr_qvalue, "name": "cost"})
-            groups.append({"params": [self.loss.multiplier], "lr": rate, "name": "multiplier"})
-        return torch.optim.Adam(groups, fused=True)
+        rates = {"lr_actor": self.lr_actor, "lr_qvalue": self.lr_qvalue, "lr_alpha": self.lr_alpha}
+        return torch.optim.Adam(self.loss.parameter_groups(**rates), fused=True)
 
     def action_values(self) -> list[dict[str, Tensor]]:
         stacked = self.loss.qvalue_network_params.data.flatten_keys(".")
@@ -111,7 +108,7 @@ def make_sac(
     alpha_init: float = 1.0,
     target_entropy: float | None = None,
     action_transform: HamiltonianTransform | None = None,
-    safety: CostConstraint | None = None,
+    constraint: CostConstraint | None = None,
     compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
 ) -> SAC:
@@ -128,14 +125,13 @@ def make_sac(
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
-        safety: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
+        constraint: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
         compile: run the update as one compiled graph.
         policy_description: see ``AbstractAlgorithm``.
 
     Raises:
-        ValueError: the estimator cannot serve the actor's number of components.
+        ValueError: the estimator cannot serve the actor's distribution.
     """
-    estimator.check(actor[0].module.num_components)
 
     def make_critics() -> list[TensorDictModule]:
         sizes = {"hidden_sizes": hidden_sizes, "activation": activation}
@@ -147,10 +143,10 @@ def make_sac(
         "alpha_init": alpha_init,
         "target_entropy": float(-action_dim if target_entropy is None else target_entropy),
     }
-    if safety is None:
+    if constraint is None:
         loss = PMOESACLoss(actor, make_critics(), **arguments)
     else:
-        loss = SafeSACLoss(actor, make_critics(), make_critics(), safety, **arguments)
+        loss = SafeSACLoss(actor, make_critics(), make_critics(), constraint, **arguments)
     loss.make_value_estimator(gamma=gamma)
     return SAC(
         loss,

@@ -1,16 +1,14 @@
 """Checkpoints: what a file holds, how it is written without ever being half-written, and how a policy comes back.
 
-Light to import: only :mod:`pmoe_lightning.checkpoints.io` needs Lightning, and only a reference to the tracking store
-needs MLflow.
+Light to import: only :mod:`pmoe_lightning.checkpoints.io` needs Lightning. What a user types may name the tracking
+store, so ``pmoe_lightning.load_policy`` is at home in :mod:`pmoe_lightning.tracking.references`.
 """
 
 from pmoe_lightning.lazy import load_on_first_use
 
 _HOMES = {
     "AtomicCheckpointIO": "io",
-    "load_policy": "policy",
     "read_checkpoint": "files",
-    "resolve_checkpoint": "resolve",
     "write_checkpoint": "files",
 }
 __all__ = sorted(_HOMES)

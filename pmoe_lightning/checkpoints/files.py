@@ -2,11 +2,11 @@
 
 A checkpoint is a ``torch.save`` archive, a zip file, whose comment at the very end is the SHA-256 of all before it.
 Reading compares that first and then accepts tensors and plain values only: nothing in the file is imported or executed.
-The checkpoint that a new one replaces stays beside it, as ``<name>.previous.ckpt``.
+The checkpoint that a new one replaces stays beside it, as ``<name>.previous.ckpt``, unless it is damaged: then the one
+before stays.
 """
 
 import hashlib
-import logging
 import os
 import zipfile
 from pathlib import Path
@@ -14,26 +14,28 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pmoe_lightning.errors import RunError
+from pmoe_lightning.errors import RunError, first_line
+from pmoe_lightning.processes.partial_files import partial_file
 
 _LABEL = b"sha256:"
 _COMMENT_LENGTH = len(_LABEL) + 2 * hashlib.sha256().digest_size
-_log = logging.getLogger(__name__)
+#: Files that this process has written or found whole, as they were then.
+_whole: dict[Path, tuple[int, ...]] = {}
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write ``checkpoint`` so that ``path`` holds either its old content or all of the new one, whatever happens.
 
     The temporary file lies in the target's own folder, because only a rename within one filesystem is atomic; file and
-    folder are synced, so the order survives a power cut. A writer killed half-way leaves ``.<name>.partial`` behind,
-    see :func:`remove_leftovers`.
+    folder are synced, so the order survives a power cut. A writer killed half-way leaves a partial file behind, see
+    :mod:`pmoe_lightning.processes.partial_files`.
 
     Raises:
         OSError: when the file cannot be written (disk full, no permission); the old content is then intact.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_file(path)
     try:
         with open(partial, "w+b") as file:
             _save(checkpoint, file)
@@ -44,6 +46,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    _whole[path.absolute()] = _fingerprint(path)
     _sync_folder(path.parent)
 
 
@@ -53,24 +56,33 @@ def previous_checkpoint(path: str | Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove what a killed writer left in a folder of checkpoints; nobody may be writing there."""
-    for partial in Path(folder).glob(".*.partial"):
-        _log.warning("removed %s, which a killed run had not finished writing", partial)
-        partial.unlink(missing_ok=True)
-
-
 def _keep(path: Path) -> None:
-    """Make the present file the previous one. As a second name for it first, so that there is one at every instant."""
-    if not path.exists():
+    """Make the present file the previous one, if it is whole. As a second name for it first, so there is always one."""
+    if not _is_whole(path):
         return
-    link = path.with_name(f".{path.name}.previous.partial")
+    link = partial_file(previous_checkpoint(path))
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
     except OSError:  # a filesystem without hard links
         link = path
     os.replace(link, previous_checkpoint(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is what was written; read only where this process has neither written nor read it itself."""
+    if path.exists() and _whole.get(path.absolute()) == _fingerprint(path):
+        return True
+    try:
+        verify_checkpoint(path)
+    except RunError:
+        return False
+    return True
+
+
+def _fingerprint(path: Path) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Hashing:
@@ -121,6 +133,7 @@ def verify_checkpoint(path: str | Path) -> None:
     if not path.is_file():
         raise RunError(f"checkpoint {path} does not exist" if not path.exists() else f"checkpoint {path} is not a file")
     try:
+        fingerprint = _fingerprint(path)
         with open(path, "rb") as file:
             intact = _matches_its_digest(file)
         with zipfile.ZipFile(path) as archive:
@@ -137,6 +150,7 @@ def verify_checkpoint(path: str | Path) -> None:
     foreign = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if foreign or not any(entry.filename.endswith("data.pkl") for entry in entries):
         raise RunError(f"checkpoint {path} is not a PyTorch checkpoint")
+    _whole[path.absolute()] = fingerprint
 
 
 def _matches_its_digest(file: BinaryIO) -> bool:
@@ -171,8 +185,9 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        reason = "it holds objects other than tensors and plain values" if "weights_only" in str(error) else error
-        raise RunError(f"checkpoint {path} cannot be read: {str(reason).splitlines()[0]}") from error
+        is_unsafe = "weights_only" in str(error)
+        reason = "it holds objects other than tensors and plain values" if is_unsafe else first_line(error)
+        raise RunError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise RunError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint

@@ -11,8 +11,9 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pmoe_lightning.acting import Actor, distribution_at, find_actor
-from pmoe_lightning.options import OptionPolicies
+from pmoe_lightning.errors import error_line
+from pmoe_lightning.modules.acting import Actor, distribution_at, find_actor
+from pmoe_lightning.modules.option_policies import OptionPolicies
 
 
 class LoadedPolicy(TensorDictModuleBase):
@@ -81,7 +82,7 @@ class LoadedPolicy(TensorDictModuleBase):
             observation = observation.numpy(force=True) if isinstance(observation, Tensor) else observation
             values = np.asarray(observation, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the observation is not an array of numbers: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the observation is not an array of numbers: {error_line(error)}") from None
         if values.ndim not in (1, 2) or values.shape[-1] != self.observation_dim:
             size = self.observation_dim
             raise ValueError(f"the observation must be of shape [{size}] or [B, {size}], not {list(values.shape)}")

@@ -9,7 +9,6 @@ name code to run nor ask for a network of absurd size.
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,22 +16,21 @@ from tensordict import TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 from torch import nn
 
-from pmoe_lightning.actors import (
+from pmoe_lightning.checkpoints.loaded import LoadedPolicy
+from pmoe_lightning.errors import RunError, first_line
+from pmoe_lightning.hamiltonian import EvolveAction, make_hamiltonian_transform
+from pmoe_lightning.modules.actors import (
     BestValueActor,
     make_additive_moe_actor,
     make_gaussian_actor,
     make_mcp_actor,
     make_pmoe_actor,
 )
-from pmoe_lightning.checkpoints.files import read_checkpoint
-from pmoe_lightning.checkpoints.loaded import LoadedPolicy
-from pmoe_lightning.checkpoints.resolve import resolve_checkpoint
-from pmoe_lightning.critics import QValueEnsemble, make_qvalue_network
-from pmoe_lightning.errors import RunError
-from pmoe_lightning.hamiltonian import EvolveAction, make_hamiltonian_transform
-from pmoe_lightning.normalization import ObservationNormalizer
-from pmoe_lightning.options import OptionActor, make_option_actor
-from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues
+from pmoe_lightning.modules.critics import QValueEnsemble, make_qvalue_network
+from pmoe_lightning.modules.normalization import ObservationNormalizer
+from pmoe_lightning.modules.option_policies import OptionActor, make_option_actor
+from pmoe_lightning.safe.candidates import SafePolicy
+from pmoe_lightning.safe.constraint import CostConstraint, SafeValues
 
 ACTORS: dict[str, Callable[..., TensorDictModule]] = {
     "additive_moe": make_additive_moe_actor,
@@ -69,45 +67,6 @@ _SAFE_ARGUMENTS = {
 }
 _MAX_CANDIDATES = 1000
 _MAX_PARAMETERS = 500_000_000
-
-
-def load_policy(
-    checkpoint: str | Path | Mapping[str, Any],
-    *,
-    device: str | torch.device = "cpu",
-    rule: str | None = None,
-    parts: Mapping[str, Callable[..., Any]] | None = None,
-) -> LoadedPolicy:
-    """Rebuild the policy of a checkpoint: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
-
-    On plain arrays it is ``policy.predict(observation) -> action``; ``policy.get_dist(tensordict)`` is its mixture.
-    A policy with memory also reads what an environment made with ``carry`` hands on, see ``envs.with_memory``.
-    The observation normaliser, if the policy was trained with one, is part of it. The policy is in evaluation mode and
-    acts deterministically; ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)`` makes it sample, whatever the
-    rule.
-
-    Args:
-        checkpoint: a file, an MLflow run id, ``models:/<name>@<alias>`` (see ``resolve_checkpoint``), or a checkpoint
-            already read.
-        device: where the policy is to act.
-        rule: the deterministic rule, ``max_weight``, ``sample_component`` or ``best_value`` (the component that the
-            checkpoint's own critics prefer); :func:`trained_rule` when ``None``.
-        parts: the factories of parts that are not this package's, by group and option: ``{"actor/mine": make_mine}``
-            for a policy trained with ``actor=mine``. A checkpoint only says their names.
-
-    Raises:
-        RunError: the checkpoint is missing, damaged, foreign, or describes a policy this version cannot build.
-
-    Example:
-        >>> policy = load_policy("checkpoints/best.ckpt")
-        >>> action = policy(TensorDict(observation=torch.zeros(1, 17), batch_size=1))["action"]  # [1, 6]
-        >>> action = policy.predict(np.zeros(17))  # [6]
-    """
-    where = "the checkpoint"
-    if not isinstance(checkpoint, Mapping):
-        where = f"checkpoint {checkpoint}"
-        checkpoint = read_checkpoint(resolve_checkpoint(checkpoint))
-    return build_policy(policy_entry(checkpoint, where), device=device, rule=rule, parts=parts, where=where)
 
 
 def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
@@ -202,7 +161,7 @@ def build_policy(
         parts += [actor, *(transform := _make_transform(description, factories, actor, where))]
         safe = _make_safe(description, factories, actor, transform, where)
     except (TypeError, ValueError) as error:
-        raise RunError(f"{where}, policy.description: {str(error).splitlines()[0]}") from error
+        raise RunError(f"{where}, policy.description: {first_line(error)}") from error
     policy = safe(_sequence(parts))
     try:
         policy.load_state_dict(entry["state_dict"])

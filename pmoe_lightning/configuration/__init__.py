@@ -4,8 +4,8 @@ Everything here runs before a run begins and raises ``ConfigurationError`` with 
 use it: constructors below them take objects and numbers, never a configuration.
 """
 
-from pmoe_lightning.configuration.arguments import normalise_argv, quote_value, read_value
-from pmoe_lightning.configuration.composition import compose_jobs, read_option
+from pmoe_lightning.configuration.arguments import is_set_by, normalise_argv, quote_value, read_value, with_value
+from pmoe_lightning.configuration.composition import compose_jobs, output_folder, read_choice
 from pmoe_lightning.configuration.groups import describe_groups
 from pmoe_lightning.configuration.schemas import register
 from pmoe_lightning.configuration.validation import validate
@@ -13,10 +13,13 @@ from pmoe_lightning.configuration.validation import validate
 __all__ = [
     "compose_jobs",
     "describe_groups",
+    "is_set_by",
     "normalise_argv",
+    "output_folder",
     "quote_value",
-    "read_option",
+    "read_choice",
     "read_value",
     "register",
     "validate",
+    "with_value",
 ]

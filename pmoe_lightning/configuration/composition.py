@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from pmoe_lightning.configuration.groups import group_options
+from pmoe_lightning.configuration.groups import group_choices
 from pmoe_lightning.configuration.schemas import SCHEMAS, register
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, error_line, first_line
 
 _CONFIG_MODULE = "pmoe_lightning.conf"
 
@@ -29,15 +30,33 @@ def compose_jobs(
     """The configuration of every job that a command line asks for: one, or one per combination of a sweep.
 
     Raises:
-        ConfigurationError: naming the key, what is wrong with it, and the nearest valid key or option.
+        ConfigurationError: naming the key, what is wrong with it, and the nearest valid key or choice.
     """
     extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     with initialize_config_module(_CONFIG_MODULE, version_base="1.3"):
         return [_compose([*job, *extra]) for job in (_sweep(overrides) if multirun else [list(overrides)])]
 
 
-def read_option(group: str, name: str, config_dir: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The target of an option in the user's folder, and the values beside it that stand for themselves.
+def output_folder(overrides: Sequence[str], *, multirun: bool = False, config_dir: str | None = None) -> Path | None:
+    """The folder that Hydra would write to, of a run or of a whole sweep, filled in from configuration and clock.
+
+    None where only Hydra can know it, in its job.
+    """
+    extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    words = [word for word in overrides if not _is_sweep(word)]
+    with initialize_config_module(_CONFIG_MODULE, version_base="1.3"):
+        try:
+            cfg = compose("config", [*words, *extra], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            return Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
+        except (HydraException, OmegaConfBaseException, ValueError):
+            return None
+        finally:
+            HydraConfig.instance().cfg = None
+
+
+def read_choice(group: str, name: str, config_dir: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The target of a choice in the user's folder, and the values beside it that stand for themselves.
 
     Raises:
         ConfigurationError: it does not compose, or its target cannot be imported.
@@ -48,8 +67,7 @@ def read_option(group: str, name: str, config_dir: str) -> tuple[Callable[..., A
     try:
         target = get_object(node._target_)
     except Exception as error:  # whatever importing a user's module raises
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {reason}") from error
+        raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {error_line(error)}") from error
     own = [key for key in node if not key.startswith("_") and not OmegaConf.is_interpolation(node, key)]
     return target, {key: value for key, value in OmegaConf.to_container(node).items() if key in own}
 
@@ -78,6 +96,13 @@ def _sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     return map(list, itertools.product(*choices))
 
 
+def _is_sweep(word: str) -> bool:
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        return False
+
+
 def _explain(error: Exception, overrides: list[str]) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key, text = getattr(cause, "full_key", None), str(error)
@@ -90,33 +115,33 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     for word in overrides:
         name, _, value = word.partition("=")
         name = name.lstrip("+~")
-        if name in group_options() and "Could not find" in text and f"'{name}/" in text:
-            options = group_options()[name]
-            return f"{name}={value} is not one of {', '.join(options)}{nearest(value, options)}"
+        if name in group_choices() and "Could not find" in text and f"'{name}/" in text:
+            known = group_choices()[name]
+            return f"{name}={value} is not one of {', '.join(known)}{nearest(value, known)}"
         if f"'{name}'" in text and "No match in the defaults list" in text:
             return _unknown_key(name, overrides)
-    return " ".join(str(cause).split())
+    return error_line(cause)
 
 
 def _wrong_type(error: ValidationError) -> str:
-    line = (str(error).splitlines() or ["wrong type"])[0]
+    line = first_line(error)
     whole = re.match(r"Value '(\d+)\.0' of type 'float' could not be converted to Integer", line)
     return f"{line}; write {whole[1]}" if whole else line
 
 
 def _unknown_key(key: str, overrides: list[str]) -> str:
     group, _, name = key.partition(".")
-    owners = [option for option, schema in SCHEMAS.get(group, {}).items() if name in schema.__dataclass_fields__]
+    owners = [choice for choice, schema in SCHEMAS.get(group, {}).items() if name in schema.__dataclass_fields__]
     if owners and group != "callbacks":
         chosen = next((word for word in overrides if word.startswith(f"{group}=")), f"the chosen {group}")
         return f"unknown key {key}: {chosen} has no {name}, {group}={owners[0]} has"
-    choices = [word for word in overrides if word.split("=")[0].lstrip("+~") in group_options()]
+    chosen = [word for word in overrides if word.split("=")[0].lstrip("+~") in group_choices()]
     try:
-        known = list(_keys(compose("config", choices)))
+        known = list(_keys(compose("config", chosen)))
     except (HydraException, OmegaConfBaseException):
         known = list(_keys(compose("config")))
     hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if group == "env" else ""
-    return f"unknown key {key}{nearest(key, [*group_options(), *known])}{hint}"
+    return f"unknown key {key}{nearest(key, [*group_choices(), *known])}{hint}"
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str:

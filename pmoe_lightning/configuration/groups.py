@@ -1,4 +1,4 @@
-"""The groups of ``conf/`` and the files in each: what ``group=option`` can choose."""
+"""The groups of ``conf/`` and the files in each: what ``group=choice`` can choose."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.resources import files
 
 
 @cache
-def group_options() -> dict[str, list[str]]:
-    """Options of every group, sorted."""
+def group_choices() -> dict[str, list[str]]:
+    """Choices of every group, sorted."""
     folders = (folder for folder in files("pmoe_lightning.conf").iterdir() if folder.is_dir())
     found = {folder.name: sorted(_yaml_names(folder)) for folder in folders}
-    return {group: options for group, options in sorted(found.items()) if options}
+    return {group: choices for group, choices in sorted(found.items()) if choices}
 
 
 def _yaml_names(folder) -> list[str]:
@@ -19,5 +19,5 @@ def _yaml_names(folder) -> list[str]:
 
 
 def describe_groups() -> str:
-    """A line per group with its options, for ``--help``."""
-    return "\n".join(f"  {group:<17} {' | '.join(options)}" for group, options in group_options().items())
+    """A line per group with its choices, for ``--help``."""
+    return "\n".join(f"  {group:<17} {' | '.join(choices)}" for group, choices in group_choices().items())

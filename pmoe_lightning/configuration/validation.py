@@ -24,7 +24,7 @@ from pmoe_lightning.configuration.schemas import (
     SACSchema,
     ScoreSchema,
 )
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, first_line
 
 
 def validate(cfg: DictConfig) -> None:
@@ -66,7 +66,7 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limi
         try:
             value = node[key]
         except OmegaConfBaseException as error:
-            raise ConfigurationError(f"{path}: {' '.join(str(error).splitlines()[0].split())}") from None
+            raise ConfigurationError(f"{path}: {first_line(error)}") from None
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{path}.")
         else:
@@ -146,6 +146,10 @@ def _check_algorithm_and_actor(cfg: DictConfig) -> None:
 
 
 def _check_estimator_and_actor(cfg: DictConfig) -> None:
+    if not cfg.estimator:
+        if OmegaConf.get_type(cfg.algo) in (SACSchema, PPOSchema):
+            raise ConfigurationError("estimator=none leaves the mixture without a gradient: use estimator=frequency")
+        return
     components = cfg.actor.num_components if OmegaConf.get_type(cfg.actor) is PMOESchema else 1
     if OmegaConf.get_type(cfg.estimator) is PathwiseSchema and components > 1:
         raise ConfigurationError(
@@ -178,6 +182,11 @@ def _check_action_transform(cfg: DictConfig) -> None:
     if learns and "actor_loss" not in transform.used_in:
         raise ConfigurationError(
             "action_transform: what it learns, it learns from the actor loss: add actor_loss to its used_in"
+        )
+    if transform.learn_step_size and transform.force == "raw":
+        raise ConfigurationError(
+            "action_transform.learn_step_size=true needs action_transform=hamiltonian_normalized or hamiltonian_gated: "
+            "with the raw force its gradient is mostly that of an integration error, at times of the wrong sign"
         )
     if transform.metropolis and transform.temperature != 1:
         raise ConfigurationError(

@@ -25,8 +25,8 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from pmoe_lightning.data.workers import Worker, seeded_environments
-from pmoe_lightning.errors import ConfigurationError, RunError
-from pmoe_lightning.networks import matmul_precision
+from pmoe_lightning.errors import ConfigurationError, RunError, first_line
+from pmoe_lightning.modules.networks import matmul_precision
 
 __all__ = ["ClusterCollector"]
 
@@ -70,8 +70,8 @@ class ClusterCollector(RayCollector):
             if not ray.is_initialized():
                 # Told nothing, Ray would look for the last cluster of this machine first, dead or alive.
                 address = os.environ.get("RAY_ADDRESS", "local")
-                options = {} if address != "local" else {"include_dashboard": False}
-                ray.init(address, logging_level=logging.WARNING, **options)
+                arguments = {} if address != "local" else {"include_dashboard": False}
+                ray.init(address, logging_level=logging.WARNING, **arguments)
             super().__init__(
                 [make_env] * num_workers,
                 deepcopy(policy).to("cpu"),
@@ -180,7 +180,7 @@ def _ray_errors() -> Iterator[None]:
             raise error.cause from None
         raise
     except (RayError, ConnectionError) as error:
-        raise RunError(f"the Ray cluster has failed: {str(error).splitlines()[0]}") from error
+        raise RunError(f"the Ray cluster has failed: {first_line(error)}") from error
 
 
 @contextmanager

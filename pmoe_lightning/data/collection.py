@@ -8,7 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -50,6 +50,7 @@ class CollectedData(LightningDataModule, ABC):
     does with P W n.
 
     Attributes:
+        on_policy: whether it yields rollouts of the present policy, or minibatches of a replay buffer.
         env_frames: environment steps taken, over all environments, warm-up included.
         epoch_end: the ``env_frames`` at which the Lightning epoch under way ends.
         episodes: episodes finished.
@@ -60,8 +61,8 @@ class CollectedData(LightningDataModule, ABC):
 
     Args:
         make_env: called as ``make_env(num_envs=..., seed=...)``; the environment must write ``episode_return`` and
-            ``episode_length`` beside the reward, as :class:`pmoe_lightning.envs.GymnasiumEnv` does. For a policy with
-            memory also with ``carry=...``.
+            ``episode_length`` beside the reward, as :class:`pmoe_lightning.envs.AbstractEnvironment` does. For a policy
+            with memory also with ``carry=...``.
         policy: the module that acts and is trained.
         total_frames: environment steps of the whole run.
         frames_per_epoch: environment steps of a Lightning epoch.
@@ -76,6 +77,8 @@ class CollectedData(LightningDataModule, ABC):
         ConfigurationError: if a number is not positive, ``frames_per_batch`` is not a multiple of ``num_envs``, or
             ``frames_per_epoch`` is smaller than ``frames_per_batch``.
     """
+
+    on_policy: ClassVar[bool]
 
     def __init__(
         self,
@@ -285,6 +288,8 @@ class CollectedData(LightningDataModule, ABC):
     def load_experience(self, experience: dict[str, Any]) -> None:
         """Go on from an :meth:`experience` of this same process, when the collector is made."""
         self._experience = experience or None
+        if experience:  # these are reported even where nothing is left to be collected
+            self._finished_episodes = [tuple(episode) for episode in experience["finished_episodes"]]
 
     def _restore(self) -> None:
         if self._experience is None:
@@ -293,8 +298,7 @@ class CollectedData(LightningDataModule, ABC):
         reason = self.collector.load_experience(experience)
         if reason is not None and (self.trainer is None or self.trainer.is_global_zero):
             _log.warning("%s", reason)
-        self._finished_episodes = [tuple(episode) for episode in experience["finished_episodes"]]
-        # What Lightning has loaded by now is the first process's.
+        # What Lightning and its strategy have given to every process by now is the first one's.
         self.load_state_dict(experience["counters"])
         # Last, because what was made up to here may have drawn.
         restore_random_states(experience["random_states"])

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
-from pmoe_lightning.compilation import Function, ModuleState, compile_tensors, signature
-from pmoe_lightning.envs import GymnasiumEnv
+from pmoe_lightning.envs import AbstractEnvironment
+from pmoe_lightning.updates.compilation import Function, ModuleState, compile_tensors, signature
 
 __all__ = ["RolloutCollector"]
 
@@ -22,12 +22,12 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class RolloutCollector(Collector):
-    """TorchRL's ``Collector``, whose rollouts of a ``GymnasiumEnv`` are written straight into their storage.
+    """TorchRL's ``Collector``, whose rollouts of an ``AbstractEnvironment`` are written straight into their storage.
 
     Under the same seed it yields what ``Collector`` yields, key by key and draw by draw. ``Collector`` builds nested
     TensorDicts at every step and stacks them at the end; here the environments write into arrays of the whole rollout,
     the policy reads from there, and what it writes is stacked once. All but ``rollout`` is inherited: iteration,
-    warm-up, weights, shutdown. With another environment, a policy that names no keys, or an option that concerns
+    warm-up, weights, shutdown. With another environment, a policy that names no keys, or an argument that concerns
     single steps (``track_traj_ids``, ``use_buffers``, ``replay_buffer`` ...), so is ``rollout``.
 
     Args:
@@ -42,7 +42,7 @@ class RolloutCollector(Collector):
         self._policy_programs: dict[frozenset, Function] = {}
         self._acts_on = self.policy_device or torch.device("cpu")
         self._is_plain = (
-            isinstance(self.env, GymnasiumEnv)
+            isinstance(self.env, AbstractEnvironment)
             and isinstance(self.policy, TensorDictModuleBase)
             and set(self.policy.in_keys) <= set(self.env.empty_root())
             and not (self._use_buffers or self.track_traj_ids or self.reset_at_each_iter or self.set_truncated)

@@ -42,9 +42,14 @@ class OffPolicyData(CollectedData):
         batch_size: B, with one process.
         utd_ratio: updates per environment frame after the warm-up.
 
+    Attributes:
+        planned_minibatches: about how many the whole run will draw.
+
     Raises:
         ConfigurationError: also if a number is out of range, or the warm-up does not fit into the run or the buffer.
     """
+
+    on_policy = False
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class OffPolicyData(CollectedData):
                 f"data.init_random_frames={init_random_frames} leaves nothing of total_frames={total_frames} "
                 "to train on: lower it"
             )
+        self.planned_minibatches = (total_frames - init_random_frames) * utd_ratio
         self.utd_ratio = Fraction(utd_ratio).limit_denominator(1_000_000)
         learned_from = round_up(total_frames, frames_per_batch) - self.warm_up
         if learned_from * self.utd_ratio < 1:

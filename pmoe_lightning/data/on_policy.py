@@ -10,7 +10,7 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData
 from pmoe_lightning.errors import ConfigurationError
-from pmoe_lightning.normalization import ObservationNormalizer, RewardScaler
+from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
 
 __all__ = ["OnPolicyData"]
 
@@ -40,6 +40,8 @@ class OnPolicyData(CollectedData):
     Raises:
         ConfigurationError: also if the reward scaler is made for another number of environments.
     """
+
+    on_policy = True
 
     def __init__(
         self,

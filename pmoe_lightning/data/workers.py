@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,17 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.data.collector import RolloutCollector
-from pmoe_lightning.errors import RunError, describe_end
-from pmoe_lightning.networks import MatmulPrecision, matmul_precision, set_matmul_precision
+from pmoe_lightning.errors import RunError, describe_end, first_line
+from pmoe_lightning.modules.networks import MatmulPrecision, matmul_precision, set_matmul_precision
+from pmoe_lightning.processes.orphans import end_with, kill_families
+from pmoe_lightning.processes.output import outlive_output
+from pmoe_lightning.processes.stopping import STOPS, Stopped, stop
 
 __all__ = ["Worker", "WorkerCollector", "seeded_environments"]
 
 #: What the training process alone answers. Ctrl-C, a batch system and `timeout` send them to all of its processes.
-_LEFT_TO_TRAINING = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+_LEFT_TO_TRAINING = {*STOPS, signal.SIGUSR1}
+_ENDING_SECONDS = 1.0
 
 
 class WorkerCollector(MultiSyncCollector):
@@ -65,8 +70,9 @@ class WorkerCollector(MultiSyncCollector):
         compile: bool,
     ) -> None:
         self._weights, self._num_threads = SharedMemWeightSyncScheme(), torch.get_num_threads()
+        self._settled = not compile
         try:
-            with _without_signals():
+            with stop.interruptible(), _without_signals():
                 super().__init__(
                     [make_env] * num_workers,
                     policy,
@@ -86,9 +92,23 @@ class WorkerCollector(MultiSyncCollector):
                     num_sub_threads=self._num_threads,
                     auto_register_policy_transforms=False,
                 )
+        except RunError:
+            raise
         except (EOFError, OSError, RuntimeError) as error:
-            raise RunError(f"a collection worker could not start: {str(error).splitlines()[0]}") from error
+            raise RunError(f"a collection worker could not start: {first_line(error)}") from error
         atexit.register(self.shutdown)  # before Python waits for its children, which wait for a word
+
+    def _run_processes(self) -> None:
+        others = {process.pid for process in multiprocessing.active_children()}
+        try:
+            super()._run_processes()
+        except BaseException as error:
+            ends = self._ends()
+            # Before anything is closed: those that are still starting would find it gone, and say so at length.
+            kill_families(process.pid for process in multiprocessing.active_children() if process.pid not in others)
+            if isinstance(error, RuntimeError):
+                self._raise_for(ends, error)
+            raise
 
     @property
     def is_mujoco(self) -> bool:
@@ -101,7 +121,11 @@ class WorkerCollector(MultiSyncCollector):
         while True:
             with self._attended():
                 self._weights.shared_transport.send_weights(TensorDict.from_module(self.policy).data)
-                rollout = next(rollouts)
+                acts = self._frames >= self.init_random_frames
+                # When they act first they compile, half a minute in which a signal is not to wait for them.
+                with nullcontext() if self._settled or not acts else stop.interruptible():
+                    rollout = next(rollouts)
+                self._settled = self._settled or acts
             rollout.names = None
             yield rollout.exclude("collector").reshape(-1, rollout.shape[-1])
 
@@ -129,13 +153,29 @@ class WorkerCollector(MultiSyncCollector):
         """No worker outlives an error; the error is the worker that has died, where one has."""
         try:
             yield
-        except BaseException as error:
-            ends = {w: process.exitcode for w, process in enumerate(self.procs) if not process._closed}
+        except Stopped:
+            kill_families(process.pid for process in self.procs if not process._closed)
             self.shutdown()
-            for w, code in ends.items():
-                if code is not None:
-                    raise RunError(f"collection worker {w} of {self.num_workers} {describe_end(code)}") from error
             raise
+        except BaseException as error:
+            ends = self._ends()
+            self.shutdown()
+            self._raise_for(ends, error)
+            raise
+
+    def _ends(self) -> dict[int, int]:
+        """Exit codes of the workers that have ended; one whose pipe has closed takes a moment to."""
+        open_ones = {w: process for w, process in enumerate(self.procs) if not process._closed}
+        ending = connection.wait([process.sentinel for process in open_ones.values()], _ENDING_SECONDS)
+        for process in open_ones.values():
+            if process.sentinel in ending:
+                process.join()
+        return {w: process.exitcode for w, process in open_ones.items() if process.exitcode is not None}
+
+    def _raise_for(self, ends: dict[int, int], error: BaseException) -> None:
+        """Raise for the first worker that has ended, if one has."""
+        for w, code in ends.items():
+            raise RunError(f"collection worker {w} of {self.num_workers} {describe_end(code)}") from error
 
 
 class Worker(RolloutCollector):
@@ -158,6 +198,9 @@ class Worker(RolloutCollector):
         precision: MatmulPrecision,
         **settings: Any,
     ) -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            end_with(parent.pid)
+        outlive_output()  # what an environment prints
         set_matmul_precision(precision)
         torch.set_flush_denormal(True)
         # Python's and NumPy's are for environments that draw from them.

@@ -1,9 +1,10 @@
-"""Environments: any Gymnasium environment with continuous actions, as one fast batched TorchRL environment."""
+"""Environments: what others ask of one, and any Gymnasium environment with continuous actions as such a one."""
 
 from gymnasium.envs.registration import register
 
-from pmoe_lightning.envs.gymnasium import GymnasiumEnv, carried_entries, make_env, with_memory
+from pmoe_lightning.envs.base import AbstractEnvironment, carried_entries, with_memory
+from pmoe_lightning.envs.gymnasium import GymnasiumEnv, make_env
 
-__all__ = ["GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
+__all__ = ["AbstractEnvironment", "GymnasiumEnv", "carried_entries", "make_env", "with_memory"]
 
 register("MultiGoal-v0", "pmoe_lightning.envs.multi_goal:MultiGoal", max_episode_steps=30)

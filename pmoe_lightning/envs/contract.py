@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 from gymnasium.spaces.utils import flatten_space
 
-from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.errors import ConfigurationError, RunError, error_line
 
 __all__ = [
     "check_action_space",
@@ -177,7 +177,7 @@ def one_line(name: str, call: str) -> Iterator[None]:
     except Exception as error:
         wanted = f", which must return ({', '.join(_RETURNS[call])})"
         raise ConfigurationError(
-            f"environment {name!r} failed in its first {call}{wanted}: {type(error).__name__}: {_line(error)}"
+            f"environment {name!r} failed in its first {call}{wanted}: {error_line(error, named=True)}"
         ) from error
 
 
@@ -254,7 +254,3 @@ def _as_array(value: Any) -> np.ndarray:
 def _shown(value: Any, most: int = 100) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[: most - 4]} ..."
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

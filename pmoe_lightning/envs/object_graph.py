@@ -43,6 +43,7 @@ from pmoe_lightning.envs.object_parts import (
     searched_classes,
     set_attributes,
 )
+from pmoe_lightning.errors import error_line
 
 __all__ = ["Decoder", "Encoder"]
 
@@ -187,7 +188,7 @@ class Encoder:
         try:
             state = value.get_state()
         except Exception as error:
-            raise NotCaptured(f"raised {_line(error)}").of(value, "get_state()") from error
+            raise NotCaptured(f"raised {error_line(error, named=True)}").of(value, "get_state()") from error
         parts = self._children(value, {"get_state()": state, **_beside_offered(value)})
         return ("offered", full_name(type(value)), parts)
 
@@ -362,7 +363,7 @@ class Decoder:
             try:
                 present.set_state(state)
             except Exception as error:
-                raise NotCaptured(f"raised {_line(error)}").of(present, "set_state()") from error
+                raise NotCaptured(f"raised {error_line(error, named=True)}").of(present, "set_state()") from error
             vars(present).update(decoded)
 
         self._writes.append(write)
@@ -421,7 +422,3 @@ def _element(present: Any, key: Any) -> Any:
         return present[key] if isinstance(present, list | tuple | dict | deque) else _ABSENT
     except LookupError:
         return _ABSENT
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

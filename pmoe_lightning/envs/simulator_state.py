@@ -19,6 +19,7 @@ import gymnasium
 from pmoe_lightning.envs import mujoco_state
 from pmoe_lightning.envs.object_graph import Decoder, Encoder
 from pmoe_lightning.envs.object_parts import NotCaptured
+from pmoe_lightning.errors import error_line
 
 __all__ = ["NotCaptured", "State", "capture", "is_mujoco", "restore"]
 
@@ -57,7 +58,7 @@ def restore(envs: Sequence[gymnasium.Env], state: State) -> None:
     except NotCaptured:
         raise
     except Exception as error:
-        raise NotCaptured(f"is of another environment: {' '.join(str(error).split())}", "its state") from error
+        raise NotCaptured(f"is of another environment: {error_line(error)}", "its state") from error
 
 
 def is_mujoco(env: gymnasium.Env) -> bool:

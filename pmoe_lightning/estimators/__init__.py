@@ -15,7 +15,7 @@
 | ``pathwise`` | none, K = 1 only | 1 |
 """
 
-from pmoe_lightning.estimators.base import AbstractEstimator, Evaluation, Objective, Surrogate
+from pmoe_lightning.estimators.base import AbstractEstimator, Evaluation, Objective, Surrogate, check_pair
 from pmoe_lightning.estimators.frequency import Frequency
 from pmoe_lightning.estimators.gumbel_softmax import GumbelSoftmax
 from pmoe_lightning.estimators.half_reparameterized import HalfReparameterized
@@ -36,4 +36,5 @@ __all__ = [
     "Pathwise",
     "ScoreFunction",
     "Surrogate",
+    "check_pair",
 ]

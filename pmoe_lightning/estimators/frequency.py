@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Scoring, Surrogate
+from pmoe_lightning.estimators.base import (
+    AbstractEstimator,
+    Evaluation,
+    Objective,
+    Scoring,
+    Surrogate,
+    take_sample,
+)
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 Score = Callable[[Float[Tensor, "K *B A"]], Float[Tensor, "K *B"]]
 
@@ -33,7 +40,9 @@ class Frequency(AbstractEstimator):
         backpropagate: ``max`` sends the winner's cost back (back-propagate-max), ``all`` every component's
             (back-propagate-all).
         log_prob: whose log-density enters the cost, the critic target and the temperature loss: the drawing
-            ``component``'s own (the authors' code) or the ``mixture``'s.
+            ``component``'s own (the authors' code) or the ``mixture``'s. Of separated components their own is higher by
+            log K, and a winner's is higher than a plain draw's: what the temperature holds at its target is less than
+            the policy's entropy by both.
         reduction: ``mean`` over K (the authors' code) or ``sum`` (the paper's form), for both sums above.
         rank_by: the winner has the largest ``q`` (the authors' code) or the largest ``soft_q`` = -cost.
         weight: factor of the frequency loss, >= 0.
@@ -42,6 +51,7 @@ class Frequency(AbstractEstimator):
         ValueError: an unknown switch or a negative weight.
     """
 
+    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
     auxiliary_losses: ClassVar[tuple[str, ...]] = ("loss_frequency",)
 
     def __init__(
@@ -64,16 +74,17 @@ class Frequency(AbstractEstimator):
         self.backpropagate, self.reduction, self.rank_by = backpropagate, reduction, rank_by
         self.log_prob, self.weight = log_prob, weight
 
-    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+    def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         u = distribution.rsample_components()
         own = self.log_prob == "component"
         log_prob = distribution.stratum_log_prob_unsquashed(u) if own else distribution.log_prob_unsquashed(u)
         evaluation = objective(u, log_prob)
-        winner = self._rank(evaluation)
+        winner = self._score(evaluation).argmax(0)
         if self.backpropagate == "all":
+            evaluation = evaluation.scored(lambda: distribution.stratum_log_prob_unsquashed(u.detach()))
             expected_cost, entropy_term = self._reduce(evaluation.cost), evaluation.log_prob.mean(0)
         else:
-            expected_cost, entropy_term, *_ = evaluation.of(winner)
+            expected_cost, entropy_term, *_ = self._of_winner(distribution, evaluation, u.detach(), winner)
         routing = self._regression(distribution, winner)
         return Surrogate(
             expected_cost,
@@ -83,7 +94,7 @@ class Frequency(AbstractEstimator):
         )
 
     def routing_loss(
-        self, distribution: TanhGaussianMixture, score: Score
+        self, distribution: MixtureDistribution, score: Score
     ) -> tuple[Float[Tensor, "*B"], dict[str, Tensor]]:
         """The frequency loss alone, for algorithms that learn the components by other means (PPO).
 
@@ -99,11 +110,28 @@ class Frequency(AbstractEstimator):
         diagnostics = {"winner_frequency": _frequencies(winner, distribution.num_components)}
         return self._regression(distribution, winner), diagnostics
 
-    def _rank(self, evaluation) -> Int[Tensor, "*B"]:
-        score = evaluation.score if self.rank_by == "q" else -evaluation.cost
-        return score.detach().argmax(0)
+    def _score(self, evaluation: Evaluation) -> Float[Tensor, "K *B"]:
+        return (evaluation.score if self.rank_by == "q" else -evaluation.cost).detach()
 
-    def _regression(self, distribution: TanhGaussianMixture, winner: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    def _of_winner(
+        self, distribution: MixtureDistribution, evaluation: Evaluation, u: Tensor, winner: Int[Tensor, "*B"]
+    ) -> Evaluation:
+        """The winner's evaluation, scored.
+
+        Which draw wins depends on all K of them, so each has a score. From that of component k may be subtracted what
+        does not depend on u_k: the remainder r of the best of the others. For every loser, that is r of the winner
+        itself, and nothing is left; for the winner, r of the runner-up.
+        """
+        of_winner, remainder = evaluation.of(winner), evaluation.remainder
+        if remainder is None:
+            return of_winner
+        if distribution.num_components > 1:
+            others = self._score(evaluation).scatter(0, winner.unsqueeze(0), -torch.inf)
+            remainder = remainder - take_sample(remainder, others.argmax(0))
+        log_density = take_sample(distribution.stratum_log_prob_unsquashed(u), winner)
+        return of_winner._replace(remainder=take_sample(remainder, winner)).scored(lambda: log_density)
+
+    def _regression(self, distribution: MixtureDistribution, winner: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
         weights = distribution.weights
         target = F.one_hot(winner, distribution.num_components).to(weights.dtype)
         return self.weight * self._reduce((target - weights).square().movedim(-1, 0))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pmoe_lightning.distributions import TanhGaussianMixture
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
 from pmoe_lightning.estimators.baselines import Baseline, check_baseline, subtract_baseline
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
 class HalfReparameterized(AbstractEstimator):
@@ -25,16 +30,22 @@ class HalfReparameterized(AbstractEstimator):
         ValueError: an unknown baseline, or too few draws for it.
     """
 
+    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
+
     def __init__(self, *, num_samples: int = 2, baseline: Baseline = "leave_one_out") -> None:
         check_baseline("half_reparameterized", baseline, num_samples)
         self.num_samples, self.baseline = num_samples, baseline
 
-    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+    def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         component = distribution.sample_component((self.num_samples,))
+
+        def chosen(values: Float[Tensor, "N *B K"]) -> Float[Tensor, "N *B"]:
+            return values.gather(-1, component.unsqueeze(-1)).squeeze(-1)
+
         u = distribution.rsample_given(component)
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
-        log_weight = distribution.log_weights.expand(*component.shape, -1).gather(-1, component.unsqueeze(-1))
-        log_weight = log_weight.squeeze(-1)
+        evaluation = evaluation.scored(lambda: chosen(distribution.component_log_prob_unsquashed(u.detach())))
+        log_weight = chosen(distribution.log_weights.expand(*component.shape, -1))
         advantage = subtract_baseline(evaluation.cost, self.baseline)
         choice_term = (log_weight - log_weight.detach()) * advantage
         expected_cost, log_prob = (evaluation.cost + choice_term).mean(0), evaluation.log_prob.mean(0).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Normal
 
-from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
 class Implicit(AbstractEstimator):
@@ -28,13 +29,16 @@ class Implicit(AbstractEstimator):
     as the weights change. A single estimate depends on the order of the action dimensions, its mean does not.
     """
 
-    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_modes", "diagonal_scales"})
+
+    def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         u = implicit_rsample(distribution)
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
+        evaluation = evaluation.scored(lambda: distribution.log_prob_unsquashed(u.detach()))
         return Surrogate(evaluation.cost, evaluation.log_prob.detach(), diagnostics=evaluation.diagnostics)
 
 
-def implicit_rsample(distribution: TanhGaussianMixture) -> Float[Tensor, "*B A"]:
+def implicit_rsample(distribution: MixtureDistribution) -> Float[Tensor, "*B A"]:
     r"""A draw from the mixture that carries the implicit derivative with respect to weights, means and scales.
 
     Solved for du_d, the definition above reads, with p_kd = P(component k | u_1..u_d) and

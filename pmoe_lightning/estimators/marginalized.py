@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pmoe_lightning.distributions import TanhGaussianMixture
+from typing import ClassVar
+
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
 class Marginalized(AbstractEstimator):
@@ -16,9 +18,12 @@ class Marginalized(AbstractEstimator):
     reviews) and the stratified bound of Roeder et al. (2017, arXiv 1703.09194).
     """
 
-    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
+
+    def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         u = distribution.rsample_components()
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
+        evaluation = evaluation.scored(lambda: distribution.stratum_log_prob_unsquashed(u.detach()))
         weights = distribution.weights.movedim(-1, 0)
         log_prob = (weights * evaluation.log_prob).sum(0).detach()
         return Surrogate((weights * evaluation.cost).sum(0), log_prob, diagnostics=evaluation.diagnostics)

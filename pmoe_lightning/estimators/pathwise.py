@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pmoe_lightning.distributions import TanhGaussianMixture
-from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
+from typing import ClassVar
+
+from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate, check_pair
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
 class Pathwise(AbstractEstimator):
@@ -18,15 +20,12 @@ class Pathwise(AbstractEstimator):
         ValueError: the mixture has more than one component.
     """
 
-    def check(self, num_components: int) -> None:
-        if num_components != 1:
-            raise ValueError(
-                f"estimator pathwise has no gradient for the weights of {num_components} components; "
-                "use actor=gaussian, or another estimator such as marginalized"
-            )
+    asks: ClassVar[frozenset[Offer]] = frozenset({"draws"})
+    most_components: ClassVar[int] = 1
 
-    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
-        self.check(distribution.num_components)
+    def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
+        check_pair(self, type(distribution), distribution.num_components)  # silently wrong otherwise
         u = distribution.rsample_unsquashed()
         evaluation = objective(u, distribution.log_prob_unsquashed(u))
+        evaluation = evaluation.scored(lambda: distribution.log_prob_unsquashed(u.detach()))
         return Surrogate(evaluation.cost, evaluation.log_prob.detach(), diagnostics=evaluation.diagnostics)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from pmoe_lightning.distributions import TanhGaussianMixture
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
 from pmoe_lightning.estimators.baselines import Baseline, check_baseline, subtract_baseline
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
 class ScoreFunction(AbstractEstimator):
@@ -26,11 +28,13 @@ class ScoreFunction(AbstractEstimator):
         ValueError: an unknown baseline, or too few draws for it.
     """
 
+    asks: ClassVar[frozenset[Offer]] = frozenset({"draws"})
+
     def __init__(self, *, num_samples: int = 4, baseline: Baseline = "leave_one_out") -> None:
         check_baseline("score_function", baseline, num_samples)
         self.num_samples, self.baseline = num_samples, baseline
 
-    def __call__(self, distribution: TanhGaussianMixture, objective: Objective) -> Surrogate:
+    def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         with torch.no_grad():
             u = distribution.rsample_unsquashed((self.num_samples,))
         density = distribution.log_prob_unsquashed(u)

@@ -18,8 +18,15 @@ pays for the evolved action is then what it paid for the drawn one plus alpha ti
 
     alpha log pi_hat(a_L|s) - Q(s, a_L) = alpha log pi(a_0|s) - Q(s, a_0) + alpha (H_L - H_0),
 
-so an exact integration of Hamilton's equations changes neither actor loss nor critic target, only where the policy
-acts; what a force or a temperature gains beyond that is gained in energy.
+so an exact integration of Hamilton's equations changes the value of neither, only where the policy acts; what a force
+or a temperature gains beyond that is gained in energy.
+
+No derivative leads from u_L back to u_0. The chain rule through the leapfrog holds the curvature of Q. With curvature
+omega^2 of log_target in u, a trajectory of length eps L turns by the angle omega eps L: what leaves the curvature out
+is off by about cos(omega eps L), and beyond a quarter of a turn it has the wrong sign. A relu critic has all its
+curvature in kinks, where no automatic differentiation sees it. The identity above says what to do instead: the drawn
+action's cost is differentiated, and the change of energy, of which the value is enough, is the ``remainder`` that
+estimators multiply with a score (``estimators.base``).
 
 Source: this project's definition throughout (see the package). Salimans et al. (2015, arXiv 1410.6460) and Caterini et
 al. (2018, arXiv 1805.11328) bound a marginal likelihood in this way.
@@ -38,10 +45,10 @@ from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from pmoe_lightning.distributions import TanhBounds
 from pmoe_lightning.hamiltonian.forces import AbstractForce, Gated, Normalized, Raw
 from pmoe_lightning.hamiltonian.leapfrog import is_divergent, kinetic_energy, leapfrog, metropolis_accepts
-from pmoe_lightning.keys import beside
+from pmoe_lightning.modules.distributions import TanhBounds
+from pmoe_lightning.modules.keys import beside
 
 Pullback = Callable[[Float[Tensor, "Q *S"]], Float[Tensor, "*S A"]]
 ActionValue = Callable[[Float[Tensor, "*S A"]], tuple[Float[Tensor, "Q *S"], Pullback]]
@@ -64,7 +71,9 @@ class Evolution(NamedTuple):
     qvalue_gain: Float[Tensor, "*S"]
     """Q(s, a_L) - Q(s, a_0), detached, zero where the draw stays."""
     qvalue: Float[Tensor, "*S"]
-    """Q(s, a(u)), reduced as for the dynamics; differentiable in u with the dQ/da that they have computed anyway."""
+    """Q(s, a_L) or, where the draw stays, Q(s, a_0), reduced as for the dynamics; differentiable as ``u`` is."""
+    drawn_qvalue: Float[Tensor, "*S"]
+    """Q(s, a_0), differentiable in u_0 with the dQ/da that the dynamics have computed anyway."""
 
 
 class Trajectory(NamedTuple):
@@ -87,10 +96,10 @@ class HamiltonianTransform(nn.Module):
     where it was, with the log-density it had. With ``num_leapfrog_steps=0`` the transform does nothing and draws no
     random number.
 
-    What is differentiated: u_0, through positions, tanh and its Jacobian; the parameters of the force and the step
-    size. The action's gradient dQ/da enters as a constant: for a relu critic, which is linear in a almost everywhere,
-    that is all that automatic differentiation would find, but the curvature at its kinks is lost, so pathwise gradients
-    of the evolved action are exact for a critic that is linear in a and approximate for others.
+    What is differentiated: the parameters of the force and the step size, along the trajectory from a given u_0. There
+    dQ/da enters as a constant, which is exact for a critic that is linear in a and approximate for others; a step size
+    learned with the ``raw`` force is not to be trusted (docs/hamiltonian.md has sizes). u_0 is held fixed: see above
+    for what takes the place of its derivative.
 
     Args:
         force: see ``forces``.
@@ -184,6 +193,7 @@ class HamiltonianTransform(nn.Module):
             alpha: the temperature.
             metropolis: decide by Metropolis's rule, too.
         """
+        drawn, u = u, u.detach()
         momentum = momentum.expand_as(u)
         path = self.trajectory(u, momentum, observation=observation, qvalue=qvalue, bounds=bounds, alpha=alpha)
         end, gain = path.positions[-1], path.qvalues[-1] - path.qvalues[0]
@@ -199,9 +209,15 @@ class HamiltonianTransform(nn.Module):
             log_prob = torch.where(stays, log_prob, log_prob + heat)
         value = torch.where(stays, path.qvalues[0], path.qvalues[-1])
         slope = torch.where(stays.unsqueeze(-1), path.slopes[0], path.slopes[-1])
-        action = bounds.squash(evolved)
-        value = value + (slope * (action - action.detach())).sum(-1)
-        return Evolution(evolved, log_prob, energy_error, stays, gain.masked_fill(stays, 0.0), value)
+        return Evolution(
+            evolved,
+            log_prob,
+            energy_error,
+            stays,
+            gain.masked_fill(stays, 0.0),
+            _with_slope(value, slope, bounds.squash(evolved)),
+            _with_slope(path.qvalues[0], path.slopes[0], bounds.squash(drawn)),
+        )
 
     def trajectory(
         self,
@@ -397,6 +413,11 @@ def _check(num_steps: int, step_size: float, momentum_scale: float, temperature:
         raise ValueError(
             "action transform: metropolis needs temperature=1, because a tempered trajectory has no reverse"
         )
+
+
+def _with_slope(value: Float[Tensor, "*S"], slope: Float[Tensor, "*S A"], action: Float[Tensor, "*S A"]) -> Tensor:
+    """The value, with this derivative by the action."""
+    return value + (slope * (action - action.detach())).sum(-1)
 
 
 def _finite(gradient: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
-from pmoe_lightning.options import OptionActor, OptionPolicies
+from pmoe_lightning.modules.option_policies import OptionActor, OptionPolicies
 
 
 class DACLoss(LossModule):
@@ -24,10 +24,10 @@ class DACLoss(LossModule):
     The high objective reaches the master policy, the terminations and the trunk; the low one the Gaussian of the option
     taken and the trunk; the critic's loss the critic alone.
 
-    From the paper: the two augmented MDPs (see ``options``), the reward of the environment in both, one critic for
-    both, v_L(s,o) = q(s,o) and v_H(s,o') = sum_o pi_H(o|s,o') q(s,o), and PPO for both policies. Written without the
-    authors' program at hand, and so this project's own: the regression of q at the option taken on the low MDP's
-    target; one minibatch and one optimizer for both policies; the value of the state that follows a step (see
+    From the paper: the two augmented MDPs (see ``modules.option_policies``), the reward of the environment in both, one
+    critic for both, v_L(s,o) = q(s,o) and v_H(s,o') = sum_o pi_H(o|s,o') q(s,o), and PPO for both policies. Written
+    without the authors' program at hand, and so this project's own: the regression of q at the option taken on the low
+    MDP's target; one minibatch and one optimizer for both policies; the value of the state that follows a step (see
     ``estimate_advantages``); an entropy bonus for both policies; advantages that are normalised per minibatch, each
     policy's by themselves; Gaussians squashed into the action bounds. The low ratio scores the stored
     ``action_unsquashed``, for the reason given in ``PMOEPPOLoss``.
@@ -133,7 +133,7 @@ class DACLoss(LossModule):
 
     def _clipped(self, log_ratio: Float[Tensor, "*B"], advantage: Float[Tensor, "*B"]) -> Float[Tensor, ""]:
         """-mean min(ratio A, clip(ratio) A)."""
-        if self.normalize_advantage:
+        if self.normalize_advantage and advantage.numel() > 1:  # a single one has no deviation
             advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(1e-6)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)

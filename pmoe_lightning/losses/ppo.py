@@ -17,10 +17,11 @@ from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 
-from pmoe_lightning.actors import stated_bounds
-from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective
-from pmoe_lightning.keys import beside
+from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective, check_pair
+from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
+from pmoe_lightning.modules.distributions import TanhBounds
+from pmoe_lightning.modules.keys import beside
+from pmoe_lightning.modules.mixture import MixtureDistribution
 
 
 class PMOEPPOLoss(ClipPPOLoss):
@@ -41,7 +42,7 @@ class PMOEPPOLoss(ClipPPOLoss):
     the paper itself (Ren et al. 2021, arXiv 2104.09122) combines the two is not known to us.
 
     Args:
-        actor_network: an actor whose distribution is a ``TanhGaussianMixture``.
+        actor_network: an actor whose distribution offers what the estimators ask for (``modules.mixture``).
         critic_network: writes ``state_value``.
         qvalue_network: writes ``state_action_value``; required by ``routing``, unused otherwise.
         estimator: of the entropy's gradient; ``Marginalized`` by default, which is unbiased.
@@ -52,7 +53,9 @@ class PMOEPPOLoss(ClipPPOLoss):
             ``entropy_coeff`` per action head are refused: the estimator decides how the one entropy is drawn.
 
     Raises:
-        ValueError: ``routing`` without a ``qvalue_network``, or an argument that would be without effect.
+        ValueError: an estimator that cannot serve the distribution of the actor, here or, of an actor that is no
+            ``MixtureActor``, where it is first asked; ``routing`` without a ``qvalue_network``; or an argument that
+            would be without effect.
         TypeError: an argument that ``ClipPPOLoss`` does not have; TorchRL itself would ignore it.
     """
 
@@ -88,8 +91,12 @@ class PMOEPPOLoss(ClipPPOLoss):
         _check_arguments(arguments)
         if routing is not None and qvalue_network is None:
             raise ValueError("routing ranks the components by Q(s, a): give PMOEPPOLoss a qvalue_network")
+        estimator = Marginalized() if estimator is None else estimator
+        for needed in (estimator, routing) if isinstance(actor_network, MixtureActor) else ():
+            if needed is not None:
+                check_pair(needed, actor_network.distribution_class, actor_network.num_components)
         super().__init__(actor_network, critic_network, loss_critic_type=loss_critic_type, **arguments)
-        self.estimator = Marginalized() if estimator is None else estimator
+        self.estimator = estimator
         self.routing = routing
         if routing is not None and self.functional:
             shared = list(actor_network.parameters()) if self.separate_losses else None
@@ -121,9 +128,9 @@ class PMOEPPOLoss(ClipPPOLoss):
         """Within this context the network has these parameters; with ``functional=False`` it has its own."""
         return parameters.to_module(network, preserve_module_state=False) if self.functional else nullcontext()
 
-    def objective(self, tensordict: TensorDictBase | None, distribution: TanhGaussianMixture) -> Objective:
+    def objective(self, tensordict: TensorDictBase | None, distribution: MixtureDistribution) -> Objective:
         """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s), of the normalised action."""
-        bounds = TanhBounds.normalized(distribution.loc)
+        bounds = TanhBounds.normalized(distribution.low)
 
         def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
@@ -131,7 +138,8 @@ class PMOEPPOLoss(ClipPPOLoss):
 
         return objective
 
-    def _get_entropy(self, dist: TanhGaussianMixture, adv_shape: torch.Size) -> Float[Tensor, "*B 1"]:
+    def _get_entropy(self, dist: MixtureDistribution, adv_shape: torch.Size) -> Float[Tensor, "*B 1"]:
+        check_pair(self.estimator, type(dist))
         return -self.estimator(dist, self.objective(None, dist)).expected_cost.unsqueeze(-1)
 
     def _qvalue(self, tensordict: TensorDictBase) -> Tensor:
@@ -147,7 +155,7 @@ class PMOEPPOLoss(ClipPPOLoss):
         return self.qvalue_coeff * (qvalue - tensordict.get(self.tensor_keys.value_target)).square()
 
     def frequency_loss(
-        self, tensordict: TensorDictBase, distribution: TanhGaussianMixture
+        self, tensordict: TensorDictBase, distribution: MixtureDistribution
     ) -> tuple[Float[Tensor, "*B 1"], dict[str, Tensor]]:
         """The frequency loss with fresh samples of all components ranked by Q, and its diagnostics."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]

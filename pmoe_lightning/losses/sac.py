@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,12 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 from torchrl.objectives.utils import distance_loss
 
-from pmoe_lightning.actors import stated_bounds
-from pmoe_lightning.critics import (
+from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate, check_pair
+from pmoe_lightning.estimators.base import take_sample
+from pmoe_lightning.hamiltonian import ActionValue, Evolution, EvolveAction, HamiltonianTransform, differentiable
+from pmoe_lightning.hamiltonian.transform import Use
+from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
+from pmoe_lightning.modules.critics import (
     KnownProducts,
     Linear,
     QValueEnsemble,
@@ -24,11 +29,19 @@ from pmoe_lightning.critics import (
     stacked_qvalue,
     stacked_qvalue_at,
 )
-from pmoe_lightning.distributions import TanhBounds, TanhGaussianMixture
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate
-from pmoe_lightning.estimators.base import take_sample
-from pmoe_lightning.hamiltonian import ActionValue, EvolveAction, HamiltonianTransform, differentiable
-from pmoe_lightning.hamiltonian.transform import Use
+from pmoe_lightning.modules.distributions import TanhBounds
+from pmoe_lightning.modules.mixture import MixtureDistribution
+
+
+class CriticTarget(NamedTuple):
+    """What the critics learn at the states [*B] of a minibatch, without a gradient."""
+
+    value: Float[Tensor, "*B"]
+    """y."""
+    entropy: Float[Tensor, "*B"]
+    """-log pi of the next action, which is a plain draw of the mixture."""
+    action: Float[Tensor, "*B A"]
+    """The next action, normalised, and evolved where the target uses a transform."""
 
 
 class PMOESACLoss(SACLoss):
@@ -37,7 +50,10 @@ class PMOESACLoss(SACLoss):
         loss_qvalue = sum_i (Q_i(s, a) - y)^2
                   y = r + gamma (1 - terminated) [min_i Qbar_i(s', a') - alpha log pi(a'|s')]
         loss_actor  = estimate of E_{a ~ pi}[alpha log pi(a|s) - min_i Q_i(s, a)]
-        loss_alpha  = -log alpha (log pi + target entropy)
+        loss_alpha  = -log alpha (target entropy - regulated entropy)
+
+        regulated_entropy = minus what the estimator takes for E[log pi(a|s)], a transform's score included
+        entropy           = estimate of E_{s', a' ~ pi(.|s')}[-log pi(a'|s')], with the draws of the critics' target
 
     Each loss reaches exactly its own parameters, so the sum of all ``loss_*`` entries is stepped by one optimizer. A
     truncated transition bootstraps, a terminated one does not. With one component the losses and gradients equal
@@ -48,7 +64,7 @@ class PMOESACLoss(SACLoss):
     Minibatches hold actions in the units of the environment, in which the actor acts and scores.
 
     Args:
-        actor_network: an actor whose distribution is a ``TanhGaussianMixture``.
+        actor_network: an actor whose distribution offers what the estimator asks for (``modules.mixture``).
         qvalue_network: a list of critics, stacked with their own initial weights.
         estimator: the gradient estimator of the actor; ``estimator.log_prob`` decides whether the mixture's or the
             drawing component's log-density enters the critic target and the temperature loss too.
@@ -58,8 +74,14 @@ class PMOESACLoss(SACLoss):
         **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...), but for
             ``value_network`` and ``skip_done_states``, which are refused.
 
+    Raises:
+        ValueError: the estimator cannot serve the distribution of the actor, here or, of an actor that is no
+            ``MixtureActor``, where it is first asked; or an argument that is refused.
+
     Output keys: ``loss_actor``, ``loss_qvalue``, ``loss_alpha``, the estimator's auxiliary losses (such as
-    ``loss_frequency``), ``alpha``, ``entropy``, and the estimator's diagnostics.
+    ``loss_frequency``), ``alpha``, ``regulated_entropy``, ``entropy``, and the estimator's diagnostics. The two
+    entropies are equal in expectation where an estimator asks about plain draws of the mixture, no transform changes
+    them, and s and s' are alike; ``entropy`` is the policy's, before a transform, always.
 
     Example:
         >>> loss = PMOESACLoss(actor, [make_qvalue_network(17, 6) for _ in range(2)], estimator=Frequency())
@@ -81,13 +103,16 @@ class PMOESACLoss(SACLoss):
         for name in ("value_network", "skip_done_states"):
             if arguments.get(name) not in (None, False):
                 raise ValueError(f"PMOESACLoss has no {name}: its target needs the critics and all next states alone")
+        estimator = Marginalized() if estimator is None else estimator
+        if isinstance(actor_network, MixtureActor):
+            check_pair(estimator, actor_network.distribution_class, actor_network.num_components)
         if isinstance(qvalue_network, Sequence):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))
         super().__init__(actor_network, qvalue_network, loss_function=loss_function, **arguments)
         for name, bound in zip(("low", "high"), stated_bounds(actor_network, self._action_spec), strict=True):
             self.register_buffer(f"action_{name}", bound.to(self.log_alpha), persistent=False)
-        self.estimator = Marginalized() if estimator is None else estimator
+        self.estimator = estimator
         self.action_transform = action_transform
         # TorchRL creates this buffer at its first use; a state dict written before would not fit one written after.
         _ = self.target_entropy
@@ -132,58 +157,84 @@ class PMOESACLoss(SACLoss):
         return TanhBounds(self.action_low, self.action_high).normalize(action)
 
     def qvalue_v2_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reduced critic loss, and ``td_error`` [*B], the largest of the critics."""
-        target = self._compute_target_v2(tensordict)
+        """The reduced critic loss; ``td_error`` [*B], the largest of the critics, ``entropy`` and ``next_action``."""
+        target, entropy, next_action = self._critic_target(tensordict)
         action = self.normalize_action(tensordict.get(self.tensor_keys.action))
         values = self.qvalues(tensordict, action, self.qvalue_network_params)
         loss = distance_loss(values, target.expand_as(values), loss_function=self.loss_function).sum(0)
         weights = self._maybe_get_priority_weight(tensordict)
         td_error = (values - target).detach().abs().max(0).values
-        return self._reduce_loss(loss, tensordict=tensordict, weights=weights), {"td_error": td_error}
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights), {
+            "td_error": td_error,
+            "entropy": entropy,
+            "next_action": next_action,
+        }
 
-    def _distribution(self, tensordict: TensorDictBase) -> TanhGaussianMixture:
+    def _distribution(self, tensordict: TensorDictBase) -> MixtureDistribution:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(tensordict)
 
-    @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
+        return self._critic_target(tensordict).value
+
+    @torch.no_grad()
+    def _critic_target(self, tensordict: TensorDictBase) -> CriticTarget:
         next_tensordict = tensordict.get("next")
         distribution = self._distribution(next_tensordict)
-        u, log_prob = _draw(distribution, self.estimator.log_prob)
-        u, log_prob, *_ = self._evolution("critic_target", next_tensordict, distribution)(u, log_prob)
+        u, log_prob, log_prob_of_mixture = _draw(distribution, self.estimator.log_prob)
         bounds = TanhBounds.normalized(u)
+        entropy = bounds.log_abs_det_jacobian(u) - log_prob_of_mixture
+        evolve = self._evolution("critic_target", next_tensordict, distribution)
+        if evolve is not None:
+            u, log_prob, *_ = evolve(u, log_prob)
         log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-        next_value = self.target_value(next_tensordict, bounds.squash(u)) - self._alpha * log_prob
+        action = bounds.squash(u)
+        next_value = self.target_value(next_tensordict, action) - self._alpha * log_prob
         bootstrapped = tensordict.clone(False)
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
-        return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
+        return CriticTarget(self.value_estimator.value_estimate(bootstrapped).squeeze(-1), entropy, action)
 
     def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
         """What the critics learn of the next action, besides its entropy: min_i Qbar_i(s', a')."""
         return self.qvalues(next_tensordict, action, self.target_qvalue_network_params).min(0).values
 
-    def objective(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> Objective:
-        """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a)."""
+    def objective(self, tensordict: TensorDictBase, distribution: MixtureDistribution) -> Objective:
+        """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a).
+
+        With an action transform a is the evolved action. Its cost is that of the drawn one, which is differentiated as
+        it would be without a transform, and a remainder, alpha times the change of energy where ``log_prob=joint``.
+        """
         evolve = self._evolution("actor_loss", tensordict, distribution)
-        bounds = TanhBounds.normalized(distribution.loc)
+        bounds = TanhBounds.normalized(distribution.low)
 
-        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-            u, log_prob, qvalue, diagnostics = evolve(u, log_prob)
-            products = KnownProducts()
-
-            def choose(sample: Tensor) -> Evaluation:
-                of_sample = None if qvalue is None else take_sample(qvalue, sample)
-                return evaluate(take_sample(u, sample), take_sample(log_prob, sample), of_sample, products.of(sample))
-
-            return evaluate(u, log_prob, qvalue, products)._replace(diagnostics=diagnostics, choose=choose)
-
-        def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor | None, linear: Linear) -> Evaluation:
+        def evaluate(
+            u: Tensor, log_prob: Tensor, qvalue: Tensor | None = None, linear: Linear | None = None
+        ) -> Evaluation:
             if qvalue is None:
                 qvalue = self.actor_value(tensordict, bounds.squash(u), linear)
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
             return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
-        return objective
+        def of_draws(u: Tensor, log_prob: Tensor) -> Evaluation:
+            products = KnownProducts()
+
+            def choose(sample: Tensor) -> Evaluation:
+                return evaluate(take_sample(u, sample), take_sample(log_prob, sample), linear=products.of(sample))
+
+            return evaluate(u, log_prob, linear=products)._replace(choose=choose)
+
+        def of_evolved(u: Tensor, log_prob: Tensor) -> Evaluation:
+            evolution = evolve(u, log_prob.detach())
+            # The dynamics know the values that are asked for, unless they climb another reduction of the critics.
+            known = self.action_transform.critic_reduction == "min"
+            values = (evolution.drawn_qvalue, evolution.qvalue) if known else (None, None)
+            drawn = evaluate(u, log_prob, values[0])
+            evolved = evaluate(evolution.u, evolution.log_prob, values[1])
+            remainder = evolved.cost - drawn.cost.detach()
+            diagnostics = self.action_transform.diagnose(u, evolution, bounds)
+            return evolved._replace(cost=drawn.cost + remainder, remainder=remainder.detach(), diagnostics=diagnostics)
+
+        return of_draws if evolve is None else of_evolved
 
     def actor_value(
         self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None
@@ -192,30 +243,23 @@ class PMOESACLoss(SACLoss):
         return self.qvalues(tensordict, action, frozen(self.qvalue_network_params), linear).min(0).values
 
     def _evolution(
-        self, use: Use, tensordict: TensorDictBase, distribution: TanhGaussianMixture
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]]:
-        """Maps unsquashed draws and their log-densities to evolved ones, and says how that went.
+        self, use: Use, tensordict: TensorDictBase, distribution: MixtureDistribution
+    ) -> Callable[[Tensor, Tensor], Evolution] | None:
+        """What evolves unsquashed draws with their log-densities; None where no transform is used.
 
-        Third comes ``actor_value`` of the evolved actions where evolving them has found it out, otherwise None. The
-        momentum is drawn here, once: every sample of a state, and every call, evolves with the same.
+        The momentum is drawn here, once: every sample of a state, and every call, evolves with the same.
         """
         transform = self.action_transform
         if transform is None or not transform.is_used_in(use):
-            return lambda u, log_prob: (u, log_prob, None, {})
-        momentum = transform.sample_momentum(distribution.loc[..., 0, :])
-        state = self.state_of(tensordict, distribution)
+            return None
+        like = distribution.low.expand(*distribution.batch_shape, *distribution.event_shape)
+        momentum = transform.sample_momentum(like)
+        return partial(transform, momentum=momentum, **self.state_of(tensordict, distribution))
 
-        def evolve(u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
-            evolution = transform(u, log_prob, momentum, **state)
-            qvalue = evolution.qvalue if transform.critic_reduction == "min" else None
-            return evolution.u, evolution.log_prob, qvalue, transform.diagnose(u, evolution, state["bounds"])
-
-        return evolve
-
-    def state_of(self, tensordict: TensorDictBase, distribution: TanhGaussianMixture) -> dict[str, Any]:
+    def state_of(self, tensordict: TensorDictBase, distribution: MixtureDistribution) -> dict[str, Any]:
         """What the action transform must know of the states of the tensordict: keywords of its ``forward``."""
         observation, qvalue = tensordict.get(self.actor_network.in_keys[0]), self.action_value(tensordict)
-        bounds = TanhBounds.normalized(distribution.loc)
+        bounds = TanhBounds.normalized(distribution.low)
         return {"observation": observation, "qvalue": qvalue, "bounds": bounds, "alpha": self._alpha}
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
@@ -229,6 +273,17 @@ class PMOESACLoss(SACLoss):
             observation = tensordict.get(network.in_keys[0])
             return stacked_qvalue_at(network.module, parameters["module"], observation)
         return differentiable(lambda action: self.qvalues(tensordict, action, parameters))
+
+    def parameter_groups(self, *, lr_actor: float, lr_qvalue: float, lr_alpha: float) -> list[dict[str, Any]]:
+        """What each loss trains, for one optimizer: the actor with its transform, the critics, the temperature."""
+        acting = list(self.actor_network_params.parameters())
+        if self.action_transform is not None:
+            acting += self.action_transform.parameters()
+        groups = [
+            {"params": acting, "lr": lr_actor, "name": "actor"},
+            {"params": list(self.qvalue_network_params.parameters()), "lr": lr_qvalue, "name": "qvalue"},
+        ]
+        return groups if self.fixed_alpha else [*groups, {"params": [self.log_alpha], "lr": lr_alpha, "name": "alpha"}]
 
     def acting_policy(self, actor: TensorDictModuleBase) -> TensorDictModuleBase:
         """The actor, followed by the action transform where that is used in acting, with the live critics.
@@ -258,6 +313,7 @@ class PMOESACLoss(SACLoss):
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
         """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
         distribution = self._distribution(tensordict)
+        check_pair(self.estimator, type(distribution))
         return self.estimator(distribution, self.objective(tensordict, distribution))
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
@@ -276,7 +332,7 @@ class PMOESACLoss(SACLoss):
     def out_keys(self) -> list:
         if self._out_keys is None:
             losses = ["loss_actor", "loss_qvalue", "loss_alpha", *self.estimator.auxiliary_losses]
-            self._out_keys = [*losses, "alpha", "entropy"]
+            self._out_keys = [*losses, "alpha", "regulated_entropy", "entropy"]
         return self._out_keys
 
     @out_keys.setter
@@ -285,6 +341,10 @@ class PMOESACLoss(SACLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._losses(tensordict)[0]
+
+    def _losses(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Float[Tensor, "*B A"]]:
+        """What ``forward`` returns, and the next action that the critics' target was taken at."""
         loss_qvalue, qvalue_metadata = self.qvalue_v2_loss(tensordict)
         loss_actor, metadata = self.actor_loss(tensordict)
         weights = self._maybe_get_priority_weight(tensordict)
@@ -293,14 +353,15 @@ class PMOESACLoss(SACLoss):
         tensordict.set(self.tensor_keys.priority, qvalue_metadata["td_error"])
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_alpha": loss_alpha}
         losses |= metadata["auxiliary"]
-        scalars = {"alpha": self._alpha, "entropy": -metadata["log_prob"].mean()}
+        entropies = {"regulated_entropy": -metadata["log_prob"].mean(), "entropy": qvalue_metadata["entropy"].mean()}
+        scalars = {"alpha": self._alpha, **entropies}
         if self.reduction != "none":
-            return TensorDict({**losses, **scalars, **metadata["diagnostics"]})
+            return TensorDict({**losses, **scalars, **metadata["diagnostics"]}), qvalue_metadata["next_action"]
         out = TensorDict(losses, batch_size=tensordict.batch_size)
         if self.scalar_output_mode == "non_tensor":
             for name, value in scalars.items():
                 out.set_non_tensor(name, value)
-        return out
+        return out, qvalue_metadata["next_action"]
 
 
 def frozen(parameters: TensorDictParams) -> TensorDictBase:
@@ -312,13 +373,14 @@ def frozen(parameters: TensorDictParams) -> TensorDictBase:
     return parameters._fast_apply(Tensor.detach)
 
 
-def _draw(distribution: TanhGaussianMixture, scoring: str) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"]]:
-    """An unsquashed action, and its log-density under the mixture or under the component that drew it."""
+def _draw(
+    distribution: MixtureDistribution, scoring: str
+) -> tuple[Float[Tensor, "*B A"], Float[Tensor, "*B"], Float[Tensor, "*B"]]:
+    """An unsquashed action, its log-density under the mixture or under the component that drew it, and the former."""
     if scoring == "mixture":
         u = distribution.rsample_unsquashed()
-        return u, distribution.log_prob_unsquashed(u)
+        log_prob = distribution.log_prob_unsquashed(u)
+        return u, log_prob, log_prob
     component = distribution.sample_component()
-    loc, scale = (distribution.take_component(value, component) for value in (distribution.loc, distribution.scale))
-    drawn = TanhGaussianMixture(loc.new_zeros(*loc.shape[:-1], 1), loc.unsqueeze(-2), scale.unsqueeze(-2))
-    u = drawn.rsample_unsquashed()
-    return u, drawn.log_prob_unsquashed(u)
+    u = distribution.rsample_given(component)
+    return u, distribution.log_prob_given(u, component), distribution.log_prob_unsquashed(u)

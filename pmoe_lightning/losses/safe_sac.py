@@ -12,14 +12,15 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
-from pmoe_lightning.critics import Linear, QValueEnsemble
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
 from pmoe_lightning.losses.sac import PMOESACLoss, frozen
-from pmoe_lightning.safety import CostConstraint, SafePolicy, SafeValues, constrained_value
+from pmoe_lightning.modules.critics import Linear, QValueEnsemble
+from pmoe_lightning.safe.candidates import SafePolicy
+from pmoe_lightning.safe.constraint import CostConstraint, SafeValues, constrained_value
 
 
 class SafeSACLoss(PMOESACLoss):
-    r"""A ``PMOESACLoss`` whose actor also pays for cost, at a price that the constraint sets; see ``safety``.
+    r"""A ``PMOESACLoss`` whose actor also pays for cost, at a price that the constraint sets; see ``safe``.
 
         loss_cost       = sum_j (Q_c,j(s, a) - y_c)^2
                     y_c = c + gamma_c (1 - terminated) max_j Qbar_c,j(s', a')
@@ -28,8 +29,9 @@ class SafeSACLoss(PMOESACLoss):
 
     a' is the draw that the reward's target uses. y_c predicts the cost of the present policy after the one step that
     was taken; its mean over the minibatch is what the multiplier compares with the limit, so states count as often as
-    they are in the replay buffer. At nu = 0 the multiplier is not pushed further down (projected ascent on the dual): a
-    softplus would go on shrinking while all is safe, and need as long to return.
+    they are in the replay buffer. At nu = 0 the multiplier is not pushed further down (ascent on the dual): a softplus
+    would go on shrinking while all is safe, and need as long to return. Adam's momentum carries the parameter a few of
+    its steps below zero, where nu is zero.
 
     Each loss reaches exactly its own parameters. The minibatch needs ("next", "cost") [*B, 1].
 
@@ -85,13 +87,16 @@ class SafeSACLoss(PMOESACLoss):
         cost = self.qvalues(tensordict, action, frozen(self.cost_network_params), linear).max(0).values
         return super().actor_value(tensordict, action, linear) - self.nu * cost
 
-    def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
-        next_tensordict.set(self.tensor_keys.action, action)  # for the cost's own target
-        return super().target_value(next_tensordict, action)
-
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         cost = self.frozen_value(tensordict, self.cost_network_params)
         return constrained_value(super().action_value(tensordict), cost, self.nu)
+
+    def parameter_groups(self, *, lr_actor: float, lr_qvalue: float, lr_alpha: float) -> list[dict[str, Any]]:
+        """Also the critics of the cost, at the rate of the others, and the multiplier, at that of the constraint."""
+        critics = {"params": list(self.cost_network_params.parameters()), "lr": lr_qvalue, "name": "cost"}
+        multiplier = {"params": [self.multiplier], "lr": self.constraint.lr_multiplier, "name": "multiplier"}
+        groups = super().parameter_groups(lr_actor=lr_actor, lr_qvalue=lr_qvalue, lr_alpha=lr_alpha)
+        return [*groups, critics, multiplier]
 
     def acting_values(self) -> SafeValues:
         cost = QValueEnsemble(self.qvalue_network.module, self.cost_network_params)
@@ -105,18 +110,17 @@ class SafeSACLoss(PMOESACLoss):
         return SafePolicy(policy, values, self.constraint, *bounds, observation_key=self.qvalue_network.in_keys[0])
 
     @torch.no_grad()
-    def cost_target(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
-        """y_c of a tensordict that holds ("next", "action"), normalised."""
+    def cost_target(self, tensordict: TensorDictBase, next_action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
+        """y_c with the normalised action that follows."""
         following = tensordict.get("next")
-        action = following.get(self.tensor_keys.action)
-        value = self.qvalues(following, action, self.target_cost_network_params).max(0).values
+        value = self.qvalues(following, next_action, self.target_cost_network_params).max(0).values
         goes_on = ~following.get("terminated").squeeze(-1)
         return following.get("cost").squeeze(-1) + self.constraint.gamma * goes_on * value
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        out = super().forward(tensordict)
-        target = self.cost_target(tensordict)
+        out, next_action = self._losses(tensordict)
+        target = self.cost_target(tensordict, next_action)
         action = self.normalize_action(tensordict.get(self.tensor_keys.action))
         predicted = self.qvalues(tensordict, action, self.cost_network_params)
         weights = self._maybe_get_priority_weight(tensordict)

@@ -10,7 +10,7 @@ _HOMES = {
     "run_status": "logger",
     "check_server": "server",
     "without_secrets": "address",
-    "first_line": "address",
+    "store_line": "address",
     "runs_page": "address",
     "run_name": "naming",
     "describe_run": "naming",
@@ -18,6 +18,10 @@ _HOMES = {
     "describe_sweep": "naming",
     "provenance": "origin",
     "log_policy_model": "policy_model",
+    "queue_policy_model": "policy_model",
+    "load_policy": "references",
+    "resolve_checkpoint": "references",
+    "close_what_was_left": "leftovers",
 }
 __all__ = sorted(_HOMES)
 __getattr__ = load_on_first_use(__name__, _HOMES)

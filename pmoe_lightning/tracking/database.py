@@ -6,6 +6,7 @@ what they leave can be opened by none.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import sqlite3
@@ -13,14 +14,21 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from pmoe_lightning.errors import RunError
-from pmoe_lightning.tracking.address import first_line
+from pmoe_lightning.errors import RunError, error_line
+from pmoe_lightning.tracking.address import store_line
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 #: A database without its tables that nobody has touched for so long is not being made by somebody else.
 _ABANDONED_SECONDS = 30.0
 _PATIENCE_SECONDS = 5.0
+#: What SQLite keeps beside a database while it writes, by the end of its name.
+_COMPANIONS = ("-journal", "-wal", "-shm")
+_ROWS_OF_A_NEW_STORE = ("alembic_version", "experiments", "workspaces")
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +55,16 @@ def database_file(uri: str) -> Path | None:
     return None if name in ("", ":memory:") else Path(name)
 
 
+def absolute_uri(uri: str) -> str:
+    """The URI, which names the same SQLite file in whatever folder it is read; any other as it is."""
+    from sqlalchemy.engine import make_url
+
+    if not uri.startswith("sqlite") or database_file(uri) is None or "file:" in uri:
+        return uri
+    url = make_url(uri)
+    return url.set(database=str(Path(url.database).absolute())).render_as_string(hide_password=False)
+
+
 def check_database(uri: str) -> None:
     """Return quietly when the file of this SQLite URI can be used, or made.
 
@@ -62,7 +80,7 @@ def check_database(uri: str) -> None:
                 connection.execute("pragma schema_version")
         except sqlite3.Error as error:
             raise RunError(
-                f"the tracking database {database} cannot be used ({error}); set MLFLOW_TRACKING_URI"
+                f"the tracking database {database} cannot be used ({error_line(error)}); set MLFLOW_TRACKING_URI"
             ) from None
         writable = os.access(database, os.W_OK)
     else:
@@ -72,38 +90,111 @@ def check_database(uri: str) -> None:
         raise RunError(f"the tracking database {database} cannot be written; set MLFLOW_TRACKING_URI to another place")
 
 
+def check_database_exists(uri: str) -> None:
+    """Return quietly where this is no SQLite URI, or one whose file is there: a client would make an empty one.
+
+    Raises:
+        RunError: it is not there.
+    """
+    OpenDatabase(None, uri).reopen()
+
+
+class OpenDatabase:
+    """The file of a SQLite store that a client holds open; does nothing for any other store.
+
+    SQLite goes on with a file that was moved, replaced or damaged, as long as a connection is open, and makes an empty
+    one where it finds none.
+    """
+
+    def __init__(self, client: MlflowClient | None, uri: str) -> None:
+        self._client = client
+        self._file = database_file(uri) if uri.startswith("sqlite") else None
+
+    def reopen(self) -> None:
+        """Let what is asked next be answered by the file that lies there now.
+
+        Raises:
+            RunError: there is none.
+        """
+        if self._file is None:
+            return
+        if not self._file.exists() or not self._file.stat().st_size:
+            raise RunError(f"the tracking database {self._file} is gone")
+        if self._client is not None:
+            self._client._tracking_client.store.engine.dispose()
+
+
 def make_database(uri: str) -> None:
     """Make the SQLite store of this URI, unless it is there; another process that makes it is waited for.
 
-    It is made beside its place and renamed, so that it is never there by halves. One of an older MLflow is left to
-    MLflow, which brings it up to date or says how to; that too is done by one process.
+    It is made beside its place and renamed, so that it is never there by halves, and what killed processes have left of
+    it is removed. The half of one that another program has begun in its place gives way to a new one. One of an older
+    MLflow is left to MLflow, which says how to bring it up to date.
 
     Raises:
-        RunError: it cannot be made, or is the broken rest of an earlier attempt.
+        RunError: it cannot be made or used.
     """
     check_database(uri)
     database = database_file(uri)
-    if database is None or _is_current(database):
+    if database is None:
+        return
+    lock, is_current = database.with_name(f"{database.name}.lock"), _is_current(database)
+    if is_current and not (lock.exists() or _leftovers(database)):
         return
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(database.with_name(f"{database.name}.lock")):
+        with _alone(lock):
+            for leftover in _leftovers(database):
+                leftover.unlink(missing_ok=True)
             _wait_for_others(database)
-            if not (database.exists() and database.stat().st_size):
-                _make(database)
-            elif not _is_current(database):
-                _open(database)
+            if _is_current(database):
+                return
+            if database.exists() and database.stat().st_size:
+                if not _holds_nothing(database):
+                    _open(database)
+                    return
+                _set_aside(database)
+            _make(database)
     except OSError as error:
-        raise RunError(f"the tracking database {database} cannot be made: {error.strerror or error}") from error
+        if not is_current:
+            raise RunError(f"the tracking database {database} cannot be made: {error.strerror or error}") from error
+
+
+def _leftovers(database: Path) -> list[Path]:
+    """What processes that were killed while they made the database have left; made and removed within the lock."""
+    return list(database.parent.glob(f"{glob.escape(database.name)}.*.partial*"))
 
 
 def _make(database: Path) -> None:
     partial = database.with_name(f"{database.name}.{os.getpid()}.partial")
     try:
         _open(partial)
+        for kind in _COMPANIONS:  # SQLite would take one that another database has left here for its own
+            database.with_name(database.name + kind).unlink(missing_ok=True)
         partial.replace(database)
     finally:
-        partial.unlink(missing_ok=True)
+        for path in (partial, *(partial.with_name(partial.name + kind) for kind in _COMPANIONS)):
+            path.unlink(missing_ok=True)
+
+
+def _set_aside(database: Path) -> None:
+    aside = database.with_name(f"{database.name}.interrupted")
+    for kind in ("", *_COMPANIONS):
+        path = database.with_name(database.name + kind)
+        if path.exists():
+            path.replace(aside.with_name(aside.name + kind))
+    _log.warning("%s was the rest of an interrupted start; it is %s now", database, aside.name)
+
+
+def _holds_nothing(database: Path) -> bool:
+    """Whether nothing is in there but what MLflow puts into a new store."""
+    try:
+        with closing(sqlite3.connect(database, timeout=_PATIENCE_SECONDS)) as connection:
+            tables = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
+            rows = {name: connection.execute(f'select count(*) from "{name}"').fetchone()[0] for name in tables}
+    except sqlite3.Error:
+        return False
+    return all(count <= (name in _ROWS_OF_A_NEW_STORE) for name, count in rows.items())
 
 
 def _open(database: Path) -> None:
@@ -119,8 +210,8 @@ def _open(database: Path) -> None:
         SqlAlchemyStore(str(uri), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
     except (MlflowException, SQLAlchemyError) as error:
         raise RunError(
-            f"the tracking database {database} cannot be brought up to date ({first_line(error)}): it may be the rest "
-            "of an interrupted start, then remove it; else set MLFLOW_TRACKING_URI to another"
+            f"the tracking database {database} cannot be brought up to date ({store_line(error)}): "
+            "set MLFLOW_TRACKING_URI to another"
         ) from error
 
 

@@ -4,16 +4,17 @@ import json
 import logging
 import os
 import re
-import signal
+import shlex
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import mlflow
 from lightning.fabric.utilities.logger import _convert_params
@@ -21,19 +22,22 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from mlflow.entities import Experiment, Param, RunTag
+from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 from sqlalchemy.exc import SQLAlchemyError
 
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.tracking.address import first_line, without_secrets
-from pmoe_lightning.tracking.delivery import Delivery
+from pmoe_lightning.processes.stopping import STOP_CODES, stop
+from pmoe_lightning.tracking.address import store_line, without_secrets
+from pmoe_lightning.tracking.database import absolute_uri
+from pmoe_lightning.tracking.delivery import Delivery, NotConfirmed, read_run
+from pmoe_lightning.tracking.leftovers import close_spool, find_started
 from pmoe_lightning.tracking.naming import EXPERIMENT_NOTE, NOTE, is_invented
 from pmoe_lightning.tracking.origin import provenance
 from pmoe_lightning.tracking.server import check_server, prepare_store
-from pmoe_lightning.tracking.spool import Spool
+from pmoe_lightning.tracking.spool import SET_ASIDE, START_TAG, Identity, Spool
 from pmoe_lightning.tracking.stay_killed import stay_killed
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
@@ -45,17 +49,18 @@ _MAX_VALUE_LENGTH = 6000
 #: A longer tag is cut; MLflow itself allows 8,000 characters today and 5,000 before.
 MAX_TAG_LENGTH = 5000
 _DEFAULT_EXPERIMENT = "0"
-_MAX_PARAMS_PER_REQUEST = 100
 _EXIT_PATIENCE_SECONDS = 15.0
+_OPENING_PATIENCE_SECONDS = 30.0
+_ANSWER_PATIENCE_SECONDS = 10
 _log = logging.getLogger(__name__)
 
 
 def run_status(error: BaseException | None) -> str:
-    """MLflow's word for how a run ended: ``FINISHED``, ``KILLED`` (Ctrl-C, SIGTERM) or ``FAILED``."""
+    """MLflow's word for how a run ended: ``FINISHED``, ``KILLED`` (Ctrl-C, SIGTERM, SIGHUP) or ``FAILED``."""
     if error is None:
         return "FINISHED"
     stopped = isinstance(error, (KeyboardInterrupt, SIGTERMException)) or (
-        isinstance(error, SystemExit) and error.code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        isinstance(error, SystemExit) and error.code in STOP_CODES
     )
     return "KILLED" if stopped else "FAILED"
 
@@ -113,12 +118,14 @@ class MLflowLogger(MLFlowLogger):
                 tags={key: _tag(value) for key, value in (tags or {}).items()},
             )
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise RunError(f"cannot open the MLflow store {without_secrets(uri)}: {first_line(error)}") from error
+            raise RunError(f"cannot open the MLflow store {without_secrets(uri)}: {store_line(error)}") from error
         if experiment_name is None:
             self._experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        self._store = absolute_uri(uri)  # for a process in another folder
         self._parent_run_id = opened if nested and not run_id else None
         self._flush_seconds = flush_seconds
-        self._spool_folder = spool
+        self._spool_folder, self._spool = spool, None
+        self._start = uuid4().hex
         self._last_steps: dict[str, int] = {}
         self._status: str | None = None
         self._started = False
@@ -143,10 +150,9 @@ class MLflowLogger(MLFlowLogger):
         run_id = self.run_id
         origin = provenance()
         tags = {key: str(value) for key in ("git_commit", "git_dirty") if (value := origin[key]) is not None}
-        tags |= {"python": origin["python"], "platform": origin["platform"]}
-        if description and NOTE not in self.experiment.get_run(run_id).data.tags:
-            tags[NOTE] = description
-        self.set_tags(tags)
+        self.set_tags(tags | {"python": origin["python"], "platform": origin["platform"]})
+        if description:
+            self._writer.put("tags", {"tags": {NOTE: _tag(description)}, "only_new": True})
         self.log_dict(origin, "versions.json")
         return run_id
 
@@ -158,64 +164,87 @@ class MLflowLogger(MLFlowLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> MlflowClient:
-        """The MLflow client; opens the run on first use.
+        """The MLflow client; opens the run on first use, and is patient for a while with a store that does not answer.
 
         Raises:
             RunError: when the run cannot be opened.
         """
-        if not self._initialized:
+        deadline = time.monotonic() + _OPENING_PATIENCE_SECONDS
+        while not self._initialized:
             try:
-                self._open()
-            except (MlflowException, OSError) as error:
-                where = without_secrets(self._tracking_uri)
-                raise RunError(f"cannot open an MLflow run in {where}: {first_line(error)}") from error
-            self._initialized = True
+                with _asking_once():
+                    self._open()
+                self._initialized = True
+            except (MlflowException, OSError, NotConfirmed) as error:
+                if time.monotonic() > deadline or not _may_pass(error):
+                    where = without_secrets(self._tracking_uri)
+                    raise RunError(f"cannot open an MLflow run in {where}: {store_line(error)}") from error
+                time.sleep(1.0)
+                stop.raise_if_asked()
         return self._mlflow_client
-
-    def _make_writer(self) -> BackgroundWriter:
-        spool = Spool(self._spool_folder or tempfile.mkdtemp(prefix="mlflow-spool-"))
-        spool.identify(self._tracking_uri, self._run_id)
-        delivery = Delivery(self._mlflow_client, self._tracking_uri, self._run_id)
-        return BackgroundWriter(spool, delivery.deliver, period=self._flush_seconds)
 
     def _open(self) -> None:
         mlflow.set_tracking_uri(self._tracking_uri)
-        client = self._mlflow_client
+        if self._spool is None:
+            folder = Path(self._spool_folder or tempfile.mkdtemp(prefix="mlflow-spool-"))
+            self._spool = self._take_spool(folder)
         if self._run_id is not None:
-            run = client.get_run(self._run_id)
-            if run.info.lifecycle_stage == "deleted":
-                raise MlflowException(f"run {self._run_id} was deleted; restore it or start a new one")
-            self._experiment_id = run.info.experiment_id
-            if run.info.status != "RUNNING":
-                client.update_run(self._run_id, status="RUNNING")
-            if self._run_name and is_invented(run.info.run_name):
-                client.update_run(self._run_id, name=self._run_name)
-            self._describe_experiment(client.get_experiment(self._experiment_id))
-            for key, value in self.tags.items():
-                client.set_tag(self._run_id, key, value)
-            self._writer = self._make_writer()
-            self._last_steps = self._find_last_steps(run.data.metrics)
-            return
+            self._continue_run()
+        else:
+            self._create_run()
+        self._delivery = Delivery(self._mlflow_client, self._tracking_uri, self._run_id)
+        self._writer = BackgroundWriter(self._spool, self._delivery.deliver, period=self._flush_seconds)
+
+    def _take_spool(self, folder: Path) -> Spool:
+        """The spool in this folder, with what an earlier process of this same run has left; no other run's."""
+        if self._run_id is not None:
+            spool, own = Spool(folder), Identity(without_secrets(self._store), self._run_id)
+            with suppress(OSError, ValueError):
+                if spool.identity() == own:
+                    return spool
+        close_spool(folder)
+        return Spool(folder)
+
+    def _continue_run(self) -> None:
+        client = self._mlflow_client
+        run = read_run(client, self._run_id)
+        if run.info.lifecycle_stage == "deleted":
+            raise RunError(f"run {self._run_id} was deleted; restore it or start a new one")
+        self._spool.identify(self._store, self._run_id)
+        self._experiment_id = run.info.experiment_id
+        if run.info.status != "RUNNING":
+            client.update_run(self._run_id, status="RUNNING")
+        if self._run_name and is_invented(run.info.run_name):
+            client.update_run(self._run_id, name=self._run_name)
+        self._describe_experiment(client.get_experiment(self._experiment_id))
+        self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        for entry in self._spool.entries():
+            if entry.kind == "status":  # how the run had ended; it is running again
+                self._spool.remove([entry])
+            for name, _, _, step in entry.values.get("points", ()):
+                self._last_steps[name] = max(step, self._last_steps.get(name, -1))
+        if self.tags:
+            self._spool.put("tags", {"tags": self.tags})
+
+    def _create_run(self) -> None:
+        """Open a run that is found again, by the note in the spool, whenever this process ends."""
+        client = self._mlflow_client
         if self._parent_run_id is not None:
-            self._experiment_id = client.get_run(self._parent_run_id).info.experiment_id
+            self._experiment_id = read_run(client, self._parent_run_id).info.experiment_id
             self.tags["mlflow.parentRunId"] = self._parent_run_id
         elif self._experiment_id is None:
             self._experiment_id = self._find_experiment()
-        run = client.create_run(self._experiment_id, tags=resolve_tags(self.tags), run_name=self._run_name)
-        self._run_id = run.info.run_id
-        self._writer = self._make_writer()
-
-    def _find_last_steps(self, names: Mapping[str, float]) -> dict[str, int]:
-        """The last step of every metric that the continued run has, sent or still in the spool."""
-        histories = {name: self._mlflow_client.get_metric_history(self._run_id, name) for name in names}
-        last = {name: max((point.step for point in history), default=-1) for name, history in histories.items()}
-        spool = self._writer.spool
-        for entry in spool.entries():
-            if entry.kind == "status":  # how the run had ended; it is running again
-                spool.remove([entry])
-            for name, _, _, step in entry.values.get("points", ()):
-                last[name] = max(step, last.get(name, -1))
-        return last
+        self._spool.identify(self._store, None, start=self._start, experiment_id=self._experiment_id)
+        # It is there already where an earlier attempt has made it and its answer was lost.
+        run_id = find_started(client, self._experiment_id, self._start)
+        if run_id is None:
+            tags = resolve_tags(self.tags | {START_TAG: self._start})
+            client.create_run(self._experiment_id, tags=tags, run_name=self._run_name)
+            run_id = find_started(client, self._experiment_id, self._start)
+            if run_id is None:
+                raise NotConfirmed("the store has said yes to a run that it does not have")
+        self._run_id = run_id
+        self._spool.identify(self._store, run_id)
 
     def _describe_experiment(self, experiment: Experiment) -> None:
         """Say what the experiment holds, unless somebody has, and that MLflow's pages are those for training."""
@@ -242,8 +271,10 @@ class MLflowLogger(MLFlowLogger):
                 found = client.get_experiment_by_name(name)
                 if found is None:
                     raise
+        if found.name != name or not found.experiment_id:
+            raise NotConfirmed(f"the store says nothing of experiment {name!r}")
         if found.lifecycle_stage == "deleted":
-            raise MlflowException(f"experiment {name!r} was deleted; restore it or choose another name")
+            raise RunError(f"experiment {name!r} was deleted; restore it or choose another name")
         self._describe_experiment(found)
         return found.experiment_id
 
@@ -259,15 +290,28 @@ class MLflowLogger(MLFlowLogger):
         if status != self._status:
             self._writer.put("status", {"status": status, "ended": int(time.time() * 1000)})
             self._status = status
-        if not self._writer.close(_EXIT_PATIENCE_SECONDS):
-            print(
-                f"warning: the MLflow server at {without_secrets(self._tracking_uri)} did not answer; "
-                f"{len(self._writer.spool)} entries of run {self._run_id} are kept; send them with: "
-                f"python -m pmoe_lightning.tracking.resend {self._writer.spool.folder}",
-                file=sys.stderr,
-            )
-        elif status == "KILLED":
+        if self._writer.close(_EXIT_PATIENCE_SECONDS) and status == "KILLED":
             stay_killed(self._tracking_uri, self._run_id)
+        for line in self._describe_what_is_missing():
+            print(f"warning: run {self._run_id} in {without_secrets(self._tracking_uri)}: {line}", file=sys.stderr)
+
+    def _describe_what_is_missing(self) -> list[str]:
+        spool, lines = self._spool, []
+        if entries := spool.entries():
+            points = sum(len(entry.values.get("points", ())) for entry in entries)
+            others = sum(entry.kind != "points" for entry in entries)
+            reason = self._delivery.problem or "the store did not answer in time"
+            lines.append(
+                f"{points} points and {others} other entries are not there yet ({reason}); they are kept; send them "
+                f"with: python -m pmoe_lightning.tracking.resend {shlex.quote(str(spool.folder))}"
+            )
+        if spool.unwritten:
+            lines.append(f"{spool.unwritten} of these could not be written to {spool.folder} and end with this process")
+        if spool.dropped:
+            lines.append(f"{spool.dropped} entries were lost, because the spool {spool.folder} was full")
+        if aside := spool.aside():
+            lines.append(f"{aside} entries were refused or damaged and lie in {spool.folder / SET_ASIDE}")
+        return lines
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -301,29 +345,23 @@ class MLflowLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace | None = None, *_: Any, **__: Any) -> None:
-        """Record parameters, nested ones under dotted names.
+        """Queue parameters, nested ones under dotted names.
 
         MLflow parameters cannot change. One that the run already holds (``mlflow run`` records its own, a resumed run
         has all of them) is left as it is; where the value differs, the tag ``changed_params`` tells both. A value
         longer than MLflow allows is cut, and says so.
         """
+        _ = self.experiment
         flat = {
             _legal(name): _short(without_secrets(str(value))) for name, value in _flatten(_convert_params(params or {}))
         }
-        client = self.experiment
-        present = client.get_run(self._run_id).data.params
-        new = [Param(name, value) for name, value in flat.items() if name not in present]
-        for start in range(0, len(new), _MAX_PARAMS_PER_REQUEST):
-            client.log_batch(self._run_id, params=new[start : start + _MAX_PARAMS_PER_REQUEST])
-        changed = {name: [present[name], value] for name, value in flat.items() if present.get(name, value) != value}
-        if changed:
-            client.set_tag(self._run_id, "changed_params", json.dumps(changed)[:_MAX_VALUE_LENGTH])
+        self._writer.put("params", {"params": flat})
 
     @rank_zero_only
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags of the run, now; a long value is cut and says so, a password in it is left out."""
-        client = self.experiment
-        client.log_batch(self._run_id, tags=[RunTag(key, _tag(value)) for key, value in tags.items()])
+        """Queue tags of the run; a long value is cut and says so, a password in it is left out."""
+        _ = self.experiment
+        self._writer.put("tags", {"tags": {key: _tag(value) for key, value in tags.items()}})
 
     # ------------------------------------------------------------------ artifacts
 
@@ -348,7 +386,23 @@ class MLflowLogger(MLFlowLogger):
         """Queue the upload of a file into artifact folder ``folder``; it must stay in place until :meth:`flush`."""
         _ = self.experiment
         path = Path(path).absolute()
-        self._writer.put("upload", {"source": str(path), "name": path.name, "folder": folder})
+        self._writer.put("upload", {"source": self._relative(path), "name": path.name, "folder": folder})
+
+    @rank_zero_only
+    def log_model(self, folder: str | Path, model: Mapping[str, Any]) -> None:
+        """Queue a packaged model, which must stay in place like an artifact.
+
+        Args:
+            folder: what :func:`~pmoe_lightning.tracking.policy_model.save_policy_model` has written.
+            model: further arguments of :func:`~pmoe_lightning.tracking.model_upload.upload_model`.
+        """
+        _ = self.experiment
+        self._writer.put("model", {"source": self._relative(Path(folder).absolute()), "model": dict(model)})
+
+    def _relative(self, path: Path) -> str:
+        """The path seen from the run's folder where it lies in there, so that the folder may be moved."""
+        root = self._spool.folder.absolute().parent
+        return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
     def _log_bytes(self, content: bytes, artifact_file: str) -> None:
         _ = self.experiment
@@ -372,6 +426,30 @@ def _png(figure: "Figure", dpi: float = 120) -> bytes:
     finally:
         figure.canvas, figure.dpi = before
     return picture.getvalue()
+
+
+@contextmanager
+def _asking_once() -> Iterator[None]:
+    """MLflow's client asks a server once, here and, because the writer does so, later; here it is also impatient.
+
+    Left alone it would ask again for minutes, and a run be made twice where an answer was lost.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    patience = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # uploads need more
+    given = os.environ.get(patience)
+    os.environ.setdefault(patience, str(_ANSWER_PATIENCE_SECONDS))
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(patience, None)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the store may answer otherwise in a while."""
+    if not isinstance(error, MlflowException):
+        return isinstance(error, NotConfirmed)
+    return error.get_http_status_code() >= 500 or error.get_http_status_code() in (408, 429)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -5,9 +5,11 @@ Loading it needs PyTorch and MLflow only, and executes no code from the file.
 """
 
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import numpy as np
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
@@ -25,37 +26,10 @@ from torch import Tensor, nn
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.tracking.address import first_line, without_secrets
+from pmoe_lightning.processes.partial_files import partial_file
+from pmoe_lightning.tracking.address import store_line, without_secrets
 from pmoe_lightning.tracking.logger import MLflowLogger
-from pmoe_lightning.tracking.naming import NOTE
-
-_RETURN = "eval/episode_return"
-
-_NOTE = """\
-# A policy for {env}
-
-It maps observations, float32 [N, {observations}], to actions, float32 [N, {actions}], in the units of the
-environment. Observations are given as the environment returns them: the normalisation is inside. One that holds NaN or
-an infinity is an error.
-{randomness}
-
-    import mlflow, numpy as np
-    policy = mlflow.pyfunc.load_model("{uri}")
-    action = policy.predict(np.asarray(observation, dtype=np.float32)[None])[0]
-
-{judged}
-
-The graph runs on the CPU. As a PyTorch module: mlflow.pytorch.load_model("{uri}", device="cpu").
-
-{metadata}
-"""
-
-
-_DETERMINISTIC = "The same observation always gets the same action."
-_DRAWS = """\
-The policy is limited in its cost and chooses among candidates, most of which it draws: the same observation can get
-another action next time. torch.manual_seed repeats them.
-"""
+from pmoe_lightning.tracking.model_upload import HOW_TO_USE, how_to_use, upload_model
 
 
 class PolicyFunction(nn.Module):
@@ -80,19 +54,6 @@ class PolicyFunction(nn.Module):
 def _assert_finite(values: Tensor, message: str) -> None:
     """Raise RuntimeError with the message; an operator, which ``torch.export`` keeps, and not a branch in Python."""
     torch._assert_async(values.isfinite().all(), message)
-
-
-class _CpuFlavor:
-    """MLflow's PyTorch flavor, except that the model says it runs on the CPU.
-
-    An exported graph cannot change its device, and MLflow would otherwise try the GPU of whoever loads it.
-    """
-
-    @staticmethod
-    def save_model(pytorch_model: nn.Module, path: str, mlflow_model: Model, **arguments: Any) -> None:
-        mlflow.pytorch.save_model(pytorch_model, path, mlflow_model=mlflow_model, **arguments)
-        mlflow_model.flavors["python_function"]["config"] = {"device": "cpu"}
-        mlflow_model.save(str(Path(path, "MLmodel")))
 
 
 def log_policy_model(
@@ -125,6 +86,58 @@ def log_policy_model(
         RunError: the checkpoint cannot be read, the policy has a memory or cannot be exported for another reason, or
             the store does not take it.
     """
+    run_id = logger.run_id
+    # MLflow gives a model the metrics that its run has at the model's step, when the model is logged.
+    logger.flush()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "model")
+        model = save_policy_model(checkpoint, folder, parts=parts, metadata=metadata)
+        try:
+            run = logger.experiment.get_run(run_id)
+            model_id = upload_model(
+                logger.experiment, logger.tracking_uri, run, folder, name=name, register_as=register_as, **model
+            )
+        except (MlflowException, OSError, RunError) as error:
+            where = without_secrets(logger.tracking_uri)
+            raise RunError(f"the policy model was not logged to {where}: {store_line(error)}") from error
+    return f"models:/{model_id}"
+
+
+def queue_policy_model(
+    logger: MLflowLogger,
+    checkpoint: str | Path | Mapping[str, Any],
+    folder: str | Path,
+    *,
+    parts: Mapping[str, Callable[..., Any]] | None = None,
+    register_as: str | None = None,
+    name: str = "policy",
+) -> None:
+    """Package the policy of a checkpoint into a folder, and have it logged as soon as the store takes it.
+
+    It stays there, for ``mlflow.pyfunc.load_model(folder)``. Arguments are those of :func:`log_policy_model`.
+
+    Raises:
+        RunError: the checkpoint cannot be read, or the policy has a memory or cannot be exported for another reason.
+    """
+    model = save_policy_model(checkpoint, folder, parts=parts)
+    logger.log_model(folder, {"name": name, "register_as": register_as, **model})
+
+
+def save_policy_model(
+    checkpoint: str | Path | Mapping[str, Any],
+    folder: str | Path,
+    *,
+    parts: Mapping[str, Callable[..., Any]] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Package the policy of a checkpoint, as it is evaluated, as an MLflow model in ``folder``, which is replaced.
+
+    Returns:
+        ``facts`` of the policy and the ``digest`` of its weights, as :func:`upload_model` takes them.
+
+    Raises:
+        RunError: the checkpoint cannot be read, or the policy has a memory or cannot be exported for another reason.
+    """
     where = "the checkpoint" if isinstance(checkpoint, Mapping) else f"checkpoint {checkpoint}"
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     entry = policy_entry(content, where)
@@ -136,65 +149,19 @@ def log_policy_model(
         raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
     function = PolicyFunction(policy).eval().requires_grad_(False)
     facts = _facts(entry, policy) | {"rule": rule} | dict(metadata or {})
-    run_id, step = logger.run_id, int(facts["env_frames"] or 0)
-    # MLflow gives a model the metrics that its run has at the model's step, when the model is logged.
-    logger.flush()
-    with tempfile.TemporaryDirectory() as folder:
-        note = Path(folder, "HOW_TO_USE.md")
-        try:
-            client = logger.experiment
-            judged = _judged(client, run_id, step)
-            model_id = _create(client, logger.experiment_id, run_id, name, facts, judged)
-            note.write_text(_note(facts, judged, f"models:/{model_id}"))
-            version = _log(
-                function,
-                facts,
-                run_id=run_id,
-                step=step,
-                model_id=model_id,
-                registered_model_name=register_as,
-                note=note,
-            )
-            if version is not None:
-                client.update_model_version(register_as, version, _describe(facts, judged))
-        except (MlflowException, OSError, RuntimeError) as error:
-            where = without_secrets(logger.tracking_uri)
-            raise RunError(f"the policy model was not logged to {where}: {first_line(error)}") from error
-    return f"models:/{model_id}"
+    folder = Path(folder).absolute()
+    partial = partial_file(folder)
+    try:
+        _save(function, facts, partial, how_to_use(facts, str(folder)))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (MlflowException, OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"the policy of {where} cannot be packaged: {store_line(error)}") from error
+    return {"facts": facts, "digest": _digest(function, facts)}
 
 
-def _judged(client: MlflowClient, run_id: str, step: int) -> str:
-    """How the run judged the policy at this step, in words; nothing where it did not."""
-    run = client.get_run(run_id)
-    values = {}
-    for name in ("", "_low", "_high"):
-        history = client.get_metric_history(run_id, _RETURN + name) if _RETURN + name in run.data.metrics else []
-        values[name] = next((point.value for point in history if point.step == step), None)
-    if values[""] is None:
-        return ""
-    interval = f" (95 % interval {values['_low']:.1f} to {values['_high']:.1f})" if None not in values.values() else ""
-    return f"Its evaluation in run {run.info.run_name} had the mean return {values['']:.1f}{interval}."
-
-
-def _create(
-    client: MlflowClient, experiment_id: str, run_id: str, name: str, facts: Mapping[str, Any], judged: str
-) -> str:
-    """The entry of the model in the store, without its files: parameters of its run, facts, description."""
-    parameters = client.get_run(run_id).data.params | {key: str(value) for key, value in facts.items()}
-    tags = {NOTE: _describe(facts, judged)}
-    # Model.log alone would put the model into whatever experiment is globally current.
-    return client.create_logged_model(experiment_id, name, run_id, tags=tags, params=parameters).model_id
-
-
-def _describe(facts: Mapping[str, Any], judged: str) -> str:
-    trained = f"after {facts['env_frames']:,} environment frames" if facts["env_frames"] is not None else "as trained"
-    return (
-        f"Policy ({facts['actor']}) for {facts['env']} {trained}, acting by the rule {facts['rule']}. {judged}".strip()
-    )
-
-
-def _log(function: nn.Module, facts: Mapping[str, Any], *, note: Path, **arguments: Any) -> int | None:
-    """Write the model's files; returns its version where it is registered."""
+def _save(function: nn.Module, facts: Mapping[str, Any], folder: Path, note: str) -> None:
     observations, actions = facts["observation_dim"], facts["action_dim"]
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, observations))]),
@@ -203,20 +170,29 @@ def _log(function: nn.Module, facts: Mapping[str, Any], *, note: Path, **argumen
     with warnings.catch_warnings(), torch.no_grad():
         # Tracing warns about TensorDict's internals; nothing that a user could act on.
         warnings.simplefilter("ignore")
-        logged = Model.log(
-            None,
-            _CpuFlavor,
-            pytorch_model=function,
+        model = Model(metadata=dict(facts))
+        mlflow.pytorch.save_model(
+            function,
+            str(folder),
+            mlflow_model=model,
             serialization_format="pt2",
             signature=signature,
             # A batch of one would be traced as the constant 1.
             input_example=np.zeros((2, observations), np.float32),
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
-            extra_files=[str(note)],
-            metadata=dict(facts),
-            **arguments,
         )
-    return logged.registered_model_version
+        # An exported graph cannot change its device, and MLflow would otherwise try the GPU of whoever loads it.
+        model.flavors["python_function"]["config"] = {"device": "cpu"}
+        model.save(str(folder / "MLmodel"))
+    (folder / HOW_TO_USE).write_text(note)
+
+
+def _digest(function: nn.Module, facts: Mapping[str, Any]) -> str:
+    """Of everything by which the policy acts."""
+    digest = sha256(json.dumps(dict(facts), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(function.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
@@ -232,15 +208,3 @@ def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
         "env_frames": entry.get("env_frames"),
         "updates": entry.get("updates"),
     }
-
-
-def _note(facts: Mapping[str, Any], judged: str, uri: str) -> str:
-    return _NOTE.format(
-        env=facts["env"],
-        observations=facts["observation_dim"],
-        actions=facts["action_dim"],
-        uri=uri,
-        judged=_describe(facts, judged),
-        randomness=_DETERMINISTIC if facts["deterministic"] else _DRAWS,
-        metadata=json.dumps(dict(facts), indent=2, default=str),
-    )

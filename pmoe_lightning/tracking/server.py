@@ -5,7 +5,7 @@ import threading
 from urllib.parse import urlsplit
 
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.tracking.address import first_line, without_secrets
+from pmoe_lightning.tracking.address import store_line, without_secrets
 from pmoe_lightning.tracking.database import check_database, make_database
 
 _PATIENCE_SECONDS = 5.0
@@ -115,7 +115,7 @@ def _check_database(uri: str) -> None:
     thread.start()
     thread.join(2 * _PATIENCE_SECONDS - 1)
     if problem:
-        reason = first_line(problem[0])
+        reason = store_line(problem[0])
         raise RunError(f"the tracking database at {without_secrets(uri)} cannot be reached: {reason}")
 
 

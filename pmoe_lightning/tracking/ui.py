@@ -13,6 +13,7 @@ import os
 import sys
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.processes.output import outlive_output
 
 
 def page(arguments: list[str]) -> tuple[str, str]:
@@ -55,4 +56,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    outlive_output()
     main(sys.argv[1:])

@@ -15,6 +15,7 @@ from pmoe_lightning.tracking.spool import Spool
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _EXIT_PATIENCE_SECONDS = 15.0
+_SLOWEST_BYTES_PER_SECOND = 5e6
 _log = logging.getLogger(__name__)
 
 
@@ -60,14 +61,22 @@ class BackgroundWriter:
             self._wake()
 
     def flush(self, timeout: float) -> bool:
-        """Send everything now; ``False`` when something is left after one attempt or ``timeout`` seconds."""
+        """Send everything now; ``False`` when something is left after one attempt, or ``timeout`` seconds in vain.
+
+        As long as entries arrive, it goes on; a large file may take longer.
+        """
         with self._condition:
             if not (len(self.spool) or self._busy):
                 return True
             # A round under way looked into the spool before this call, so only the next one counts.
             self._urgent = True
             self._wake()
-            self._condition.wait_for(lambda: not (self._urgent or self._busy), timeout)
+            removed = -1
+            while removed < self.spool.removed:
+                removed = self.spool.removed
+                patience = timeout + self.spool.uploading_bytes / _SLOWEST_BYTES_PER_SECOND
+                if self._condition.wait_for(lambda: not (self._urgent or self._busy), patience):
+                    break
             return not (self._urgent or self._busy or len(self.spool))
 
     def close(self, timeout: float) -> bool:

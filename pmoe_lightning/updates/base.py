@@ -15,9 +15,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from pmoe_lightning.compilation import Function, ModuleState, compile_tensors, signature
+from pmoe_lightning.processes.collectives import average_over_processes
 from pmoe_lightning.updates.adam import Moments, adam_, moments, step_factors
-from pmoe_lightning.updates.processes import average_over_processes
+from pmoe_lightning.updates.compilation import Function, ModuleState, compile_tensors, signature
 
 
 @dataclass

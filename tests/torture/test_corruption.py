@@ -23,7 +23,7 @@ from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
 from pmoe_lightning.configuration import compose_jobs, register
 from pmoe_lightning.errors import ConfigurationError, RunError
-from pmoe_lightning.resume import resume_words
+from pmoe_lightning.run.resume import resume_words
 
 pytestmark = pytest.mark.torture
 

@@ -14,11 +14,11 @@ import torch
 from cells import cell
 from tensordict import TensorDict
 
-from pmoe_lightning.actors import make_pmoe_actor
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import write_checkpoint
-from pmoe_lightning.data import OffPolicyData
+from pmoe_lightning.data.off_policy import OffPolicyData
 from pmoe_lightning.envs import make_env
+from pmoe_lightning.modules.actors import make_pmoe_actor
 
 pytestmark = pytest.mark.torture
 

@@ -34,12 +34,12 @@ from forked import fork, wait, warm_up
 from policies import make_policy
 from test_checkpoints import seal
 
-from pmoe_lightning.checkpoints import AtomicCheckpointIO, load_policy, read_checkpoint, resolve_checkpoint
+from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from pmoe_lightning.checkpoints.files import write_checkpoint
-from pmoe_lightning.checkpoints.resolve import resolve_last_checkpoint
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import main as evaluate_main
-from pmoe_lightning.resume import read_newest
+from pmoe_lightning.run.resume import read_newest
+from pmoe_lightning.tracking.references import load_policy, resolve_checkpoint, resolve_last_checkpoint
 from pmoe_lightning.train import main as train_main
 
 pytestmark = pytest.mark.torture

@@ -1,0 +1,1 @@
+"""How good a policy is: whole episodes, honest intervals, films and figures."""

@@ -1,0 +1,256 @@
+"""Action-value and value networks as TensorDict modules, and the forward pass of several critics at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.modules import ValueOperator
+
+from pmoe_lightning.modules.networks import Initialization, hidden_linear, hidden_product, initialize, make_mlp
+
+
+class QValueNetwork(nn.Module):
+    """Q(s, a): an MLP of the concatenated observation [*B, O] and action [*B, A]; returns [*B, 1]."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_sizes: Sequence[int] = (256, 256),
+        activation: str = "relu",
+        initialization: Initialization = "default",
+    ) -> None:
+        super().__init__()
+        self.layers = make_mlp(observation_dim + action_dim, hidden_sizes, activation, initialization)
+        output = nn.Linear(hidden_sizes[-1], 1)
+        initialize(output, initialization, gain=1.0)
+        self.layers.append(output)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.layers(torch.cat([observation, action], -1))
+
+
+def make_qvalue_network(
+    observation_dim: int,
+    action_dim: int,
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    activation: str = "relu",
+    initialization: Initialization = "default",
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+) -> ValueOperator:
+    """``observation, action -> state_action_value`` [*B, 1]. SAC takes a list of two of them."""
+    network = QValueNetwork(observation_dim, action_dim, hidden_sizes, activation, initialization)
+    return ValueOperator(network, in_keys=[observation_key, action_key], out_keys=["state_action_value"])
+
+
+def make_value_network(
+    observation_dim: int,
+    *,
+    hidden_sizes: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    initialization: Initialization = "orthogonal",
+    observation_key: NestedKey = "observation",
+) -> ValueOperator:
+    """``observation -> state_value`` [*B, 1]."""
+    layers = _value_layers(observation_dim, 1, hidden_sizes, activation, initialization)
+    return ValueOperator(layers, in_keys=[observation_key])
+
+
+def make_option_value_network(
+    observation_dim: int,
+    num_options: int,
+    *,
+    hidden_sizes: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    initialization: Initialization = "orthogonal",
+    observation_key: NestedKey = "observation",
+) -> ValueOperator:
+    """``observation -> option_value`` [*B, K]: q(s, o) of every option o."""
+    layers = _value_layers(observation_dim, num_options, hidden_sizes, activation, initialization)
+    return ValueOperator(layers, in_keys=[observation_key], out_keys=["option_value"])
+
+
+def _value_layers(
+    observation_dim: int,
+    num_values: int,
+    hidden_sizes: Sequence[int],
+    activation: str,
+    initialization: Initialization,
+) -> nn.Sequential:
+    layers = make_mlp(observation_dim, hidden_sizes, activation, initialization)
+    output = nn.Linear(hidden_sizes[-1], num_values)
+    initialize(output, initialization, gain=1.0)
+    return layers.append(output)
+
+
+Linear = Callable[[Float[Tensor, "N I"], Float[Tensor, "O I"], Float[Tensor, "O"]], Float[Tensor, "N O"]]
+
+
+def stacked_qvalue(
+    weights: Sequence[Float[Tensor, "Q _ _"]],
+    biases: Sequence[Float[Tensor, "Q _"]],
+    activation: Callable[[Tensor], Tensor],
+    observation: Float[Tensor, "*B O"],
+    action: Float[Tensor, "*S A"],
+    linear: Linear | None = None,
+) -> Float[Tensor, "Q *S"]:
+    """Q_1..Q_n(s, a) of n critics of one shape, at actions [*S, *B, A] of the states [*B].
+
+    The same numbers as ``torch.vmap`` over the critics at repeated states, but one critic after the other, because
+    batched products are slower on a CPU and one critic's layers fit into its cache. The states' part of a first layer
+    is computed once for all actions of a state; a last layer of one output is no matrix product at all.
+
+    Args:
+        weights, biases: of every linear layer of a ``QValueNetwork``, first to last, critics along the first dimension.
+        activation: between layers.
+        observation, action: the inputs; the sample dimensions of the actions come first.
+        linear: how a hidden layer is computed where not by ``hidden_linear``; see ``KnownProducts``.
+    """
+    linear = linear or hidden_linear
+    # Matrices throughout: products of tensors with more dimensions would be batched.
+    states, actions = (value.reshape(-1, value.shape[-1]) for value in (observation, action))
+    values = []
+    for critic in range(len(weights[0])):
+        (first, bias), *hidden, (last, offset) = ((w[critic], b[critic]) for w, b in zip(weights, biases, strict=True))
+        if len(states) == len(actions):
+            h = activation(F.linear(torch.cat([states, actions], -1), first, bias))
+        else:
+            of_state, of_action = first.split([states.shape[-1], actions.shape[-1]], -1)
+            x = F.linear(actions, of_action).unflatten(0, (-1, len(states))) + F.linear(states, of_state, bias)
+            h = activation(x).flatten(0, 1)
+        for layer in hidden:
+            h = activation(linear(h, *layer))
+        values.append((h * last[0]).sum(-1) + offset[0])
+    return torch.stack(values).view(-1, *action.shape[:-1])
+
+
+class KnownProducts:
+    """Computes hidden layers for K samples of each state, and again, with no new product, for one of these samples.
+
+    Ranking K actions takes K evaluations of the critics. That of the best is among them: only its derivative is new.
+
+    Example:
+        >>> known = KnownProducts()
+        >>> qvalue = stacked_qvalue(weights, biases, relu, observation, actions, known)           # [Q, K, *B]
+        >>> best = qvalue.min(0).values.argmax(0)                                                 # [*B]
+        >>> qvalue = stacked_qvalue(weights, biases, relu, observation, of_best, known.of(best))  # [Q, *B]
+    """
+
+    def __init__(self) -> None:
+        self._products: list[Tensor] = []
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        self._products.append(hidden_linear(x, weight, bias))
+        return self._products[-1]
+
+    def of(self, sample: Int[Tensor, "*B"]) -> Linear:
+        """The same layers in the same order for one sample of each state; a derivative reaches the input alone."""
+        products = iter(self._products)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            of_all = next(products).detach().unflatten(0, (-1, sample.numel()))
+            return _KnownProduct.apply(x, weight, of_all.take_along_dim(sample.view(1, -1, 1), 0).squeeze(0))
+
+        return linear
+
+
+class _KnownProduct(torch.autograd.Function):
+    """x W^T + b, given that value: only its derivative by x is taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, product: Tensor) -> Tensor:
+        return product.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return hidden_product(slope, weight), None, None
+
+
+def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases of all linear layers, first to last, from the parameters of a network by name."""
+    linears = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
+    return tuple([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+
+
+# What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
+_BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
+    nn.ReLU: lambda slope, y: torch.ops.aten.threshold_backward(slope, y, 0.0),
+    nn.Tanh: lambda slope, y: slope * (1 - y.square()),
+}
+
+
+def stacked_qvalue_at(
+    network: QValueNetwork, parameters: TensorDictBase, observation: Float[Tensor, "*B O"]
+) -> Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    r"""Q_1..Q_n(s, .) in given states, as functions of the action that come with their derivative.
+
+    What the leapfrog of an action transform asks for several times per state: the states' part of the first layer is
+    computed once, and the chain rule is written out, which takes about a third of the time of automatic differentiation
+    and works where that does not (without gradients, in inference mode, in an exported graph).
+
+    Args:
+        network, parameters, observation: as for ``stacked_qvalue``.
+
+    Returns:
+        the map a [*S, *B, A] -> (Q_i [n, *S, *B], pullback), pullback(c [n, *S, *B]) = sum_i c_i dQ_i/da [*S, *B, A].
+    """
+    names = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
+    weights = [parameters["layers", name, "weight"] for name in names]
+    biases = [parameters["layers", name, "bias"].unsqueeze(1) for name in names]
+    activation = network.layers[1]
+    back = _BACKWARD[type(activation)]
+    size, (n, width, _) = observation.shape[-1], weights[0].shape
+    of_state, of_action = weights[0][..., :size].mT, weights[0][..., size:]
+    from_state = (observation.reshape(1, -1, size) @ of_state + biases[0]).view(n, *observation.shape[:-1], width)
+
+    def evaluate(action: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        batch = action.shape[:-1]
+        first = (action.reshape(1, -1, action.shape[-1]) @ of_action.mT).view(n, *batch, width)
+        missing = first.ndim - from_state.ndim
+        first = first + from_state.view(n, *[1] * missing, *from_state.shape[1:])
+        hidden = [activation(first).view(n, -1, width)]
+        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+            hidden.append(activation(hidden_product(hidden[-1], weight.mT) + bias))
+        values = torch.baddbmm(biases[-1], hidden[-1], weights[-1].mT)
+
+        def pullback(cotangent: Tensor) -> Tensor:
+            slope = back(cotangent.reshape(n, -1, 1) @ weights[-1], hidden[-1])
+            for weight, y in zip(weights[-2:0:-1], hidden[-2::-1], strict=True):
+                slope = back(hidden_product(slope, weight), y)
+            return (slope @ of_action).sum(0).view(action.shape)
+
+        return values.view(n, *batch), pullback
+
+    return evaluate
+
+
+class QValueEnsemble(nn.Module):
+    """Critics as a module of stacked parameters: an observation [*B, O] -> ``stacked_qvalue_at`` it.
+
+    Holds the parameters it is given, not copies: those of ``SACLoss.qvalue_network_params`` stay the loss's own.
+    """
+
+    def __init__(self, network: QValueNetwork, parameters: TensorDictParams) -> None:
+        super().__init__()
+        self.parameters_by_name = parameters
+        # The architecture alone; as a submodule its own weights would be trained, moved and saved for nothing.
+        self.__dict__["network"] = network
+
+    def forward(self, observation: Tensor) -> Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        return stacked_qvalue_at(self.network, self.parameters_by_name["module"], observation)
