@@ -205,10 +205,12 @@ def train(env: str, learner: str, seed: int, label: str, checkout: str) -> dict:
     folder = (RESULTS.parent / "runs" / f"hamiltonian-{label}-{env}-{learner}-{seed}").resolve()
     words = ["algo=sac", f"env.id={env}", f"total_frames={FRAMES}", f"seed={seed}", *LEARNERS[learner]]
     words += ["callbacks=minimal", "logger=none", "compile=true", "resume=auto", f"hydra.run.dir={folder}"]
+    own = Path(checkout).resolve() / ".venv" / "bin" / "python"
+    python = str(own) if own.exists() else sys.executable
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True, cwd=checkout)
+    subprocess.run([python, "-m", "pmoe_lightning.train", *words], check=True, cwd=checkout)
     seconds = time.monotonic() - start
-    judge = [sys.executable, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
+    judge = [python, "-m", "pmoe_lightning.evaluate", f"checkpoint={folder / 'checkpoints' / 'last.ckpt'}"]
     judge += [f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
     answer = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True, cwd=checkout).stdout)
     return {"mean": answer["mean"], "returns": answer["returns"], "seconds": seconds}
@@ -293,7 +295,7 @@ def main() -> None:
     runner.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=gaussian)
     runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     runner.add_argument("--label", default="after", help="the cells' names begin with it")
-    runner.add_argument("--checkout", default=".", help="the folder in which the commands run, whose package they find")
+    runner.add_argument("--checkout", default=".", help="a folder with a package and, if it has one, its .venv")
     commands.add_parser("table")
     commands.add_parser("first")
     arguments = parser.parse_args()
