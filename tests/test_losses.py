@@ -220,8 +220,9 @@ def foreign_critics() -> list:
         ({"gamma": 0.9}, TypeError, "gamma"),
         ({"priority_key": "x"}, RuntimeError, "priority_key"),
         ({"nonsense": 1}, TypeError, "nonsense"),
+        ({"estimator": lambda distribution, objective: None}, TypeError, "estimator"),
     ],
-    ids=["value_network", "skip_done_states", "gamma", "priority_key", "nonsense"],
+    ids=["value_network", "skip_done_states", "gamma", "priority_key", "nonsense", "estimator"],
 )
 def test_arguments_that_sac_does_not_have_are_refused(arguments, error, message):
     with pytest.raises(error, match=message) as raised:

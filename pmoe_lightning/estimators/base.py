@@ -139,7 +139,10 @@ def check_pair(estimator: AbstractEstimator, distribution: type[Any], num_compon
 
     Raises:
         ValueError: in one line, who asks for what of whom.
+        TypeError: no estimator.
     """
+    if not isinstance(estimator, AbstractEstimator):
+        raise TypeError(f"{estimator!r} is no estimator: subclass AbstractEstimator and say what it asks for")
     name, of_whom = type(estimator).__name__, distribution.__name__
     lacking = missing(distribution, estimator.asks)
     if lacking:
