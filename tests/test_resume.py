@@ -21,13 +21,15 @@ import torch
 from alignment import numpy_memory_begins, products_depend_on_alignment
 from conftest import ROOT
 from gymnasium.envs.classic_control import PendulumEnv
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from mlflow import MlflowClient
+from omegaconf import DictConfig, OmegaConf
 from waiting import HANG_SECONDS, wait_until
 
 from pmoe_lightning.algorithms.sac import SAC as SAC_ALGORITHM
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.files import previous_checkpoint, write_checkpoint
-from pmoe_lightning.configuration import compose_jobs, normalise_argv, quote_value, register
+from pmoe_lightning.configuration import normalise_argv, quote_value
 from pmoe_lightning.data.collection import CollectedData
 from pmoe_lightning.envs import GymnasiumEnv
 from pmoe_lightning.evaluate import main as evaluate
@@ -338,7 +340,6 @@ def test_auto_finds_runs_of_environments_of_any_name(train, tmp_path):
     assert [read_checkpoint(path)["policy"]["env_frames"] for path in found] == [192, 192]
 
 
-register()
 ODDITIES = [*" ,=[]{}()$#;~&*é日\"'", "${", "\\", "\\'"]
 
 
@@ -348,14 +349,18 @@ def odd_names(number: int) -> list[str]:
     return [*ODDITIES, *names]
 
 
+def as_hydra_reads(words: list[str]) -> DictConfig:
+    overrides = OverridesParser.create().parse_overrides(words)
+    return OmegaConf.create({override.get_key_element(): override.value() for override in overrides})
+
+
 def test_the_printed_lines_name_any_folder(tmp_path):
     """Pasted into a shell, and read by Hydra and by the evaluate command, they are about the same folder."""
     for name in odd_names(40):
         folder = tmp_path / name / "run"
         words = shlex.split(command(["env.id=Pendulum-v1", "hydra.run.dir=x"], folder, ["--config-dir", name]))
         assert words[:5] == ["python", "-m", "pmoe_lightning.train", "--config-dir", name]
-        (cfg,) = compose_jobs(normalise_argv(words[5:]))
-        assert cfg.resume == str(folder)
+        assert as_hydra_reads(normalise_argv(words[5:])).resume == str(folder)
         (word,) = shlex.split(shlex.quote(f"checkpoint={folder}"))
         assert parse([word]).checkpoint == str(folder)
 
@@ -368,8 +373,7 @@ def test_a_plain_folder_is_printed_as_it_is():
     for _ in range(40):
         folder = "/" + "".join(generator.choices("a0_/.:@%-e", k=12))
         assert quote_value(folder) == folder
-        (cfg,) = compose_jobs([f"resume={folder}"])
-        assert cfg.resume == folder
+        assert as_hydra_reads([f"resume={folder}"]).resume == folder
 
 
 def test_a_run_in_an_odd_folder_is_resumed_and_evaluated_by_its_printed_lines(train, tmp_path, capfd):
