@@ -19,7 +19,7 @@ from pmoe_lightning.configuration.schemas import parameters_of, schemas
 from pmoe_lightning.configuration.signatures import read_parameters
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.hamiltonian.forces import Gated, Normalized, Raw
-from pmoe_lightning.limits import Limit, stated_parameters
+from pmoe_lightning.limits import stated_parameters
 
 register()
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -302,25 +302,6 @@ def test_a_mistake_in_a_file_of_the_user_is_named(tmp_path):
         (tmp_path / "algo" / "mine.yaml").write_text(f"defaults: [ppo, _self_]\n{line}\n")
         with pytest.raises(ConfigurationError, match=message):
             validate(*compose_jobs(["algo=mine"], config_dir=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("limit", "good", "bad"),
-    [
-        (Limit(), [0, -1.5, None], [float("nan"), float("inf"), True, "1"]),
-        (Limit(low=0, low_included=False), [1e-9, 5], [0, 0.0, -1]),
-        (Limit(low=1, high=3), [1, 3, [1, 2]], [0, 4, [], [1, 4]]),
-        (Limit(words=("a", "b"), numeric=False), ["a", "b"], ["c", "", 1]),
-        (Limit(low=1, words=("auto",)), ["auto", 1], ["all", 0]),
-        (Limit(words=("auto",), numeric=False, boolean=True), ["auto", True, False], ["yes", 1]),
-        (Limit(low=0, high=1, high_included=False), [0, 0.999], [1, 1.0]),
-        (Limit(low=1, integer=True), [1, 10**400], [1.5, 2.0, True, 0]),
-        (Limit(text=True, numeric=False), ["", "any"], [1, True]),
-    ],
-)
-def test_limits(limit, good, bad):
-    assert all(limit.accepts(value) for value in good)
-    assert not any(limit.accepts(value) for value in bad)
 
 
 # -- defaults ----------------------------------------------------------------------------------------------------------

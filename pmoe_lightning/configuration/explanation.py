@@ -20,7 +20,7 @@ _WITHOUT_KEYS = ("experiment", "debug")
 def chosen_groups(overrides: Sequence[str]) -> list[str]:
     """The groups of which an override chooses a file."""
     groups = [word.partition("=")[0] for word in overrides]
-    return [group for group in groups if group in group_choices() and group not in _WITHOUT_KEYS]
+    return [group for group in dict.fromkeys(groups) if group in group_choices() and group not in _WITHOUT_KEYS]
 
 
 def describe_root() -> str:

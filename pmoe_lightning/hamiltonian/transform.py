@@ -104,16 +104,16 @@ class HamiltonianTransform(nn.Module):
 
     Args:
         force: see ``forces``.
-        num_leapfrog_steps: L.
-        step_size: eps; None is that of the force.
+        num_leapfrog_steps: L, of a trajectory.
+        step_size: eps, of a leapfrog step; None is that of the force.
         learn_step_size: make eps a parameter, trained with the actor and kept within (0, 4 step_size).
-        momentum_scale: tau. The drift is eps rho whatever tau is: below 1 there is less noise than the target's
-            temperature asks for, and ``joint`` charges every gain of momentum 1 / tau^2 times as much.
-        temperature: T_0 >= 1 of ``leapfrog``; 1 does not temper.
+        momentum_scale: tau, of the initial momentum. The drift is eps rho whatever tau is: below 1 there is less noise
+            than the target's temperature asks for, and ``joint`` charges every gain of momentum 1/tau^2 times as much.
+        temperature: T_0 of ``leapfrog``: above 1, the momentum starts hotter and cools along the trajectory.
         metropolis: when acting, keep a sampled trajectory's end only by Metropolis's rule.
         log_prob: ``joint`` scores with log pi_hat; ``base`` leaves its momentum terms out and so overstates the
             entropy: gains in Q reappear as kinetic energy, which nobody pays for.
-        critic_reduction: Q is the ``min`` or the ``mean`` over critics.
+        critic_reduction: Q, which drives the dynamics, is the ``min`` or the ``mean`` over critics.
         used_in: where evolved actions replace drawn ones: ``acting``, ``actor_loss``, ``critic_target``.
 
     Raises:
