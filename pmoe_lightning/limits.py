@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf
 from numbers import Integral, Real
@@ -41,11 +41,7 @@ class Limit:
     boolean: bool = False
 
     def accepts(self, value: Any) -> bool:
-        """Whether the value, or every element of a list, is allowed. None is left to the type."""
-        if value is None:
-            return True
-        if isinstance(value, list | tuple | set | frozenset):
-            return len(value) > 0 and all(self.accepts(element) for element in value)
+        """Whether the value is allowed."""
         if isinstance(value, str | PathLike):
             return self.text or value in self.words
         if isinstance(value, bool):
@@ -76,8 +72,9 @@ UnitInterval = Annotated[float, Limit(low=0, high=1)]
 PositiveInt = Annotated[int, Limit(low=1)]
 NonNegativeInt = Annotated[int, Limit(low=0)]
 Seed = Annotated[int, Limit(low=0, high=2**31 - 1)]
-#: Of a layer, or how many of something a layer has side by side: beyond it, a checkpoint could ask for all memory.
-Width = Annotated[int, Limit(low=1, high=65_536)]
+#: The most units of a layer, or of what a layer has side by side: beyond it, a checkpoint could ask for all memory.
+MAX_WIDTH = 65_536
+Width = Annotated[int, Limit(low=1, high=MAX_WIDTH)]
 
 
 class Of:
@@ -111,7 +108,10 @@ class Parameter(NamedTuple):
     def accepts(self, value: Any) -> bool:
         if value is None:
             return self.optional
-        return isinstance(value, list | tuple | set | frozenset) == self.many and self.limit.accepts(value)
+        if not self.many:
+            return self.limit.accepts(value)
+        is_list = isinstance(value, Sequence | Set) and not isinstance(value, str)  # Hydra has lists of its own
+        return is_list and len(value) > 0 and all(map(self.limit.accepts, value))
 
     def __str__(self) -> str:
         """What is allowed, to complete the sentence 'must be ...'."""

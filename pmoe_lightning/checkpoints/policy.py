@@ -19,7 +19,7 @@ from torch import nn
 from pmoe_lightning.checkpoints.loaded import LoadedPolicy
 from pmoe_lightning.errors import ConfigurationError, RunError, first_line
 from pmoe_lightning.hamiltonian import EvolveAction, make_hamiltonian_transform
-from pmoe_lightning.limits import check_arguments
+from pmoe_lightning.limits import MAX_WIDTH, check_arguments
 from pmoe_lightning.modules.actors import (
     BestValueActor,
     make_additive_moe_actor,
@@ -44,7 +44,6 @@ ACTORS: dict[str, Callable[..., TensorDictModule]] = {
 FORMAT = 1
 _NUM_CRITICS = 2
 _MAX_PARAMETERS = 500_000_000
-_MAX_ENTRIES = 65_536  # of an observation, and of an action
 
 
 def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
@@ -61,7 +60,7 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         raise RunError(f"{place}: format {description.get('format')!r} is not {FORMAT}, the one this version reads")
     actor, own = _get(description, "actor", str, place), _own_parts(description, place)
     size = _get(description, "observation_dim", int, place)
-    if not 1 <= size <= _MAX_ENTRIES:
+    if not 1 <= size <= MAX_WIDTH:
         raise RunError(f"{place}: observation_dim {size} is out of range")
     low, high = (_numbers(description, key, place) for key in ("action_low", "action_high"))
     if not low or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
@@ -288,7 +287,7 @@ def _get(mapping: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 
 def _numbers(mapping: Mapping[str, Any], key: str, where: str) -> list[float]:
     values = _get(mapping, key, list, where)
-    if len(values) > _MAX_ENTRIES or not all(
+    if len(values) > MAX_WIDTH or not all(
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
     ):
         raise RunError(f"{where}: entry {key!r} is not a list of finite numbers")

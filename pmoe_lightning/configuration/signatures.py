@@ -104,6 +104,10 @@ def _imported(module: str, name: str) -> Any:
 def _read_signature(source: Source) -> Signature:
     """As ``limits.read_signature``; the annotation of what no configuration can hold is None."""
     names, meanings = _names(source.module), _meanings(source.node)
+    arguments = _arguments(source.node)
+    if arguments is None:
+        bases = [names[base.id] for base in source.node.bases if isinstance(base, ast.Name) and base.id in names]
+        return next((_read_signature(base) for base in bases if isinstance(base, Source)), {})
 
     def evaluate(expression: ast.expr | None, otherwise: Any) -> Any:
         if expression is None:
@@ -115,25 +119,30 @@ def _read_signature(source: Source) -> Signature:
 
     return {
         name: (evaluate(annotation, None), evaluate(default, Inspected.empty), _meaning(names, meanings, name))
-        for name, annotation, default in _arguments(source)
+        for name, annotation, default in arguments
     }
 
 
-def _arguments(source: Source) -> list[tuple[str, ast.expr | None, ast.expr | None]]:
-    """Name, annotation and default of every argument as it is written, ``**arguments`` the last."""
-    node = source.node
+def _arguments(
+    node: ast.ClassDef | ast.FunctionDef,
+) -> list[tuple[str, ast.expr | None, ast.expr | None]] | None:
+    """Name, annotation and default of every argument as it is written; None where a class takes those of its base."""
     if isinstance(node, ast.ClassDef):
         inits = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
-        if not inits:
-            fields = [part for part in node.body if isinstance(part, ast.AnnAssign) and node.decorator_list]
-            return [(field.target.id, field.annotation, field.value) for field in fields]
-        node = inits[0]
+        if not inits and "dataclass" in map(_name, node.decorator_list):
+            fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+            return [(_name(field.target), field.annotation, field.value) for field in fields]
+        return _arguments(inits[0]) if inits else None
     positional = [*node.args.posonlyargs, *node.args.args]
     missing = [None] * (len(positional) - len(node.args.defaults))
     defaults = [*missing, *node.args.defaults, *node.args.kw_defaults, None]
     last = [node.args.kwarg] if node.args.kwarg else []
     named = [*positional, *node.args.kwonlyargs, *last]
     return [(argument.arg, argument.annotation, default) for argument, default in zip(named, defaults, strict=False)]
+
+
+def _name(node: ast.expr) -> str:
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
 
 
 def _meaning(names: _Names, meanings: Mapping[str, str], name: str) -> str:

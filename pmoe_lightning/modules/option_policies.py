@@ -28,7 +28,7 @@ from tensordict.nn import InteractionType, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
-from pmoe_lightning.limits import Limit, checked
+from pmoe_lightning.limits import MAX_WIDTH, Limit, checked
 from pmoe_lightning.modules.actors import MixtureNetwork, Scale, action_bounds
 from pmoe_lightning.modules.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
 from pmoe_lightning.modules.networks import Activation, HiddenSizes, Initialization, initialize
@@ -175,7 +175,7 @@ def make_option_actor(
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     *,
-    num_options: Annotated[int, Limit(low=2, high=65_536)] = 4,
+    num_options: Annotated[int, Limit(low=2, high=MAX_WIDTH)] = 4,
     hidden_sizes: HiddenSizes = (64, 64),
     activation: Activation = "tanh",
     scale: Scale = "state_independent",
