@@ -13,7 +13,15 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
+from pmoe_lightning.configuration import (
+    chosen_groups,
+    compose_jobs,
+    describe_groups,
+    describe_keys,
+    normalise_argv,
+    register,
+    validate,
+)
 from pmoe_lightning.configuration.groups import group_choices
 from pmoe_lightning.configuration.schemas import parameters_of, schemas
 from pmoe_lightning.configuration.signatures import read_parameters
@@ -183,6 +191,17 @@ def test_groups_of_the_user_are_found(tmp_path):
 def test_help_lists_every_option():
     text = describe_groups()
     assert all(option in text for options in group_choices().values() for option in options)
+
+
+def test_the_help_of_a_choice_says_what_each_of_its_keys_is_and_may_be():
+    (cfg,) = compose_jobs(["algo=sac", "estimator=frequency", "estimator.weight=0.5", "logger=none"])
+    said = describe_keys(cfg, "estimator").splitlines()
+    assert said[0] == "estimator: pmoe_lightning.estimators.Frequency"
+    assert said[-2:] == ["  estimator.weight=0.5", "      a finite number >= 0: factor of the frequency loss."]
+    assert "algo.lr_actor=0.0003\n      a finite number > 0 or null: that of one group" in describe_keys(cfg, "algo")
+    assert "  callbacks.metrics.every_frames=" in describe_keys(cfg, "callbacks")
+    assert describe_keys(cfg, "logger") == "logger: nothing can be set"
+    assert chosen_groups(["algo=sac", "debug=default", "algo.lr=1", "algo=ppo"]) == ["algo"]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -185,4 +185,8 @@ def test_public_names_load_neither_lightning_nor_mlflow_nor_hydra():
 
 
 def test_the_command_line_loads_no_torch():
-    assert not loaded_by("import pmoe_lightning.train") & {"torch", "lightning", "mlflow", "gymnasium"}
+    heavy = {"torch", "lightning", "mlflow", "gymnasium"}
+    assert not loaded_by("import pmoe_lightning.train") & heavy
+    # Nor does what it says of every key, which stands in modules that do.
+    asked = "import pmoe_lightning.configuration as c\n(cfg,) = c.compose_jobs(['algo=sac', 'safe=velocity'])\n"
+    assert not loaded_by(asked + "c.validate(cfg)\nc.describe_keys(cfg, 'algo')") & heavy

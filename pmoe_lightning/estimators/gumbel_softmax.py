@@ -29,7 +29,7 @@ class GumbelSoftmax(AbstractEstimator):
     Args:
         temperature: lower: less bias, more variance.
         final_temperature: reached at the end of training, on a geometric path; None keeps ``temperature``.
-        straight_through: see above; without it the policy acts between its modes, too.
+        straight_through: act by the winner and relax the gradient alone; without it, act between the modes, too.
 
     Raises:
         ValueError: a temperature that is not finite and positive.
