@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,7 @@ from pmoe_lightning.estimators.gradient_statistics import (
     directional_slopes,
     gradient_statistics,
 )
+from pmoe_lightning.limits import Limit, PositiveInt, checked
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
 
 #: Of the shares of wrong signs: three standard errors of their difference over 64 states, at most.
@@ -58,13 +59,17 @@ class EstimatorVariance(Callback):
 
     Args:
         every_frames: environment frames between two measurements.
-        num_samples: independent estimates per state, at least 2.
+        num_samples: independent estimates per state; one alone has no variance.
         max_states: states of the batch that are used at most.
     """
 
-    def __init__(self, every_frames: int = 10_000, num_samples: int = 32, max_states: int = 64) -> None:
-        if num_samples < 2:
-            raise ValueError(f"a variance needs num_samples of at least 2, not {num_samples}")
+    @checked
+    def __init__(
+        self,
+        every_frames: PositiveInt = 10_000,
+        num_samples: Annotated[int, Limit(low=2)] = 32,
+        max_states: PositiveInt = 64,
+    ) -> None:
         self.num_samples, self.max_states = num_samples, max_states
         self._interval, self._has_warned, self._told = FrameInterval(every_frames), False, set[str]()
 

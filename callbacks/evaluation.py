@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase
 from pmoe_lightning.callbacks.reporting import find_callback, log_metrics
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy
+from pmoe_lightning.limits import PositiveInt, Seed, checked
 from pmoe_lightning.processes.stop_after_iteration import StopAfterIteration
 from pmoe_lightning.tracking.references import load_policy
 
@@ -55,14 +56,15 @@ class Evaluation(Callback):
         made_up: the mean return of an evaluation that was made up for as this run went on.
     """
 
+    @checked
     def __init__(
         self,
         make_env: Callable[..., EnvBase],
         *,
-        episodes: int = 10,
-        seed: int = 1_000_000,
-        every_epochs: int = 1,
-        max_episode_steps: int = MAX_EPISODE_STEPS,
+        episodes: PositiveInt = 10,
+        seed: Seed = 1_000_000,
+        every_epochs: PositiveInt = 1,
+        max_episode_steps: PositiveInt = MAX_EPISODE_STEPS,
     ) -> None:
         self.make_env, self.episodes, self.seed, self.every_epochs = make_env, episodes, seed, every_epochs
         self.max_episode_steps = max_episode_steps

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from pmoe_lightning.callbacks.reporting import log_artifact, warn_on_failure
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.evaluation.film import record_video
+from pmoe_lightning.limits import Flag, PositiveInt, Seed, Text, checked
 from pmoe_lightning.processes.stopping import stop
 from pmoe_lightning.tracking.references import load_policy
 
@@ -38,14 +39,15 @@ class FinalPolicy(Checkpoint):
         register_as: also make the model the next version of this registered MLflow model.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        video: bool = True,
-        video_seed: int = 0,
-        video_frames: int = 250,
-        model: bool = True,
-        register_as: str | None = None,
+        video: Flag = True,
+        video_seed: Seed = 0,
+        video_frames: PositiveInt = 250,
+        model: Flag = True,
+        register_as: Text | None = None,
     ) -> None:
         self.video, self.video_seed, self.video_frames = video, video_seed, video_frames
         self.model, self.register_as = model, register_as

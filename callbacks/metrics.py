@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pmoe_lightning.callbacks.interval import FrameInterval
 from pmoe_lightning.callbacks.reporting import log_metrics, warn_on_failure
+from pmoe_lightning.limits import PositiveInt, checked
 
 
 class MetricsLogger(Callback):
@@ -40,7 +41,8 @@ class MetricsLogger(Callback):
         episodes: rows (env_frames, mean return, number of episodes), one per interval with finished episodes.
     """
 
-    def __init__(self, every_frames: int = 1000) -> None:
+    @checked
+    def __init__(self, every_frames: PositiveInt = 1000) -> None:
         self._interval = FrameInterval(every_frames)
         self.latest: dict[str, float] = {}
         self.episodes: list[list[float]] = []

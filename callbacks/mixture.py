@@ -19,6 +19,7 @@ from pmoe_lightning.callbacks.reporting import find_callback, log_figure, log_me
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation import figures
 from pmoe_lightning.evaluation.episodes import follow_episode
+from pmoe_lightning.limits import PositiveInt, checked
 from pmoe_lightning.modules.acting import ASKS_ACTING, acting_component, find_actor, mixture_at
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
 
@@ -67,7 +68,13 @@ class MixtureDiagnostics(Callback):
         max_states: states of the batch that are used at most.
     """
 
-    def __init__(self, every_frames: int = 5000, figure_every_frames: int = 100_000, max_states: int = 256) -> None:
+    @checked
+    def __init__(
+        self,
+        every_frames: PositiveInt = 5000,
+        figure_every_frames: PositiveInt = 100_000,
+        max_states: PositiveInt = 256,
+    ) -> None:
         self.max_states = max_states
         self.history: list[list[float]] = []
         self.specialisation: list[list[float]] = []

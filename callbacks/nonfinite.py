@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pmoe_lightning.callbacks.reporting import log_metrics
 from pmoe_lightning.errors import NonFiniteError
+from pmoe_lightning.limits import checked
 
 _log = logging.getLogger(__name__)
 _NORM = "train/gradient_norm"  # what a loss that is not finite makes not finite too
@@ -30,6 +31,7 @@ class NonFiniteGuard(Callback):
         patience: ``skip`` gives up too after this many iterations in a row with losses or gradients not finite.
     """
 
+    @checked
     def __init__(self, mode: Literal["stop", "skip"] = "stop", patience: int = 10) -> None:
         self.mode, self.patience = mode, patience
         self._skipped = self._in_a_row = self._breakdowns = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from pmoe_lightning.callbacks.interval import FrameInterval
 from pmoe_lightning.callbacks.reporting import log_figure, warn_on_failure
 from pmoe_lightning.evaluation import figures
+from pmoe_lightning.limits import Limit, PositiveInt, checked
 
 
 class ActionTrajectories(Callback):
@@ -28,8 +29,13 @@ class ActionTrajectories(Callback):
         resolution: cells of the action value along each dimension.
     """
 
+    @checked
     def __init__(
-        self, every_frames: int = 100_000, num_states: int = 4, num_actions: int = 12, resolution: int = 60
+        self,
+        every_frames: PositiveInt = 100_000,
+        num_states: PositiveInt = 4,
+        num_actions: PositiveInt = 12,
+        resolution: Annotated[int, Limit(low=2)] = 60,
     ) -> None:
         self._interval, self.num_states = FrameInterval(every_frames), num_states
         self.num_actions, self.resolution = num_actions, resolution

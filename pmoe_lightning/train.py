@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,8 +23,11 @@ from omegaconf import DictConfig
 
 from pmoe_lightning import __version__
 from pmoe_lightning.configuration import (
+    chosen_groups,
     compose_jobs,
     describe_groups,
+    describe_keys,
+    describe_root,
     normalise_argv,
     output_folder,
     read_value,
@@ -55,14 +59,12 @@ Choices (group=choice, files in conf/)
 {choices}
 
 Values (key=value)
-  total_frames seed num_threads compile matmul_precision
+{keys}
   algo.lr algo.gamma actor.num_components env.id data.num_envs trainer.devices ...
-  --cfg job prints all of them, --cfg job --package algo those of one group.
+  algo=sac --help says what each key of this choice is and may be; so does estimator=frequency --help, and any other.
+  --cfg job prints all keys with their values, --cfg job --package algo those of one group.
 
-Results go to outputs/<algo>-<env>/<time>/ and to MLflow: see them with `mlflow ui`.
-"""
-
-register()
+Results go to outputs/<algo>-<env>/<time>/ and to MLflow: see them with `mlflow ui`."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://pmoe_lightning.conf", config_name="config")
@@ -95,6 +97,7 @@ def main() -> None:
             with stop.interruptible():
                 words, jobs = _refuse_what_cannot_run(normalise_argv(sys.argv[1:]))
             sys.argv[1:] = words
+            register()
             with _sweep(jobs, words) if jobs else nullcontext():
                 _hydra_main()
     except KeyboardInterrupt:
@@ -128,8 +131,7 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
     """
     arguments = get_args_parser().parse_args(words)
     if arguments.help:
-        # Hydra's own help takes seconds to collect what it prints.
-        print(HELP.format(choices=describe_groups()), end="")
+        print(_help(arguments))
         sys.exit()
     prints_only = arguments.hydra_help or arguments.shell_completion
     other_source = arguments.config_path or arguments.config_name or arguments.experimental_rerun
@@ -151,6 +153,15 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
     return _refuse_run(
         words, jobs[0], folder, is_named=read_value(arguments.overrides, "hydra.run.dir") is not None
     ), []
+
+
+def _help(arguments: Namespace) -> str:
+    """The help as a whole, or that of what is chosen: Hydra's own takes seconds to collect what it prints."""
+    groups = [] if arguments.multirun else chosen_groups(arguments.overrides)
+    if not groups:
+        return HELP.format(choices=describe_groups(), keys=describe_root())
+    (cfg,) = compose_jobs(arguments.overrides, config_dir=arguments.config_dir)
+    return "\n\n".join(describe_keys(cfg, group) for group in groups)
 
 
 def _refuse_run(words: list[str], cfg: DictConfig, folder: Path | None, *, is_named: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import random
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pmoe_lightning.configuration.groups import group_choices
-from pmoe_lightning.configuration.schemas import SCHEMAS, Configuration, Limit
+from pmoe_lightning.configuration.schemas import parameters_of, root_schema, schemas
+from pmoe_lightning.limits import Limit
 from pmoe_lightning.train import main
 
 NUMBERS = ("-1", "0", "-1e-9", "1.5", "1e400", "nan", "inf", "-inf", "3000000000", "2", "1e-400")
@@ -30,22 +30,21 @@ def limits() -> Iterator[tuple[list[str], str, Limit]]:
     """(choice that has the key, dotted key, what it may be) for every key with a declared limit."""
     for group, options in CHOICES.items():
         for option in options:
-            for field in dataclasses.fields(SCHEMAS[group][option]):
-                if "limit" in field.metadata:
-                    algo = {"off_policy": ["algo=sac"], "on_policy": ["algo=ppo"]}.get(option, [])
-                    choice = algo or [f"{group}={option}"]
-                    yield choice, f"{group}.{field.name}", field.metadata["limit"]
-    for field in dataclasses.fields(Configuration):
-        if "limit" in field.metadata:
-            yield [], field.name, field.metadata["limit"]
+            for key, parameter in parameters_of(schemas()[group][option]).items():
+                algo = {"off_policy": ["algo=sac"], "on_policy": ["algo=ppo"]}.get(option, [])
+                yield algo or [f"{group}={option}"], f"{group}.{key}", parameter.limit
+    for key, parameter in parameters_of(root_schema()).items():
+        yield [], key, parameter.limit
 
 
 def out_of_range() -> Iterator[list[str]]:
     for choice, key, limit in limits():
         for text in NUMBERS:
-            if limit.numeric and not limit.accepts(float(text)) and text not in limit.words:
+            number = int(text) if text.lstrip("-").isdigit() else float(text)
+            if limit.numeric and not limit.accepts(number):
                 yield [*choice, f"{key}={text}"]
-        yield from ([*choice, f"{key}={word}"] for word in WORDS if word not in limit.words)
+        if not limit.text:
+            yield from ([*choice, f"{key}={word}"] for word in WORDS if word not in limit.words)
 
 
 def misspelt() -> Iterator[list[str]]:

@@ -335,12 +335,15 @@ def _parent(checkpoint: dict, key: str) -> dict:
         (with_value("policy.description.env", {"id": 3, "kwargs": {}}), "'id' is a int"),
         (with_value("policy.description.env.kwargs", {"render_mode": "human"}), "must not hold render_mode"),
         (with_value("policy.description.arguments.hidden_sizes", [65536, 65536]), "more than 500000000 parameters"),
-        (with_value("policy.description.arguments.hidden_sizes", ["32"]), "is not a list of widths"),
-        (with_value("policy.description.arguments.hidden_sizes", []), "hidden_sizes needs at least one width"),
-        (with_value("policy.description.arguments.num_components", 0), "0 components are out of range"),
+        (
+            with_value("policy.description.arguments.hidden_sizes", ["32"]),
+            r"hidden_sizes=\['32'\] must be a list",
+        ),
+        (with_value("policy.description.arguments.hidden_sizes", []), r"hidden_sizes=\[\] must be a list"),
+        (with_value("policy.description.arguments.num_components", 0), "num_components=0 must be a whole number >= 1"),
         (with_value("policy.description.arguments.num_components", 5), "does not fit its description"),
-        (with_value("policy.description.arguments.router", 3), "router 3 is not text"),
-        (with_value("policy.description.arguments.router", "x"), "router must be one of"),
+        (with_value("policy.description.arguments.router", 3), "router=3 must be one of detached, attached"),
+        (with_value("policy.description.arguments.router", "x"), "router='x' must be one of"),
         (with_value("policy.description.arguments.typo", 1), "unexpected keyword argument 'typo'"),
         (with_value("policy.state_dict", {"a": 1}), "does not fit its description"),
     ],
@@ -517,7 +520,7 @@ def test_best_value_needs_action_values() -> None:
     with pytest.raises(RunError, match="holds no action values to rank components by: use rule=max_weight"):
         load_policy(checkpoint, rule="best_value")
     checkpoint["policy"]["action_values"] = [{"module.layers.0.weight": torch.zeros(2, 2)}]
-    with pytest.raises(RunError, match="hidden_sizes None is not a list"):
+    with pytest.raises(RunError, match="hidden_sizes=None must be a list"):
         load_policy(checkpoint, rule="best_value")
     checkpoint["policy"]["description"]["critic"] = {"hidden_sizes": [8], "activation": "relu"}
     with pytest.raises(RunError, match="action_values do not fit"):

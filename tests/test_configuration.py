@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hydra.utils import get_object
-from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from pmoe_lightning.algorithms import DAC, PPO
-from pmoe_lightning.configuration import compose_jobs, describe_groups, normalise_argv, register, validate
+from pmoe_lightning.configuration import (
+    chosen_groups,
+    compose_jobs,
+    describe_groups,
+    describe_keys,
+    normalise_argv,
+    register,
+    validate,
+)
 from pmoe_lightning.configuration.groups import group_choices
-from pmoe_lightning.configuration.schemas import SCHEMAS, Limit
+from pmoe_lightning.configuration.schemas import parameters_of, schemas
+from pmoe_lightning.configuration.signatures import read_parameters
 from pmoe_lightning.errors import ConfigurationError
-from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.hamiltonian.forces import Gated, Normalized, Raw
+from pmoe_lightning.limits import stated_parameters
 
 register()
+CONF = Path(__file__).resolve().parents[1] / "conf"
 SAFE = ("algo=sac", "safe=velocity")
 HAMILTONIAN = ("algo=sac", "action_transform=hamiltonian_raw")
 
@@ -80,7 +92,7 @@ def test_unreadable_command_lines_are_refused(words):
 # -- what composes -----------------------------------------------------------------------------------------------------
 def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a_value():
     for group, options in group_choices().items():
-        assert set(SCHEMAS.get(group, {})) <= set(options)
+        assert set(schemas().get(group, {})) <= set(options)
         for option in options:
             if (group, option) == ("estimator", "none"):
                 continue  # for an algorithm of one's own; those of the program refuse it
@@ -88,7 +100,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
             needs["velocity"] = ["algo=sac"]
             words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
-            schema = SCHEMAS.get(group, {}).get(option)
+            schema = schemas().get(group, {}).get(option)
             if schema is not None:
                 node = cfg[group][option] if group == "callbacks" else cfg[group]
                 assert set(node) == {field.name for field in dataclasses.fields(schema)}
@@ -179,6 +191,17 @@ def test_groups_of_the_user_are_found(tmp_path):
 def test_help_lists_every_option():
     text = describe_groups()
     assert all(option in text for options in group_choices().values() for option in options)
+
+
+def test_the_help_of_a_choice_says_what_each_of_its_keys_is_and_may_be():
+    (cfg,) = compose_jobs(["algo=sac", "estimator=frequency", "estimator.weight=0.5", "logger=none"])
+    said = describe_keys(cfg, "estimator").splitlines()
+    assert said[0] == "estimator: pmoe_lightning.estimators.Frequency"
+    assert said[-2:] == ["  estimator.weight=0.5", "      a finite number >= 0: factor of the frequency loss."]
+    assert "algo.lr_actor=0.0003\n      a finite number > 0 or null: that of one group" in describe_keys(cfg, "algo")
+    assert "  callbacks.metrics.every_frames=" in describe_keys(cfg, "callbacks")
+    assert describe_keys(cfg, "logger") == "logger: nothing can be set"
+    assert chosen_groups(["algo=sac", "debug=default", "algo.lr=1", "algo=ppo"]) == ["algo"]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -272,7 +295,7 @@ def test_help_lists_every_option():
         (["algo=ppo", "safe=velocity"], "use algo=sac or safe=none"),
         (["algo=dac", "safe=velocity"], "use algo=sac or safe=none"),
         ([*SAFE, "env.velocity_limit=null"], "safe=velocity needs env.velocity_limit: a number in m/s, or published"),
-        ([*SAFE, "safe.gamma=1"], "safe.gamma=1 sums the cost without end: use a number below 1"),
+        ([*SAFE, "safe.gamma=1"], "safe.gamma=1.0 must be a finite number >= 0 and < 1"),
         ([*SAFE, "safe.cost_limit=-1"], "safe.cost_limit=-1.0 must be a finite number >= 0"),
         ([*SAFE, "safe.num_candidates=0"], "safe.num_candidates=0"),
         ([*SAFE, "safe.candidates=4"], "safe.num_candidates"),
@@ -300,83 +323,45 @@ def test_a_mistake_in_a_file_of_the_user_is_named(tmp_path):
             validate(*compose_jobs(["algo=mine"], config_dir=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("limit", "good", "bad"),
-    [
-        (Limit(), [0, -1.5, None], [float("nan"), float("inf"), True, "1"]),
-        (Limit(low=0, low_included=False), [1e-9, 5], [0, 0.0, -1]),
-        (Limit(low=1, high=3), [1, 3, [1, 2]], [0, 4, [], [1, 4]]),
-        (Limit(words=("a", "b"), numeric=False), ["a", "b"], ["c", "", 1]),
-        (Limit(low=1, words=("auto",)), ["auto", 1], ["all", 0]),
-        (Limit(words=("auto",), numeric=False, boolean=True), ["auto", True, False], ["yes", 1]),
-    ],
-)
-def test_limits(limit, good, bad):
-    assert all(limit.accepts(value) for value in good)
-    assert not any(limit.accepts(value) for value in bad)
-
-
 # -- defaults ----------------------------------------------------------------------------------------------------------
-#: Where a target hands ``**arguments`` on.
-PASSED_ON = {
-    "make_ppo": PPO,
-    "make_dac": DAC,
-    "make_hamiltonian_transform": HamiltonianTransform,
-    "BestCheckpoint": ModelCheckpoint,
-    "LastCheckpoint": ModelCheckpoint,
-}
-#: Defaults of conf/ that are not those of the target, and why.
-DELIBERATE = {
-    **dict.fromkeys(["Trainer.devices", "Trainer.deterministic", "Trainer.accelerator"], "Lightning's own class"),
-    **{f"{name}.{key}": "what distinguishes the two" for name in ("BestCheckpoint", "LastCheckpoint")
-       for key in ("filename", "monitor", "mode", "enable_version_counter", "save_weights_only", "save_on_exception")},
-    "make_hamiltonian_transform.force": "what distinguishes the files of the group",
-}  # fmt: skip
-#: Keys that run/ reads: their defaults are in conf/ alone.
-READ_BY_TRAINING = ("suggests", "normalize_observation", "normalize_reward")
+def files() -> Iterator[tuple[str, str, dict[str, Any], type]]:
+    """Name, text, the part with ``_target_`` and the schema of every file of ``conf/`` that has one."""
+    for group, choices in schemas().items():
+        for choice, schema in choices.items():
+            text = (CONF / group / f"{choice}.yaml").read_text()
+            written = yaml.safe_load(text)
+            yield f"{group}/{choice}", text, next(p for p in (written, *written.values()) if "_target_" in p), schema
 
 
-def targets(node: DictConfig):
-    """Every node below that names a target."""
-    if "_target_" in node:
-        yield node
-    for key in node:
-        if not OmegaConf.is_interpolation(node, key) and isinstance(node[key], DictConfig):
-            yield from targets(node[key])
-
-
-def default_of(node: DictConfig, target, key: str):
-    """What the target would take without the configuration; what it requires has no default."""
-    if key == "step_size":
-        return {"raw": Raw, "normalized": Normalized, "gated": Gated}[node.force].step_size
-    for function in (target, PASSED_ON.get(target.__name__, target)):
-        parameters = inspect.signature(function).parameters
-        if key in parameters:
-            return parameters[key].default
-    raise AssertionError(f"{node._target_} takes no {key}")
-
-
-def test_every_default_is_that_of_the_class_it_configures():
+def test_a_signature_read_from_its_source_is_the_one_that_python_sees():
     compared = 0
-    for group, options in group_choices().items():
-        if group in ("experiment", "debug"):  # they are there to change defaults
-            continue
-        for option in ["default"] if group == "callbacks" else options:  # which holds them all
-            needs = {"off_policy": ["algo=sac"], "options": ["algo=dac"], "velocity": ["algo=sac"]}
-            words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
-            (cfg,) = compose_jobs([f"{group}={option}", *words])
-            for node in targets(cfg[group]) if cfg[group] else ():
-                target = get_object(node._target_)
-                for key in node:
-                    inferred = key.startswith("_") or key in READ_BY_TRAINING or OmegaConf.is_interpolation(node, key)
-                    if inferred or f"{target.__name__}.{key}" in DELIBERATE:
-                        continue
-                    value, default = OmegaConf.to_container(node)[key], default_of(node, target, key)
-                    if default is not inspect.Parameter.empty:
-                        default = list(default) if isinstance(default, tuple) else default
-                        assert value == default, f"{group}={option}, {key}: {target.__name__} has {default}"
-                        compared += 1
-    assert compared > 120
+    for name, _, written, _ in files():
+        target = written["_target_"]
+        if target.startswith("pmoe_lightning."):
+            read = {key: stated._replace(meaning="") for key, stated in read_parameters(target).items()}
+            assert read == stated_parameters(get_object(target)), name
+            compared += len(read)
+    assert compared > 130
+
+
+def test_a_file_repeats_no_default_and_names_every_key():
+    for name, text, written, schema in files():
+        for field in dataclasses.fields(schema):
+            assert re.search(rf"\b{field.name}\b", text), f"conf/{name}.yaml does not name {field.name}"
+            if field.name in written and field.name != "force":  # which tells the files of its group apart
+                assert written[field.name] != field.default, f"conf/{name}.yaml repeats the default of {field.name}"
+
+
+def test_every_key_has_a_meaning_for_the_help():
+    for name, _, written, schema in files():
+        for key, parameter in parameters_of(schema).items():
+            assert written["_target_"].startswith("lightning.") or parameter.meaning, f"{name}: {key}"
+
+
+def test_the_step_size_of_each_force_is_its_own():
+    for force in (Raw, Normalized, Gated):
+        choice = f"action_transform=hamiltonian_{force.__name__.lower()}"
+        assert configure("algo=sac", choice).action_transform.step_size == force.step_size
 
 
 @pytest.mark.parametrize("former", ["actors.make_pmoe_actor", "options.make_option_actor", "safety.CostConstraint"])

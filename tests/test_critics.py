@@ -163,9 +163,9 @@ def test_deepcopy_and_state_dict_round_trip():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hidden_sizes": ()}, "hidden_sizes needs at least one width"),
-        ({"hidden_sizes": (8, 0)}, r"hidden_sizes .* not \[8, 0\]"),
-        ({"activation": "gelu"}, "activation must be one of .*relu.*tanh.*'gelu'"),
+        ({"hidden_sizes": ()}, r"hidden_sizes=\(\) must be a list"),
+        ({"hidden_sizes": (8, 0)}, r"hidden_sizes=\(8, 0\) must be a list, each element a whole number >= 1"),
+        ({"activation": "gelu"}, "activation='gelu' must be one of relu, tanh"),
     ],
     ids=str,
 )
@@ -179,5 +179,5 @@ def test_unknown_switches_are_refused(make, arguments, message):
 
 def test_unknown_initialisation_is_refused(monkeypatch):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # users run without the shape checks of the tests
-    with pytest.raises(ValueError, match="initialization must be one of .*'xavier'"):
+    with pytest.raises(ValueError, match="initialization='xavier' must be one of"):
         make_qvalue_network(OBSERVATION, A, initialization="xavier")

@@ -324,7 +324,7 @@ def test_collecting_warns_of_nothing() -> None:
     ("make", "message"),
     [
         (lambda: off_policy(total_frames=0), "total_frames=0 must be at least 1"),
-        (lambda: on_policy(num_envs=0), "num_envs=0 must be at least 1"),
+        (lambda: on_policy(num_envs=0), "OnPolicyData: num_envs=0 must be a whole number >= 1"),
         (lambda: on_policy(num_envs=5), "frames_per_batch=16 must be a multiple of data.num_envs=5: use 20"),
         (lambda: off_policy(frames_per_epoch=4), "frames_per_epoch=4 must not be smaller"),
         (lambda: off_policy(utd_ratio=0.0), "utd_ratio=0.0"),

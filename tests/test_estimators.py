@@ -331,18 +331,19 @@ def test_leave_one_out_lowers_the_variance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"baseline": "median"}, "baseline must be one of .*none.*mean.*leave_one_out.*'median'"),
+        ({"baseline": "median"}, "baseline='median' must be one of none, mean, leave_one_out"),
         (
             {"baseline": "leave_one_out", "num_samples": 1},
             "baseline=leave_one_out needs num_samples of at least 2, not 1",
         ),
-        ({"baseline": "none", "num_samples": 0}, "baseline=none needs num_samples of at least 1, not 0"),
+        ({"baseline": "none", "num_samples": 0}, "num_samples=0 must be a whole number >= 1"),
     ],
 )
 def test_baselines_that_cannot_be_formed_are_refused(monkeypatch, name, arguments, message):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=f"estimator {name}: {message}"):
-        {"half_reparameterized": Half, "score_function": Score}[name](**arguments)
+    estimator = {"half_reparameterized": Half, "score_function": Score}[name]
+    with pytest.raises(ValueError, match=f"{estimator.__name__}: {message}"):
+        estimator(**arguments)
 
 
 # --- implicit --------------------------------------------------------------------------------------------------------
@@ -424,7 +425,7 @@ def test_gumbel_softmax_anneals_geometrically():
 @pytest.mark.parametrize("name", ["temperature", "final_temperature"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_impossible_temperatures_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"estimator gumbel_softmax: {name} must be finite and positive"):
+    with pytest.raises(ValueError, match=f"GumbelSoftmax: {name}={value} must be a finite number > 0"):
         GumbelSoftmax(**{name: value})
 
 
@@ -604,17 +605,17 @@ def test_routing_loss_is_the_frequency_loss_alone():
 @pytest.mark.parametrize(
     ("switch", "message"),
     [
-        ({"backpropagate": "winner"}, "backpropagate must be one of .*max.*all.*'winner'"),
-        ({"log_prob": "joint"}, "log_prob must be one of .*component.*mixture.*'joint'"),
-        ({"reduction": "none"}, "reduction must be one of .*mean.*sum.*'none'"),
-        ({"rank_by": "advantage"}, "rank_by must be one of .*q.*soft_q.*'advantage'"),
-        ({"weight": -1.0}, "weight must be finite and not negative, not -1.0"),
-        ({"weight": math.inf}, "weight must be finite"),
-        ({"weight": math.nan}, "weight must be finite"),
+        ({"backpropagate": "winner"}, "backpropagate='winner' must be one of max, all"),
+        ({"log_prob": "joint"}, "log_prob='joint' must be one of component, mixture"),
+        ({"reduction": "none"}, "reduction='none' must be one of mean, sum"),
+        ({"rank_by": "advantage"}, "rank_by='advantage' must be one of q, soft_q"),
+        ({"weight": -1.0}, "weight=-1.0 must be a finite number >= 0"),
+        ({"weight": math.inf}, "weight=inf must be a finite number"),
+        ({"weight": math.nan}, "weight=nan must be a finite number"),
     ],
     ids=str,
 )
 def test_unknown_switches_of_frequency_are_refused(monkeypatch, switch, message):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # users run without the shape checks of the tests
-    with pytest.raises(ValueError, match=f"estimator frequency: {message}"):
+    with pytest.raises(ValueError, match=f"Frequency: {message}"):
         Frequency(**switch)

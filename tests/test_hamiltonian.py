@@ -396,18 +396,18 @@ def test_the_step_size_is_what_was_asked_for_and_stays_bounded(learned):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"num_leapfrog_steps": -1}, "num_leapfrog_steps must not be negative"),
-        ({"step_size": 0.0}, "step_size must be finite and positive"),
-        ({"step_size": float("nan")}, "step_size must be finite and positive"),
-        ({"momentum_scale": -1.0}, "momentum_scale must be finite and positive"),
-        ({"temperature": 0.5}, "temperature must be finite and at least 1"),
+        ({"num_leapfrog_steps": -1}, "num_leapfrog_steps=-1 must be a whole number >= 0 and <= 1000"),
+        ({"step_size": 0.0}, "step_size=0.0 must be a finite number > 0"),
+        ({"step_size": float("nan")}, "step_size=nan must be a finite number > 0"),
+        ({"momentum_scale": -1.0}, "momentum_scale=-1.0 must be a finite number > 0"),
+        ({"temperature": 0.5}, "temperature=0.5 must be a finite number >= 1"),
         ({"temperature": 2.0, "metropolis": True}, "metropolis needs temperature=1"),
-        ({"log_prob": "exact"}, "log_prob must be one of"),
-        ({"critic_reduction": "max"}, "critic_reduction must be one of"),
-        ({"used_in": ["evaluation"]}, "used_in must be one of"),
+        ({"log_prob": "exact"}, "log_prob='exact' must be one of joint, base"),
+        ({"critic_reduction": "max"}, "critic_reduction='max' must be one of min, mean"),
+        ({"used_in": ["evaluation"]}, "used_in=.* must be a list, each element one of acting"),
         ({"used_in": ["acting"]}, "learns from the actor loss"),
-        ({"magnitude": 0.0}, "magnitude must be finite and positive"),
-        ({"force": "strong"}, "force must be raw, normalized or gated"),
+        ({"magnitude": 0.0}, "magnitude=0.0 must be a finite number > 0"),
+        ({"force": "strong"}, "force='strong' must be one of raw, normalized, gated"),
     ],
 )
 def test_what_cannot_work_is_refused(arguments, message):

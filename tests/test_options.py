@@ -155,9 +155,9 @@ def test_options_are_drawn_as_often_as_pi_h_says():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_options": 1}, "num_options must be at least 2, not 1"),
-        ({"deterministic": "best"}, "deterministic must be one of"),
-        ({"scale": "none"}, "scale must be one of"),
+        ({"num_options": 1}, "num_options=1 must be a whole number >= 2"),
+        ({"deterministic": "best"}, "deterministic='best' must be one of"),
+        ({"scale": "none"}, "scale='none' must be one of"),
     ],
 )
 def test_impossible_actors_are_refused(arguments, message):

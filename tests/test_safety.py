@@ -385,11 +385,11 @@ def test_a_loaded_policy_is_the_safe_one(force, rule):
 @pytest.mark.parametrize(
     ("constraint", "message"),
     [
-        ({"num_candidates": 10**9}, "num_candidates is out of range"),
-        ({"num_candidates": 2.5}, "num_candidates 2.5 is not a int"),
-        ({"num_candidates": 0}, "num_candidates must be at least 1"),
-        ({"gamma": 1.0}, "gamma must be at least 0 and less than 1"),
-        ({"cost_limit": "none"}, "cost_limit 'none' is not a float"),
+        ({"num_candidates": 10**9}, "num_candidates=1000000000 must be a whole number >= 1 and <= 1000"),
+        ({"num_candidates": 2.5}, "num_candidates=2.5 must be a whole number"),
+        ({"num_candidates": 0}, "num_candidates=0 must be"),
+        ({"gamma": 1.0}, "gamma=1.0 must be a finite number >= 0 and < 1"),
+        ({"cost_limit": "none"}, "cost_limit='none' must be a finite number >= 0"),
         ({"surprise": 1}, "surprise"),
     ],
 )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
 from pmoe_lightning.estimators import AbstractEstimator
+from pmoe_lightning.limits import Of, checked, take
 from pmoe_lightning.losses import DACLoss
 from pmoe_lightning.modules.critics import make_option_value_network
+from pmoe_lightning.modules.networks import Activation, HiddenSizes
 from pmoe_lightning.modules.option_policies import OptionActor
 
 
@@ -36,6 +38,7 @@ class DAC(OnPolicyAlgorithm):
         self.loss.estimate_advantages(rollout, gamma=self.gamma, lmbda=self.lmbda)
 
 
+@checked
 def make_dac(
     actor: OptionActor,
     estimator: AbstractEstimator | None = None,
@@ -43,13 +46,10 @@ def make_dac(
     observation_dim: int,
     action_dim: int,
     normalizer: TensorDictModuleBase | None = None,
-    hidden_sizes: Sequence[int] = (64, 64),
-    activation: str = "tanh",
-    clip_epsilon: float = 0.2,
-    entropy_coeff: float = 0.0,
-    critic_coeff: float = 0.5,
+    hidden_sizes: HiddenSizes = (64, 64),
+    activation: Activation = "tanh",
     policy_description: Mapping[str, Any] | None = None,
-    **arguments: Any,
+    **arguments: Annotated[Any, Of(DACLoss), Of(OnPolicyAlgorithm)],
 ) -> DAC:
     """DAC for an actor with options, with a critic of its own.
 
@@ -60,10 +60,9 @@ def make_dac(
         action_dim: not used; taken because every algorithm is given it.
         normalizer: writes the entry the actor reads, from ``observation``.
         hidden_sizes, activation: of the critic, initialised orthogonally.
-        clip_epsilon, entropy_coeff, critic_coeff: see ``DACLoss``.
         policy_description: see ``AbstractAlgorithm``.
-        **arguments: of ``OnPolicyAlgorithm``: gamma, lmbda, lr, num_epochs, minibatch_size, max_grad_norm, target_kl,
-            compile.
+        **arguments: of ``DACLoss`` (clip_epsilon, entropy_coeff, critic_coeff) and of ``OnPolicyAlgorithm`` (gamma,
+            lmbda, lr, num_epochs, minibatch_size, max_grad_norm, target_kl, compile).
     """
     critic = make_option_value_network(
         observation_dim,
@@ -72,6 +71,6 @@ def make_dac(
         activation=activation,
         observation_key=actor.in_keys[0],
     )
-    loss = DACLoss(actor, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_coeff, critic_coeff=critic_coeff)
+    loss = DACLoss(actor, critic, **take(arguments, DACLoss))
     policy = actor if normalizer is None else TensorDictSequential(normalizer, actor)
     return DAC(loss, actor, policy, policy_description=policy_description, **arguments)

@@ -15,6 +15,7 @@ from torchrl.objectives import LossModule
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.limits import PositiveFloat, PositiveInt, UnitInterval, checked
 from pmoe_lightning.processes.collectives import largest_over_processes, standardize_over_processes
 from pmoe_lightning.updates import OnPolicyUpdate
 
@@ -41,19 +42,20 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
     #: What an update needs of a transition, besides the observation.
     minibatch_keys: tuple[str, ...]
 
+    @checked
     def __init__(
         self,
         loss: LossModule,
         actor: TensorDictModuleBase,
         policy: TensorDictModuleBase,
         *,
-        gamma: float = 0.99,
-        lmbda: float = 0.95,
-        lr: float = 3e-4,
-        num_epochs: int = 10,
-        minibatch_size: int = 64,
-        max_grad_norm: float = 0.5,
-        target_kl: float | None = None,
+        gamma: UnitInterval = 0.99,
+        lmbda: UnitInterval = 0.95,
+        lr: PositiveFloat = 3e-4,
+        num_epochs: PositiveInt = 10,
+        minibatch_size: PositiveInt = 64,
+        max_grad_norm: PositiveFloat = 0.5,
+        target_kl: PositiveFloat | None = None,
         compile: bool = False,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:

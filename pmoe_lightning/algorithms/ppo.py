@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
@@ -13,8 +13,10 @@ from torchrl.objectives.value import GAE
 
 from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
 from pmoe_lightning.estimators import AbstractEstimator, Frequency, Marginalized
+from pmoe_lightning.limits import NonNegativeFloat, Of, PositiveFloat, checked, take
 from pmoe_lightning.losses import PMOEPPOLoss
 from pmoe_lightning.modules.critics import make_qvalue_network, make_value_network
+from pmoe_lightning.modules.networks import Activation, HiddenSizes
 
 
 class PPO(OnPolicyAlgorithm):
@@ -27,7 +29,7 @@ class PPO(OnPolicyAlgorithm):
         loss: PMOEPPOLoss,
         actor: SafeProbabilisticTensorDictSequential,
         policy: TensorDictModuleBase,
-        **arguments: Any,
+        **arguments: Annotated[Any, Of(OnPolicyAlgorithm)],
     ) -> None:
         super().__init__(loss, actor, policy, **arguments)
         self.advantage = GAE(gamma=self.gamma, lmbda=self.lmbda, value_network=loss.critic_network)
@@ -45,6 +47,7 @@ class PPO(OnPolicyAlgorithm):
         return [dict(self.loss.qvalue_network_params.data.flatten_keys(".").clone().items())]
 
 
+@checked
 def make_ppo(
     actor: SafeProbabilisticTensorDictSequential,
     estimator: AbstractEstimator,
@@ -52,21 +55,13 @@ def make_ppo(
     observation_dim: int,
     action_dim: int,
     normalizer: TensorDictModuleBase | None = None,
-    hidden_sizes: Sequence[int] = (64, 64),
-    activation: str = "tanh",
-    lr: float = 3e-4,
-    gamma: float = 0.99,
-    lmbda: float = 0.95,
-    clip_epsilon: float = 0.2,
-    entropy_coeff: float = 0.0,
-    critic_coeff: float = 0.5,
-    qvalue_coeff: float = 1.0,
-    num_epochs: int = 10,
-    minibatch_size: int = 64,
-    max_grad_norm: float = 0.5,
-    target_kl: float | None = None,
-    compile: bool = False,
+    hidden_sizes: HiddenSizes = (64, 64),
+    activation: Activation = "tanh",
+    clip_epsilon: PositiveFloat = 0.2,
+    entropy_coeff: NonNegativeFloat = 0.0,
+    critic_coeff: NonNegativeFloat = 0.5,
     policy_description: Mapping[str, Any] | None = None,
+    **arguments: Annotated[Any, Of(PMOEPPOLoss), Of(OnPolicyAlgorithm)],
 ) -> PPO:
     """PPO for an actor, with a critic of its own.
 
@@ -80,9 +75,11 @@ def make_ppo(
         observation_dim, action_dim: O and A.
         normalizer: writes the entry the actor reads, from ``observation``.
         hidden_sizes, activation: of the critics, initialised orthogonally.
-        clip_epsilon, entropy_coeff, critic_coeff, qvalue_coeff: see ``PMOEPPOLoss``.
-        lr, gamma, lmbda, num_epochs, minibatch_size, max_grad_norm, target_kl, compile: see ``OnPolicyAlgorithm``.
+        clip_epsilon: how far a ratio of probabilities may move from 1.
+        entropy_coeff, critic_coeff: weights of these losses, see ``PMOEPPOLoss``.
         policy_description: see ``AbstractAlgorithm``.
+        **arguments: of ``PMOEPPOLoss`` (qvalue_coeff) and of ``OnPolicyAlgorithm`` (gamma, lmbda, lr, num_epochs,
+            minibatch_size, max_grad_norm, target_kl, compile).
 
     Raises:
         ValueError: the estimator cannot serve the actor's distribution.
@@ -96,25 +93,12 @@ def make_ppo(
         make_qvalue_network(observation_dim, action_dim, **sizes) if routing is not None else None,
         estimator=Marginalized() if isinstance(estimator, Frequency) else estimator,
         routing=routing,
-        qvalue_coeff=qvalue_coeff,
         clip_epsilon=clip_epsilon,
         entropy_coeff=entropy_coeff,
         critic_coeff=critic_coeff,
         normalize_advantage=True,
         log_explained_variance=False,
+        **take(arguments, PMOEPPOLoss),
     )
     policy = actor if normalizer is None else TensorDictSequential(normalizer, actor)
-    return PPO(
-        loss,
-        actor,
-        policy,
-        gamma=gamma,
-        lmbda=lmbda,
-        lr=lr,
-        num_epochs=num_epochs,
-        minibatch_size=minibatch_size,
-        max_grad_norm=max_grad_norm,
-        target_kl=target_kl,
-        compile=compile,
-        policy_description=policy_description,
-    )
+    return PPO(loss, actor, policy, policy_description=policy_description, **arguments)

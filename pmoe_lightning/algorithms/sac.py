@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,8 +16,10 @@ from torchrl.objectives import SoftUpdate
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.hamiltonian import HamiltonianTransform
+from pmoe_lightning.limits import FiniteFloat, Of, PositiveFloat, UnitInterval, checked
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
 from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.modules.networks import Activation, HiddenSizes
 from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
@@ -33,7 +35,8 @@ class SAC(AbstractAlgorithm):
     Args:
         loss: the loss module, with its value estimator (gamma) set.
         actor: the policy inside ``loss``.
-        lr_actor, lr_qvalue, lr_alpha: learning rates of the groups.
+        lr: learning rate of all three groups.
+        lr_actor, lr_qvalue, lr_alpha: that of one group; None is ``lr``.
         tau: the target critics move by tau (Q - Qbar) after every update.
         compile: see above.
         policy_description: see ``AbstractAlgorithm``.
@@ -41,20 +44,23 @@ class SAC(AbstractAlgorithm):
 
     on_policy = False
 
+    @checked
     def __init__(
         self,
         loss: PMOESACLoss,
         actor: SafeProbabilisticTensorDictSequential,
         *,
-        lr_actor: float = 3e-4,
-        lr_qvalue: float = 3e-4,
-        lr_alpha: float = 3e-4,
-        tau: float = 0.005,
+        lr: PositiveFloat = 3e-4,
+        lr_actor: PositiveFloat | None = None,
+        lr_qvalue: PositiveFloat | None = None,
+        lr_alpha: PositiveFloat | None = None,
+        tau: UnitInterval = 0.005,
         compile: bool = False,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(loss, actor, loss.acting_policy(actor), policy_description)
-        self.lr_actor, self.lr_qvalue, self.lr_alpha = lr_actor, lr_qvalue, lr_alpha
+        rates = (lr_actor, lr_qvalue, lr_alpha)
+        self.lr_actor, self.lr_qvalue, self.lr_alpha = (lr if rate is None else rate for rate in rates)
         self.tau, self.compiles = tau, compile
         self.target_updater = SoftUpdate(loss, tau=tau)
         self.update: SACUpdate | None = None
@@ -91,26 +97,22 @@ class SAC(AbstractAlgorithm):
         self.last_observation = batch.get(self.observation_key)[-1]
 
 
+@checked
 def make_sac(
     actor: SafeProbabilisticTensorDictSequential,
     estimator: AbstractEstimator,
     *,
     observation_dim: int,
     action_dim: int,
-    hidden_sizes: Sequence[int] = (256, 256),
-    activation: str = "relu",
-    lr: float = 3e-4,
-    lr_actor: float | None = None,
-    lr_qvalue: float | None = None,
-    lr_alpha: float | None = None,
-    gamma: float = 0.99,
-    tau: float = 0.005,
-    alpha_init: float = 1.0,
-    target_entropy: float | None = None,
+    hidden_sizes: HiddenSizes = (256, 256),
+    activation: Activation = "relu",
+    gamma: UnitInterval = 0.99,
+    alpha_init: PositiveFloat = 1.0,
+    target_entropy: FiniteFloat | None = None,
     action_transform: HamiltonianTransform | None = None,
     constraint: CostConstraint | None = None,
-    compile: bool = False,
     policy_description: Mapping[str, Any] | None = None,
+    **arguments: Annotated[Any, Of(SAC)],
 ) -> SAC:
     """SAC for an actor, with two critics of its own.
 
@@ -119,15 +121,13 @@ def make_sac(
         estimator: the gradient estimator of the actor loss.
         observation_dim, action_dim: O and A.
         hidden_sizes, activation: of the critics.
-        lr: learning rate of all three groups; ``lr_actor``, ``lr_qvalue`` and ``lr_alpha`` override it.
         gamma: discount per environment step.
-        tau: target smoothing per update.
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
         constraint: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
-        compile: run the update as one compiled graph.
         policy_description: see ``AbstractAlgorithm``.
+        **arguments: of ``SAC``: lr, lr_actor, lr_qvalue, lr_alpha, tau, compile.
 
     Raises:
         ValueError: the estimator cannot serve the actor's distribution.
@@ -137,24 +137,15 @@ def make_sac(
         sizes = {"hidden_sizes": hidden_sizes, "activation": activation}
         return [make_qvalue_network(observation_dim, action_dim, **sizes) for _ in range(2)]
 
-    arguments = {
+    of_loss = {
         "estimator": estimator,
         "action_transform": action_transform,
         "alpha_init": alpha_init,
         "target_entropy": float(-action_dim if target_entropy is None else target_entropy),
     }
     if constraint is None:
-        loss = PMOESACLoss(actor, make_critics(), **arguments)
+        loss = PMOESACLoss(actor, make_critics(), **of_loss)
     else:
-        loss = SafeSACLoss(actor, make_critics(), make_critics(), constraint, **arguments)
+        loss = SafeSACLoss(actor, make_critics(), make_critics(), constraint, **of_loss)
     loss.make_value_estimator(gamma=gamma)
-    return SAC(
-        loss,
-        actor,
-        lr_actor=lr if lr_actor is None else lr_actor,
-        lr_qvalue=lr if lr_qvalue is None else lr_qvalue,
-        lr_alpha=lr if lr_alpha is None else lr_alpha,
-        tau=tau,
-        compile=compile,
-        policy_description=policy_description,
-    )
+    return SAC(loss, actor, policy_description=policy_description, **arguments)

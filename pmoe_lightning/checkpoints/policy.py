@@ -2,8 +2,8 @@
 
 A checkpoint's entry ``"policy"`` holds ``description`` (which actor, its arguments, the action bounds, the
 environment), ``state_dict`` and, where the algorithm has critics of actions, their state dicts as ``action_values``.
-The description is data: it selects among the factories below and every value of it is checked, so a file can neither
-name code to run nor ask for a network of absurd size.
+The description is data: it selects among the factories below, and every value of it must be what their signatures allow
+(``limits``), so a file can neither name code to run nor ask for a network of absurd size.
 """
 
 import math
@@ -17,8 +17,9 @@ from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, Tensor
 from torch import nn
 
 from pmoe_lightning.checkpoints.loaded import LoadedPolicy
-from pmoe_lightning.errors import RunError, first_line
+from pmoe_lightning.errors import ConfigurationError, RunError, first_line
 from pmoe_lightning.hamiltonian import EvolveAction, make_hamiltonian_transform
+from pmoe_lightning.limits import MAX_WIDTH, check_arguments
 from pmoe_lightning.modules.actors import (
     BestValueActor,
     make_additive_moe_actor,
@@ -27,6 +28,7 @@ from pmoe_lightning.modules.actors import (
     make_pmoe_actor,
 )
 from pmoe_lightning.modules.critics import QValueEnsemble, make_qvalue_network
+from pmoe_lightning.modules.networks import make_mlp
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, make_option_actor
 from pmoe_lightning.safe.candidates import SafePolicy
@@ -40,32 +42,7 @@ ACTORS: dict[str, Callable[..., TensorDictModule]] = {
     "pmoe": make_pmoe_actor,
 }
 FORMAT = 1
-_MAX_WIDTH = 65_536
-_MAX_LEAPFROG_STEPS = 1000
 _NUM_CRITICS = 2
-_TRANSFORM_ARGUMENTS = {
-    "force": str,
-    "num_leapfrog_steps": int,
-    "step_size": float,
-    "learn_step_size": bool,
-    "momentum_scale": float,
-    "temperature": float,
-    "metropolis": bool,
-    "log_prob": str,
-    "critic_reduction": str,
-    "used_in": list,
-    "magnitude": float,
-    "learn_magnitude": bool,
-    "hidden_size": int,
-}
-_SAFE_ARGUMENTS = {
-    "cost_limit": float,
-    "gamma": float,
-    "lr_multiplier": float,
-    "multiplier_init": float,
-    "num_candidates": int,
-}
-_MAX_CANDIDATES = 1000
 _MAX_PARAMETERS = 500_000_000
 
 
@@ -83,7 +60,7 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         raise RunError(f"{place}: format {description.get('format')!r} is not {FORMAT}, the one this version reads")
     actor, own = _get(description, "actor", str, place), _own_parts(description, place)
     size = _get(description, "observation_dim", int, place)
-    if not 1 <= size <= _MAX_WIDTH:
+    if not 1 <= size <= MAX_WIDTH:
         raise RunError(f"{place}: observation_dim {size} is out of range")
     low, high = (_numbers(description, key, place) for key in ("action_low", "action_high"))
     if not low or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
@@ -100,11 +77,14 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         raise RunError(f"{place}.env: kwargs must not hold {', '.join(sorted(reserved))}")
     arguments = _get(description, "arguments", dict, place)
     if actor in ACTORS:
-        _check_arguments(arguments, size, len(low), f"{place}.arguments")
+        _check_arguments(ACTORS[actor], arguments, f"{place}.arguments")
+        _check_size(arguments, size, len(low), f"{place}.arguments")
     if description.get("action_transform") is not None and "action_transform" not in own:
-        _check_transform(_get(description, "action_transform", dict, place), f"{place}.action_transform")
+        transform = _get(description, "action_transform", dict, place)
+        _get(transform, "used_in", list, f"{place}.action_transform")
+        _check_arguments(make_hamiltonian_transform, transform, f"{place}.action_transform")
     if description.get("safe") is not None and "safe" not in own:
-        _check_safe(_get(description, "safe", dict, place), f"{place}.safe")
+        _check_arguments(CostConstraint, _get(description, "safe", dict, place), f"{place}.safe")
     return entry if units == "normalized" else _with_normalized_actions(entry)
 
 
@@ -248,7 +228,8 @@ def _make_critic(description: Mapping[str, Any], where: str) -> TensorDictModule
     """A critic of the described sizes, its weights not loaded."""
     sizes = {key: description.get("critic", {}).get(key) for key in ("hidden_sizes", "activation")}
     observations, actions = description["observation_dim"], len(description["action_low"])
-    _check_arguments(sizes, observations + actions, 1, f"{where}, policy.description.critic")
+    _check_arguments(make_mlp, sizes, f"{where}, policy.description.critic")
+    _check_size(sizes, observations + actions, 1, f"{where}, policy.description.critic")
     key = description["arguments"].get("observation_key", "observation")
     return make_qvalue_network(observations, actions, **sizes, observation_key=key)
 
@@ -306,50 +287,29 @@ def _get(mapping: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 
 def _numbers(mapping: Mapping[str, Any], key: str, where: str) -> list[float]:
     values = _get(mapping, key, list, where)
-    if len(values) > _MAX_WIDTH or not all(
+    if len(values) > MAX_WIDTH or not all(
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
     ):
         raise RunError(f"{where}: entry {key!r} is not a list of finite numbers")
     return values
 
 
-def _check_arguments(arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str) -> None:
-    """Reject what the factories do not check themselves: types, and a size that would exhaust the memory."""
-    named = (arguments[key] for key in ("num_components", "num_experts", "num_options") if key in arguments)
-    components = next(named, 1)
-    widths = arguments.get("hidden_sizes", [])
+def _check_arguments(part: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
+    """Reject what the signature of the part does not allow. What it does not know, it refuses when called."""
     if not all(isinstance(key, str) for key in arguments):
         raise RunError(f"{where}: the names of arguments must be text")
-    if not isinstance(components, int) or isinstance(components, bool) or not 1 <= components <= _MAX_WIDTH:
-        raise RunError(f"{where}: {components!r} components are out of range")
-    if not isinstance(widths, list | tuple) or not all(
-        isinstance(width, int) and not isinstance(width, bool) and 1 <= width <= _MAX_WIDTH for width in widths
-    ):
-        raise RunError(f"{where}: hidden_sizes {widths!r} is not a list of widths")
-    sizes = [observation_dim, *widths, components * (2 * action_dim + 1)]
+    try:
+        check_arguments(part, arguments)
+    except ConfigurationError as error:
+        raise RunError(f"{where}: {first_line(error)}") from error
+    if not isinstance(arguments.get("observation_key", ""), str):
+        raise RunError(f"{where}: observation_key {arguments['observation_key']!r} is not text")
+
+
+def _check_size(arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str) -> None:
+    """Reject a network that would exhaust the memory."""
+    named = (arguments.get(key) for key in ("num_components", "num_experts", "num_options"))
+    components = next((number for number in named if isinstance(number, int)), 1)
+    sizes = [observation_dim, *arguments.get("hidden_sizes", []), components * (2 * action_dim + 1)]
     if sum(a * b for a, b in zip(sizes, sizes[1:], strict=False)) > _MAX_PARAMETERS:
         raise RunError(f"{where}: the network would have more than {_MAX_PARAMETERS} parameters")
-    for key in ("activation", "router", "scale", "initialization", "deterministic", "observation_key"):
-        if not isinstance(arguments.get(key, ""), str):
-            raise RunError(f"{where}: {key} {arguments[key]!r} is not text")
-
-
-def _check_transform(arguments: Mapping[str, Any], where: str) -> None:
-    _check_types(arguments, _TRANSFORM_ARGUMENTS, where)
-    if not all(isinstance(use, str) for use in _get(arguments, "used_in", list, where)):
-        raise RunError(f"{where}: used_in {arguments['used_in']!r} is not a list of words")
-    if arguments.get("num_leapfrog_steps", 0) > _MAX_LEAPFROG_STEPS or arguments.get("hidden_size", 0) > _MAX_WIDTH:
-        raise RunError(f"{where}: num_leapfrog_steps or hidden_size is out of range")
-
-
-def _check_safe(arguments: Mapping[str, Any], where: str) -> None:
-    _check_types(arguments, _SAFE_ARGUMENTS, where)
-    if arguments.get("num_candidates", 1) > _MAX_CANDIDATES:
-        raise RunError(f"{where}: num_candidates is out of range")
-
-
-def _check_types(arguments: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
-    for key, kind in kinds.items():
-        value = arguments.get(key, kind())
-        if not isinstance(value, kind | int if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise RunError(f"{where}: {key} {value!r} is not a {kind.__name__}")

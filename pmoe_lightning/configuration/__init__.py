@@ -6,13 +6,17 @@ use it: constructors below them take objects and numbers, never a configuration.
 
 from pmoe_lightning.configuration.arguments import is_set_by, normalise_argv, quote_value, read_value, with_value
 from pmoe_lightning.configuration.composition import compose_jobs, output_folder, read_choice
+from pmoe_lightning.configuration.explanation import chosen_groups, describe_keys, describe_root
 from pmoe_lightning.configuration.groups import describe_groups
 from pmoe_lightning.configuration.schemas import register
 from pmoe_lightning.configuration.validation import validate
 
 __all__ = [
+    "chosen_groups",
     "compose_jobs",
     "describe_groups",
+    "describe_keys",
+    "describe_root",
     "is_set_by",
     "normalise_argv",
     "output_folder",

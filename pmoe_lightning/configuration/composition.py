@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pmoe_lightning.configuration.groups import group_choices
-from pmoe_lightning.configuration.schemas import SCHEMAS, register
+from pmoe_lightning.configuration.schemas import register, schemas
 from pmoe_lightning.errors import ConfigurationError, error_line, first_line
 
 _CONFIG_MODULE = "pmoe_lightning.conf"
@@ -32,6 +32,7 @@ def compose_jobs(
     Raises:
         ConfigurationError: naming the key, what is wrong with it, and the nearest valid key or choice.
     """
+    register()
     extra = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     with initialize_config_module(_CONFIG_MODULE, version_base="1.3"):
         return [_compose([*job, *extra]) for job in (_sweep(overrides) if multirun else [list(overrides)])]
@@ -61,7 +62,6 @@ def read_choice(group: str, name: str, config_dir: str) -> tuple[Callable[..., A
     Raises:
         ConfigurationError: it does not compose, or its target cannot be imported.
     """
-    register()
     (cfg,) = compose_jobs([f"{group}={name}"], config_dir=config_dir)
     node = cfg[group]
     try:
@@ -131,7 +131,7 @@ def _wrong_type(error: ValidationError) -> str:
 
 def _unknown_key(key: str, overrides: list[str]) -> str:
     group, _, name = key.partition(".")
-    owners = [choice for choice, schema in SCHEMAS.get(group, {}).items() if name in schema.__dataclass_fields__]
+    owners = [choice for choice, schema in schemas().get(group, {}).items() if name in schema.__dataclass_fields__]
     if owners and group != "callbacks":
         chosen = next((word for word in overrides if word.startswith(f"{group}=")), f"the chosen {group}")
         return f"unknown key {key}: {chosen} has no {name}, {group}={owners[0]} has"

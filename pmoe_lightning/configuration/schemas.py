@@ -1,410 +1,118 @@
-"""What every configuration key must be: its type and the values it may take.
+"""What every configuration key must be: its type, the values it may take and its default.
 
-Values live in ``conf/``; here each group has one dataclass, which Hydra merges under the group's files. A key that is
-not declared here is refused; a value outside its ``Limit`` is refused by ``validation.py``. Only the standard library
-and Hydra are imported, so that ``--help`` stays fast.
+Each is stated once, in the signature of the class or function that the file of a choice names as ``_target_``
+(``limits``). Here such a signature, read from its source, becomes a dataclass, which Hydra merges under the file that
+asks for it as ``/schema/<group>/<choice>``. A key that is not in it is refused; a value outside its limit is refused by
+``validation.py``. Nothing heavy is imported, so that ``--help`` stays fast.
 """
 
-from __future__ import annotations
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, Optional, Union
 
-from dataclasses import dataclass, field
-from math import inf, isfinite
-from typing import Any, Optional, Union
-
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-
-@dataclass(frozen=True)
-class Limit:
-    """Values a key accepts: finite numbers in an interval, one of some words, true and false, or any of these."""
-
-    low: float = -inf
-    high: float = inf
-    low_included: bool = True
-    words: tuple[str, ...] = ()
-    numeric: bool = True
-    boolean: bool = False
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the value, or every element of a list, is allowed. None is left to the type."""
-        if value is None:
-            return True
-        if isinstance(value, list | tuple):
-            return len(value) > 0 and all(self.accepts(element) for element in value)
-        if isinstance(value, str):
-            return value in self.words
-        if isinstance(value, bool):
-            return self.boolean
-        if not self.numeric:
-            return False
-        inside = self.low <= value if self.low_included else self.low < value
-        return inside and value <= self.high and isfinite(value)
-
-    def __str__(self) -> str:
-        """What is allowed, to complete the sentence 'must be ...'."""
-        parts = [f"one of {', '.join(self.words)}" if len(self.words) > 1 else repr(word) for word in self.words[:1]]
-        if self.numeric:
-            sign = ">=" if self.low_included else ">"
-            bounds = [f"{sign} {self.low}"] * (self.low > -inf) + [f"<= {self.high}"] * (self.high < inf)
-            parts.insert(0, " ".join(["a finite number", " and ".join(bounds)]).strip())
-        return " or ".join(["true, false"] * self.boolean + parts)
-
-
-def _limited(limit: Limit) -> Any:
-    return field(default=MISSING, metadata={"limit": limit})
-
-
-def _finite() -> Any:
-    return _limited(Limit())
-
-
-def _positive() -> Any:
-    return _limited(Limit(low=0, low_included=False))
-
-
-def _at_least(low: float) -> Any:
-    return _limited(Limit(low=low))
-
-
-def _between(low: float, high: float) -> Any:
-    return _limited(Limit(low=low, high=high))
-
-
-def _one_of(*words: str) -> Any:
-    return _limited(Limit(words=words, numeric=False))
-
-
-def _number_or(word: str, low: float = -inf) -> Any:
-    return _limited(Limit(low=low, words=(word,)))
-
-
-# -- algo --------------------------------------------------------------------------------------------------------------
-@dataclass
-class Suggestions:
-    """What an algorithm hands to other groups, which take it by interpolation unless they are told otherwise."""
-
-    total_frames: int = _at_least(1)
-    scale: str = _one_of("state_dependent", "state_independent")
-    initialization: str = _one_of("default", "orthogonal")
-
-
-@dataclass
-class SACSchema:
-    _target_: str = MISSING
-    lr: float = _positive()
-    lr_actor: float = _positive()
-    lr_qvalue: float = _positive()
-    lr_alpha: float = _positive()
-    gamma: float = _between(0, 1)
-    tau: float = _between(0, 1)
-    alpha_init: float = _positive()
-    target_entropy: Optional[float] = _finite()  # noqa: UP045  (OmegaConf reads typing.Optional)
-    hidden_sizes: list[int] = _at_least(1)
-    activation: str = _one_of("relu", "tanh")
-    suggests: Suggestions = field(default_factory=Suggestions)
-
-
-@dataclass
-class DACSchema:
-    _target_: str = MISSING
-    lr: float = _positive()
-    gamma: float = _between(0, 1)
-    lmbda: float = _between(0, 1)
-    clip_epsilon: float = _positive()
-    entropy_coeff: float = _at_least(0)
-    critic_coeff: float = _at_least(0)
-    max_grad_norm: float = _positive()
-    num_epochs: int = _at_least(1)
-    minibatch_size: int = _at_least(1)
-    target_kl: Optional[float] = _positive()  # noqa: UP045
-    hidden_sizes: list[int] = _at_least(1)
-    activation: str = _one_of("relu", "tanh")
-    suggests: Suggestions = field(default_factory=Suggestions)
-
-
-@dataclass
-class PPOSchema(DACSchema):
-    qvalue_coeff: float = _at_least(0)
-
-
-# -- actor, estimator, action_transform --------------------------------------------------------------------------------
-@dataclass
-class GaussianSchema:
-    _target_: str = MISSING
-    hidden_sizes: list[int] = _at_least(1)
-    activation: str = _one_of("relu", "tanh")
-    scale: str = _one_of("state_dependent", "state_independent")
-    initialization: str = _one_of("default", "orthogonal")
-
-
-@dataclass
-class PMOESchema(GaussianSchema):
-    num_components: int = _at_least(1)
-    router: str = _one_of("detached", "attached")
-    deterministic: str = _one_of("best_value", "max_weight", "sample_component")
-
-
-@dataclass
-class ExpertsSchema(GaussianSchema):
-    num_experts: int = _at_least(1)
-
-
-@dataclass
-class OptionsSchema(GaussianSchema):
-    num_options: int = _at_least(2)
-    deterministic: str = _one_of("max_weight", "sample_component")
-
-
-@dataclass
-class FrequencySchema:
-    _target_: str = MISSING
-    backpropagate: str = _one_of("max", "all")
-    log_prob: str = _one_of("component", "mixture")
-    reduction: str = _one_of("mean", "sum")
-    rank_by: str = _one_of("q", "soft_q")
-    weight: float = _at_least(0)
-
-
-@dataclass
-class MarginalizedSchema:
-    _target_: str = MISSING
-
-
-@dataclass
-class PathwiseSchema:
-    _target_: str = MISSING
-
-
-@dataclass
-class ImplicitSchema:
-    _target_: str = MISSING
-
-
-@dataclass
-class ScoreSchema:
-    _target_: str = MISSING
-    num_samples: int = _at_least(1)
-    baseline: str = _one_of("none", "mean", "leave_one_out")
-
-
-@dataclass
-class GumbelSoftmaxSchema:
-    _target_: str = MISSING
-    temperature: float = _positive()
-    final_temperature: Optional[float] = _positive()  # noqa: UP045
-    straight_through: bool = MISSING
-
-
-@dataclass
-class HamiltonianSchema:
-    _target_: str = MISSING
-    force: str = _one_of("raw", "normalized", "gated")
-    num_leapfrog_steps: int = _at_least(0)
-    step_size: float = _positive()
-    learn_step_size: bool = MISSING
-    momentum_scale: float = _positive()
-    temperature: float = _at_least(1)
-    metropolis: bool = MISSING
-    log_prob: str = _one_of("joint", "base")
-    critic_reduction: str = _one_of("min", "mean")
-    used_in: list[str] = _one_of("acting", "actor_loss", "critic_target")
-
-
-@dataclass
-class NormalizedSchema(HamiltonianSchema):
-    magnitude: float = _positive()
-    learn_magnitude: bool = MISSING
-
-
-@dataclass
-class GatedSchema(NormalizedSchema):
-    hidden_size: int = _at_least(1)
-
-
-# -- safe --------------------------------------------------------------------------------------------------------------
-@dataclass
-class CostConstraintSchema:
-    _target_: str = MISSING
-    cost_limit: float = _at_least(0)
-    gamma: float = _between(0, 1)
-    lr_multiplier: float = _positive()
-    multiplier_init: float = _at_least(0)
-    num_candidates: int = _between(1, 1000)
-
-
-# -- data --------------------------------------------------------------------------------------------------------------
-@dataclass
-class DataSchema:
-    _target_: str = MISSING
-    frames_per_batch: int = _at_least(1)
-    frames_per_epoch: int = _at_least(1)
-    num_envs: int = _at_least(1)
-    num_workers: int = _at_least(0)
-    backend: str = _one_of("process", "ray")
-
-
-@dataclass
-class OffPolicySchema(DataSchema):
-    init_random_frames: int = _at_least(0)
-    buffer_size: int = _at_least(1)
-    batch_size: int = _at_least(1)
-    utd_ratio: float = _positive()
-
-
-@dataclass
-class OnPolicySchema(DataSchema):
-    normalize_observation: bool = MISSING
-    normalize_reward: bool = MISSING
-
-
-# -- trainer -----------------------------------------------------------------------------------------------------------
-@dataclass
-class TrainerSchema:
-    _target_: str = MISSING
-    accelerator: str = _one_of("auto", "cpu", "cuda", "gpu")
-    devices: Union[int, str] = _number_or("auto", low=1)  # noqa: UP007
-    num_nodes: int = _at_least(1)
-    strategy: str = _one_of("auto", "ddp")
-    deterministic: bool = MISSING
-    detect_anomaly: bool = MISSING
-    profiler: Optional[str] = _one_of("simple", "advanced", "pytorch")  # noqa: UP045
-
-
-# -- callbacks, logger -------------------------------------------------------------------------------------------------
-@dataclass
-class EvaluationSchema:
-    _target_: str = MISSING
-    make_env: Any = MISSING
-    episodes: int = _at_least(1)
-    seed: int = _between(0, 2**31 - 1)
-    every_epochs: int = _at_least(1)
-    max_episode_steps: int = _at_least(1)
-
-
-@dataclass
-class MetricsLoggerSchema:
-    _target_: str = MISSING
-    every_frames: int = _at_least(1)
-
-
-@dataclass
-class MixtureDiagnosticsSchema:
-    _target_: str = MISSING
-    every_frames: int = _at_least(1)
-    figure_every_frames: int = _at_least(1)
-    max_states: int = _at_least(1)
-
-
-@dataclass
-class EstimatorVarianceSchema:
-    _target_: str = MISSING
-    every_frames: int = _at_least(1)
-    num_samples: int = _at_least(2)
-    max_states: int = _at_least(1)
-
-
-@dataclass
-class NonFiniteGuardSchema:
-    _target_: str = MISSING
-    mode: str = _one_of("stop", "skip")
-
-
-@dataclass
-class ActionTrajectoriesSchema:
-    _target_: str = MISSING
-    every_frames: int = _at_least(1)
-    num_states: int = _at_least(1)
-    num_actions: int = _at_least(1)
-    resolution: int = _at_least(2)
-
-
-@dataclass
-class FinalPolicySchema:
-    _target_: str = MISSING
-    video: bool = MISSING
-    video_seed: int = _between(0, 2**31 - 1)
-    video_frames: int = _at_least(1)
-    model: bool = MISSING
-    register_as: Optional[str] = MISSING  # noqa: UP045
-
-
-@dataclass
-class MLflowSchema:
-    _target_: str = MISSING
-    experiment_name: Optional[str] = MISSING  # noqa: UP045
-    run_name: Optional[str] = MISSING  # noqa: UP045
-    tracking_uri: Optional[str] = MISSING  # noqa: UP045
-    flush_seconds: float = _positive()
-    spool: Optional[str] = MISSING  # noqa: UP045
-
-
-# -- the whole ---------------------------------------------------------------------------------------------------------
-@dataclass
-class Configuration:
-    """The keys at the top. ``experiment`` and ``debug`` are groups that change these and add none."""
-
-    algo: Any = MISSING
-    actor: Any = MISSING
-    estimator: Any = MISSING
-    action_transform: Any = None
-    safe: Any = None
-    env: Any = MISSING
-    data: Any = MISSING
-    trainer: Any = MISSING
-    callbacks: dict[str, Any] = field(default_factory=dict)
-    logger: Any = None
-    seed: int = _between(0, 2**31 - 1)
-    total_frames: int = _at_least(1)
-    num_threads: int = _at_least(1)
-    resume: Optional[str] = MISSING  # noqa: UP045
-    compile: Union[bool, str] = _limited(Limit(words=("auto",), numeric=False, boolean=True))  # noqa: UP007
-    matmul_precision: str = _one_of("float32", "bf16-hidden", "tf32")
-
-
-SCHEMAS = {
-    "algo": {"dac": DACSchema, "ppo": PPOSchema, "sac": SACSchema},
-    "actor": {
-        "additive_moe": ExpertsSchema,
-        "gaussian": GaussianSchema,
-        "mcp": ExpertsSchema,
-        "options": OptionsSchema,
-        "pmoe": PMOESchema,
-    },
-    "estimator": {
-        "frequency": FrequencySchema,
-        "gumbel_softmax": GumbelSoftmaxSchema,
-        "half_reparameterized": ScoreSchema,
-        "implicit": ImplicitSchema,
-        "marginalized": MarginalizedSchema,
-        "pathwise": PathwiseSchema,
-        "score_function": ScoreSchema,
-    },
-    "action_transform": {
-        "hamiltonian_gated": GatedSchema,
-        "hamiltonian_normalized": NormalizedSchema,
-        "hamiltonian_raw": HamiltonianSchema,
-    },
-    "safe": {"velocity": CostConstraintSchema},
-    "data": {"off_policy": OffPolicySchema, "on_policy": OnPolicySchema},
-    "trainer": {"default": TrainerSchema},
-    "callbacks": {
-        "estimator_variance": EstimatorVarianceSchema,
-        "evaluation": EvaluationSchema,
-        "final_policy": FinalPolicySchema,
-        "metrics": MetricsLoggerSchema,
-        "mixture": MixtureDiagnosticsSchema,
-        "nonfinite": NonFiniteGuardSchema,
-        "trajectories": ActionTrajectoriesSchema,
-    },
-    "logger": {"mlflow": MLflowSchema},
+from pmoe_lightning.configuration.signatures import find, read_parameters
+from pmoe_lightning.limits import Flag, Limit, Parameter, PositiveInt, Seed, Text, stated
+
+#: Of Lightning's Trainer, what a run can be given; the rest is the program's own.
+_TRAINER = {
+    "accelerator": Literal["auto", "cpu", "cuda", "gpu"],
+    "devices": PositiveInt | Literal["auto"],
+    "num_nodes": PositiveInt,
+    "strategy": Literal["auto", "ddp"],
+    "deterministic": Flag,
+    "detect_anomaly": Flag,
+    "profiler": Literal["simple", "advanced", "pytorch"] | None,
 }
 
 
+@cache
+def schemas() -> dict[str, dict[str, type]]:
+    """The dataclass of every choice of every group whose file asks for one."""
+    found: dict[str, dict[str, type]] = {}
+    for group, choice, written in _files():
+        target = written["_target_"]
+        known = stated(_TRAINER) if target == "lightning.pytorch.Trainer" else read_parameters(target, written)
+        found.setdefault(group, {})[choice] = _schema(choice, known, written)
+    return found
+
+
+@cache
+def root_schema() -> type:
+    """The keys at the top. ``experiment`` and ``debug`` are groups that change these and add none."""
+    keys = {
+        "seed": Seed,
+        "total_frames": PositiveInt,
+        "num_threads": PositiveInt,
+        "resume": Text | None,
+        "compile": Flag | Literal["auto"],
+        "matmul_precision": find("pmoe_lightning.modules.networks.MatmulPrecision"),
+    }
+    groups = ("algo", "actor", "estimator", "action_transform", "safe", "env", "data", "trainer", "callbacks", "logger")
+    fields: dict[str, tuple[str, Any, Any]] = {group: (group, Any, MISSING) for group in groups}
+    fields |= {group: (group, Any, None) for group in ("action_transform", "safe", "logger")}
+    fields["callbacks"] = ("callbacks", dict[str, Any], dataclasses.field(default_factory=dict))
+    fields |= {key: _field(key, parameter) for key, parameter in stated(keys).items()}
+    return dataclasses.make_dataclass("Configuration", fields.values())
+
+
+@cache
 def register() -> None:
-    """Make the schemas known to Hydra as ``schema/<group>/<name>``."""
+    """Make the schemas known to Hydra as ``schema/<group>/<choice>``."""
     store = ConfigStore.instance()
-    store.store(group="schema", name="configuration", node=Configuration)
-    for group, schemas in SCHEMAS.items():
-        for name, schema in schemas.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
+    store.store(group="schema", name="configuration", node=root_schema())
+    for group, choices in schemas().items():
+        for choice, schema in choices.items():
+            store.store(group=f"schema/{group}", name=choice, node=schema)
+
+
+def parameters_of(schema: type) -> dict[str, Parameter]:
+    """What the keys of a node may be whose type this is; of a plain one nothing is known."""
+    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
+    return {field.name: field.metadata["parameter"] for field in fields if field.metadata}
+
+
+def _files() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Group, choice, and the part with ``_target_`` of every file that asks for a schema of its own."""
+    for folder in files("pmoe_lightning.conf").iterdir():
+        for file in folder.iterdir() if folder.is_dir() else ():
+            choice = file.name.removesuffix(".yaml")
+            text = file.read_text(encoding="utf-8") if choice != file.name else ""
+            if f"/schema/{folder.name}/{choice}@" in text:
+                written = yaml.safe_load(text)
+                yield folder.name, choice, next(part for part in (written, *written.values()) if "_target_" in part)
+
+
+def _schema(name: str, parameters: Mapping[str, Parameter], written: Mapping[str, Any]) -> type:
+    # What only the file has, an interpolation or what run/ reads, is of no type but a switch's.
+    others = [key for key in written if key not in parameters and not key.startswith("_") and key != "defaults"]
+    fields = [("_target_", str, MISSING)] + [_field(key, parameter) for key, parameter in parameters.items()]
+    fields += [(key, bool if isinstance(written[key], bool) else Any, MISSING) for key in others]
+    return dataclasses.make_dataclass(name, fields)
+
+
+def _field(name: str, parameter: Parameter) -> tuple[str, Any, Any]:
+    kind, default = _kind(parameter.limit), parameter.default
+    if parameter.many:
+        kind = list[kind]
+    if parameter.optional:
+        kind = Optional[kind]  # noqa: UP045  (OmegaConf reads typing.Optional)
+    if default is inspect.Parameter.empty:
+        default = MISSING
+    metadata = {"parameter": parameter}
+    if isinstance(default, tuple):
+        return name, kind, dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return name, kind, dataclasses.field(default=default, metadata=metadata)
+
+
+def _kind(limit: Limit) -> Any:
+    """The type that OmegaConf holds a value to."""
+    number = [int if limit.integer else float] if limit.numeric else []
+    kinds = [bool] * limit.boolean + number + [str] * bool(limit.words or limit.text)
+    return Union[tuple(kinds)]  # noqa: UP007

@@ -12,19 +12,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pmoe_lightning.configuration.composition import nearest
-from pmoe_lightning.configuration.schemas import (
-    DACSchema,
-    Limit,
-    OffPolicySchema,
-    OnPolicySchema,
-    OptionsSchema,
-    PathwiseSchema,
-    PMOESchema,
-    PPOSchema,
-    SACSchema,
-    ScoreSchema,
-)
+from pmoe_lightning.configuration.schemas import parameters_of, schemas
 from pmoe_lightning.errors import ConfigurationError, first_line
+from pmoe_lightning.limits import Parameter
+
+_ON_POLICY = ("dac", "ppo")
 
 
 def validate(cfg: DictConfig) -> None:
@@ -33,10 +25,9 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ConfigurationError: one line that names the key, its value and what is expected.
     """
-    for path, value, limit in _leaves(cfg):
-        if limit is not None and not limit.accepts(value):
-            kind = "a list, each element " if isinstance(value, list) else ""
-            raise ConfigurationError(f"{path}={_shown(value)} must be {kind}{limit}")
+    for path, value, parameter in _leaves(cfg):
+        if parameter is not None and not parameter.accepts(value):
+            raise ConfigurationError(f"{path}={_shown(value)} must be {parameter}")
         if isinstance(value, float) and not isfinite(value):
             raise ConfigurationError(f"{path}={value} must be a finite number")
     if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
@@ -51,15 +42,15 @@ def validate(cfg: DictConfig) -> None:
     _check_safe(cfg)
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limit | None]]:
-    """Every value with its dotted key and its limit, if one is declared."""
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Parameter | None]]:
+    """Every value with its dotted key and what it may be, where that is stated."""
     schema = OmegaConf.get_type(node)
-    declared = dataclasses.is_dataclass(schema)
-    limits = {field.name: field.metadata.get("limit") for field in dataclasses.fields(schema)} if declared else {}
+    known = [field.name for field in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else list(node)
+    stated = parameters_of(schema)
     for key in node:
         path = f"{prefix}{key}"
-        if declared and key not in limits:
-            raise ConfigurationError(f"unknown key {path}{nearest(path, [f'{prefix}{name}' for name in limits])}")
+        if key not in known:
+            raise ConfigurationError(f"unknown key {path}{nearest(path, [f'{prefix}{name}' for name in known])}")
         # Known only once Hydra runs the job.
         if OmegaConf.is_interpolation(node, key) and "hydra:" in str(node._get_node(key)._value()):
             continue
@@ -70,22 +61,27 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Limi
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{path}.")
         else:
-            yield path, list(value) if isinstance(value, ListConfig) else value, limits.get(key)
+            yield path, list(value) if isinstance(value, ListConfig) else value, stated.get(key)
+
+
+def _choice(cfg: DictConfig, group: str) -> str | None:
+    """Which of the program's own choices the part is, under whatever name; None for one that is the user's."""
+    kind = OmegaConf.get_type(cfg[group]) if cfg[group] else None
+    return next((choice for choice, schema in schemas()[group].items() if schema is kind), None)
 
 
 def _check_algorithm_and_data(cfg: DictConfig) -> None:
-    algo, data = OmegaConf.get_type(cfg.algo), OmegaConf.get_type(cfg.data)
-    if algo is SACSchema and data is OnPolicySchema:
+    algo, data = _choice(cfg, "algo"), _choice(cfg, "data")
+    if algo == "sac" and data == "on_policy":
         raise ConfigurationError("algo=sac learns from a replay buffer: use data=off_policy")
-    on_policy = {DACSchema: "dac", PPOSchema: "ppo"}
-    if algo in on_policy and data is OffPolicySchema:
-        raise ConfigurationError(f"algo={on_policy[algo]} learns from fresh rollouts: use data=on_policy")
-    if algo in on_policy and cfg.algo.minibatch_size > cfg.data.frames_per_batch:
+    if algo in _ON_POLICY and data == "off_policy":
+        raise ConfigurationError(f"algo={algo} learns from fresh rollouts: use data=on_policy")
+    if algo in _ON_POLICY and cfg.algo.minibatch_size > cfg.data.frames_per_batch:
         raise ConfigurationError(
             f"algo.minibatch_size={cfg.algo.minibatch_size} must not exceed "
             f"data.frames_per_batch={cfg.data.frames_per_batch}"
         )
-    if dataclasses.is_dataclass(data):
+    if data is not None:
         _check_frames(cfg)
         _check_backend(cfg)
 
@@ -103,7 +99,7 @@ def _check_frames(cfg: DictConfig) -> None:
             f"data.frames_per_epoch={data.frames_per_epoch} must be at least "
             f"data.frames_per_batch={data.frames_per_batch}"
         )
-    if OmegaConf.get_type(data) is OffPolicySchema:
+    if _choice(cfg, "data") == "off_policy":
         # Whole iterations: the warm-up and the run are both rounded up to them.
         warm_up, frames = (
             -(-count // data.frames_per_batch) * data.frames_per_batch
@@ -136,9 +132,7 @@ def _check_backend(cfg: DictConfig) -> None:
 
 
 def _check_algorithm_and_actor(cfg: DictConfig) -> None:
-    learns_options, acts_by_options = (
-        OmegaConf.get_type(node) is schema for node, schema in ((cfg.algo, DACSchema), (cfg.actor, OptionsSchema))
-    )
+    learns_options, acts_by_options = _choice(cfg, "algo") == "dac", _choice(cfg, "actor") == "options"
     if learns_options and not acts_by_options:
         raise ConfigurationError("algo=dac learns options: use actor=options")
     if acts_by_options and not learns_options:
@@ -147,17 +141,18 @@ def _check_algorithm_and_actor(cfg: DictConfig) -> None:
 
 def _check_estimator_and_actor(cfg: DictConfig) -> None:
     if not cfg.estimator:
-        if OmegaConf.get_type(cfg.algo) in (SACSchema, PPOSchema):
+        if _choice(cfg, "algo") in ("sac", "ppo"):
             raise ConfigurationError("estimator=none leaves the mixture without a gradient: use estimator=frequency")
         return
-    components = cfg.actor.num_components if OmegaConf.get_type(cfg.actor) is PMOESchema else 1
-    if OmegaConf.get_type(cfg.estimator) is PathwiseSchema and components > 1:
+    estimator = _choice(cfg, "estimator")
+    components = cfg.actor.num_components if _choice(cfg, "actor") == "pmoe" else 1
+    if estimator == "pathwise" and components > 1:
         raise ConfigurationError(
             f"estimator=pathwise differentiates one component, not actor.num_components={components}: "
             "use actor=gaussian or estimator=frequency"
         )
     if (
-        OmegaConf.get_type(cfg.estimator) is ScoreSchema
+        estimator in ("half_reparameterized", "score_function")
         and cfg.estimator.baseline != "none"
         and (cfg.estimator.num_samples < 2)
     ):
@@ -171,12 +166,12 @@ def _check_action_transform(cfg: DictConfig) -> None:
     transform = cfg.action_transform
     if not transform:
         return
-    if OmegaConf.get_type(cfg.algo) in (DACSchema, PPOSchema):
+    if _choice(cfg, "algo") in _ON_POLICY:
         raise ConfigurationError(
             "action_transform=hamiltonian_... evolves actions along an action value, and the probability ratio of "
             "ppo and dac needs the exact density of what was done: use algo=sac or action_transform=none"
         )
-    if not dataclasses.is_dataclass(OmegaConf.get_type(transform)):
+    if _choice(cfg, "action_transform") is None:
         return  # one of the user's own
     learns = transform.learn_step_size or transform.get("learn_magnitude", False) or transform.force == "gated"
     if learns and "actor_loss" not in transform.used_in:
@@ -198,17 +193,15 @@ def _check_action_transform(cfg: DictConfig) -> None:
 def _check_safe(cfg: DictConfig) -> None:
     if not cfg.safe:
         return
-    if OmegaConf.get_type(cfg.algo) in (DACSchema, PPOSchema):
+    if _choice(cfg, "algo") in _ON_POLICY:
         raise ConfigurationError(
             "safe=velocity chooses among actions by their reward and cost values, which ppo and dac do not learn: "
             "use algo=sac or safe=none"
         )
-    if not dataclasses.is_dataclass(OmegaConf.get_type(cfg.safe)):
+    if _choice(cfg, "safe") is None:
         return
     if cfg.env.get("velocity_limit") is None:
         raise ConfigurationError("safe=velocity needs env.velocity_limit: a number in m/s, or published")
-    if cfg.safe.gamma == 1:
-        raise ConfigurationError("safe.gamma=1 sums the cost without end: use a number below 1, such as 0.99")
 
 
 def _shown(value: Any) -> str:

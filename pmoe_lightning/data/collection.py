@@ -8,7 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -22,6 +22,7 @@ from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.data.workers import WorkerCollector
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.limits import NonNegativeInt, PositiveInt, checked
 
 if TYPE_CHECKING:
     from pmoe_lightning.data.cluster import ClusterCollector
@@ -74,40 +75,30 @@ class CollectedData(LightningDataModule, ABC):
         compile: act with a compiled policy.
 
     Raises:
-        ConfigurationError: if a number is not positive, ``frames_per_batch`` is not a multiple of ``num_envs``, or
+        ConfigurationError: if a number is out of range, ``frames_per_batch`` is not a multiple of ``num_envs``, or
             ``frames_per_epoch`` is smaller than ``frames_per_batch``.
     """
 
     on_policy: ClassVar[bool]
 
+    @checked
     def __init__(
         self,
         make_env: Callable[..., EnvBase],
         policy: TensorDictModuleBase,
         *,
         total_frames: int,
-        frames_per_epoch: int,
-        frames_per_batch: int,
-        num_envs: int,
-        num_workers: int,
-        backend: str,
-        seed: int,
-        compile: bool,
+        frames_per_epoch: PositiveInt,
+        frames_per_batch: PositiveInt,
+        num_envs: PositiveInt,
+        num_workers: NonNegativeInt = 0,
+        backend: Literal["process", "ray"] = "process",
+        seed: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {
-            "total_frames": total_frames,
-            "frames_per_epoch": frames_per_epoch,
-            "frames_per_batch": frames_per_batch,
-            "num_envs": num_envs,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ConfigurationError(f"data.{name}={value} must be at least 1")
-        if num_workers < 0:
-            raise ConfigurationError(f"data.num_workers={num_workers} must not be negative")
-        if backend not in ("process", "ray"):
-            raise ConfigurationError(f"data.backend={backend} must be process or ray")
+        if total_frames < 1:
+            raise ConfigurationError(f"total_frames={total_frames} must be at least 1")
         if frames_per_epoch < frames_per_batch:
             raise ConfigurationError(
                 f"data.frames_per_epoch={frames_per_epoch} must not be smaller than "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData, Source, round_up
 from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.limits import NonNegativeInt, Of, PositiveFloat, PositiveInt, checked
 
 __all__ = ["OffPolicyData"]
 
@@ -51,41 +52,29 @@ class OffPolicyData(CollectedData):
 
     on_policy = False
 
+    @checked
     def __init__(
         self,
         make_env: Callable[..., EnvBase],
         policy: TensorDictModuleBase,
         *,
         total_frames: int,
-        frames_per_epoch: int,
-        frames_per_batch: int = 16,
-        num_envs: int = 1,
-        num_workers: int = 0,
-        backend: str = "process",
-        init_random_frames: int = 1000,
-        buffer_size: int = 1_000_000,
-        batch_size: int = 256,
-        utd_ratio: float = 1.0,
-        seed: int = 0,
-        compile: bool = False,
+        frames_per_batch: PositiveInt = 16,
+        num_envs: PositiveInt = 1,
+        init_random_frames: NonNegativeInt = 1000,
+        buffer_size: PositiveInt = 1_000_000,
+        batch_size: PositiveInt = 256,
+        utd_ratio: PositiveFloat = 1.0,
+        **arguments: Annotated[Any, Of(CollectedData)],
     ) -> None:
         super().__init__(
             make_env,
             policy,
             total_frames=total_frames,
-            frames_per_epoch=frames_per_epoch,
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
-            num_workers=num_workers,
-            backend=backend,
-            seed=seed,
-            compile=compile,
+            **arguments,
         )
-        if batch_size < 1 or utd_ratio <= 0 or init_random_frames < 0:
-            raise ConfigurationError(
-                f"data.batch_size={batch_size} must be at least 1, data.utd_ratio={utd_ratio} positive and "
-                f"data.init_random_frames={init_random_frames} not negative"
-            )
         capacity = min(buffer_size, round_up(total_frames, frames_per_batch))
         self.warm_up = round_up(init_random_frames, frames_per_batch)
         if self.warm_up >= total_frames:

@@ -1,7 +1,7 @@
 """Rollouts for on-policy learning, with running normalisation of observations and rewards."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -10,6 +10,7 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData
 from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.limits import Of, PositiveInt, checked
 from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
 
 __all__ = ["OnPolicyData"]
@@ -43,33 +44,24 @@ class OnPolicyData(CollectedData):
 
     on_policy = True
 
+    @checked
     def __init__(
         self,
         make_env: Callable[..., EnvBase],
         policy: TensorDictModuleBase,
         *,
-        total_frames: int,
-        frames_per_epoch: int,
-        frames_per_batch: int = 2048,
-        num_envs: int = 8,
-        num_workers: int = 0,
-        backend: str = "process",
+        frames_per_batch: PositiveInt = 2048,
+        num_envs: PositiveInt = 8,
         normalizer: ObservationNormalizer | None = None,
         reward_scaler: RewardScaler | None = None,
-        seed: int = 0,
-        compile: bool = False,
+        **arguments: Annotated[Any, Of(CollectedData)],
     ) -> None:
         super().__init__(
             make_env,
             policy,
-            total_frames=total_frames,
-            frames_per_epoch=frames_per_epoch,
             frames_per_batch=frames_per_batch,
             num_envs=num_envs,
-            num_workers=num_workers,
-            backend=backend,
-            seed=seed,
-            compile=compile,
+            **arguments,
         )
         if reward_scaler is not None and len(reward_scaler.discounted_return) != self.environments:
             raise ConfigurationError(

@@ -18,6 +18,7 @@ from pmoe_lightning.estimators.base import (
     Surrogate,
     take_sample,
 )
+from pmoe_lightning.limits import NonNegativeFloat, checked
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 Score = Callable[[Float[Tensor, "K *B A"]], Float[Tensor, "K *B"]]
@@ -45,7 +46,7 @@ class Frequency(AbstractEstimator):
             the policy's entropy by both.
         reduction: ``mean`` over K (the authors' code) or ``sum`` (the paper's form), for both sums above.
         rank_by: the winner has the largest ``q`` (the authors' code) or the largest ``soft_q`` = -cost.
-        weight: factor of the frequency loss, >= 0.
+        weight: factor of the frequency loss.
 
     Raises:
         ValueError: an unknown switch or a negative weight.
@@ -54,6 +55,7 @@ class Frequency(AbstractEstimator):
     asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
     auxiliary_losses: ClassVar[tuple[str, ...]] = ("loss_frequency",)
 
+    @checked
     def __init__(
         self,
         *,
@@ -61,16 +63,8 @@ class Frequency(AbstractEstimator):
         log_prob: Scoring = "component",
         reduction: Literal["mean", "sum"] = "mean",
         rank_by: Literal["q", "soft_q"] = "q",
-        weight: float = 1.0,
+        weight: NonNegativeFloat = 1.0,
     ) -> None:
-        choices = {"backpropagate": ("max", "all"), "log_prob": ("component", "mixture")}
-        choices |= {"reduction": ("mean", "sum"), "rank_by": ("q", "soft_q")}
-        given = {"backpropagate": backpropagate, "log_prob": log_prob, "reduction": reduction, "rank_by": rank_by}
-        for name, value in given.items():
-            if value not in choices[name]:
-                raise ValueError(f"estimator frequency: {name} must be one of {choices[name]}, not {value!r}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"estimator frequency: weight must be finite and not negative, not {weight}")
         self.backpropagate, self.reduction, self.rank_by = backpropagate, reduction, rank_by
         self.log_prob, self.weight = log_prob, weight
 

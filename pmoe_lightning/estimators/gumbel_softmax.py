@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
+from pmoe_lightning.limits import Flag, PositiveFloat, checked
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
@@ -26,9 +27,9 @@ class GumbelSoftmax(AbstractEstimator):
     variance.
 
     Args:
-        temperature: > 0.
+        temperature: lower: less bias, more variance.
         final_temperature: reached at the end of training, on a geometric path; None keeps ``temperature``.
-        straight_through: see above.
+        straight_through: act by the winner and relax the gradient alone; without it, act between the modes, too.
 
     Raises:
         ValueError: a temperature that is not finite and positive.
@@ -37,12 +38,14 @@ class GumbelSoftmax(AbstractEstimator):
     asks: frozenset[Offer] = frozenset({"draws", "weights", "component_draws"})
     annealed: ClassVar[tuple[str, ...]] = ("temperature",)
 
+    @checked
     def __init__(
-        self, *, temperature: float = 1.0, final_temperature: float | None = None, straight_through: bool = True
+        self,
+        *,
+        temperature: PositiveFloat = 1.0,
+        final_temperature: PositiveFloat | None = None,
+        straight_through: Flag = True,
     ) -> None:
-        for name, value in (("temperature", temperature), ("final_temperature", final_temperature)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"estimator gumbel_softmax: {name} must be finite and positive, not {value}")
         if not straight_through:  # the density of a sum of draws is known where they are diagonal Gaussians
             self.asks = self.asks | {"component_modes", "diagonal_scales"}
         # A tensor, because a compiled update would be compiled anew for every number.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
 from pmoe_lightning.estimators.baselines import Baseline, check_baseline, subtract_baseline
+from pmoe_lightning.limits import PositiveInt, checked
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
@@ -23,7 +24,7 @@ class HalfReparameterized(AbstractEstimator):
     reparameterisation, which never trains the weights.
 
     Args:
-        num_samples: N.
+        num_samples: N, draws and critic evaluations per state.
         baseline: b_i, which lowers the variance: ``none``, ``mean`` or ``leave_one_out``.
 
     Raises:
@@ -32,8 +33,9 @@ class HalfReparameterized(AbstractEstimator):
 
     asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
 
-    def __init__(self, *, num_samples: int = 2, baseline: Baseline = "leave_one_out") -> None:
-        check_baseline("half_reparameterized", baseline, num_samples)
+    @checked
+    def __init__(self, *, num_samples: PositiveInt = 2, baseline: Baseline = "leave_one_out") -> None:
+        check_baseline(self, baseline, num_samples)
         self.num_samples, self.baseline = num_samples, baseline
 
     def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:

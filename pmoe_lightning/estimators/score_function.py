@@ -8,6 +8,7 @@ import torch
 
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
 from pmoe_lightning.estimators.baselines import Baseline, check_baseline, subtract_baseline
+from pmoe_lightning.limits import PositiveInt, checked
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
 
@@ -21,7 +22,7 @@ class ScoreFunction(AbstractEstimator):
     log pi itself is left out: its gradient E[grad log pi] has mean zero for a cost that is affine in log pi.
 
     Args:
-        num_samples: N.
+        num_samples: N, draws and critic evaluations per state.
         baseline: b_i, which lowers the variance: ``none``, ``mean`` or ``leave_one_out``.
 
     Raises:
@@ -30,8 +31,9 @@ class ScoreFunction(AbstractEstimator):
 
     asks: ClassVar[frozenset[Offer]] = frozenset({"draws"})
 
-    def __init__(self, *, num_samples: int = 4, baseline: Baseline = "leave_one_out") -> None:
-        check_baseline("score_function", baseline, num_samples)
+    @checked
+    def __init__(self, *, num_samples: PositiveInt = 4, baseline: Baseline = "leave_one_out") -> None:
+        check_baseline(self, baseline, num_samples)
         self.num_samples, self.baseline = num_samples, baseline
 
     def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:

@@ -7,10 +7,13 @@ A force may use the state s, the position u and g, and nothing else: see ``leapf
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from pmoe_lightning.limits import Flag, Of, PositiveFloat, Width, checked
 
 
 class AbstractForce(nn.Module, ABC):
@@ -46,14 +49,13 @@ class Normalized(AbstractForce):
     that kept its size would turn round there at once, where no gradient through it could be estimated.
 
     Args:
-        magnitude: m > 0.
+        magnitude: m, of the force.
         learn_magnitude: make it a parameter (its logarithm, so that it stays positive).
     """
 
-    def __init__(self, *, magnitude: float = 5.0, learn_magnitude: bool = False) -> None:
+    @checked
+    def __init__(self, *, magnitude: PositiveFloat = 5.0, learn_magnitude: Flag = False) -> None:
         super().__init__()
-        if not 0 < magnitude < float("inf"):
-            raise ValueError(f"force magnitude must be finite and positive, not {magnitude}")
         log_magnitude = torch.tensor(magnitude).log()
         if learn_magnitude:
             self.log_magnitude = nn.Parameter(log_magnitude)
@@ -80,19 +82,19 @@ class Gated(Normalized):
     Args:
         observation_dim, action_dim: O and A.
         hidden_size: width of the network's one hidden layer.
-        magnitude, learn_magnitude: see ``Normalized``.
+        **arguments: of ``Normalized``.
     """
 
+    @checked
     def __init__(
         self,
         observation_dim: int,
         action_dim: int,
         *,
-        hidden_size: int = 64,
-        magnitude: float = 5.0,
-        learn_magnitude: bool = False,
+        hidden_size: Width = 64,
+        **arguments: Annotated[Any, Of(Normalized)],
     ) -> None:
-        super().__init__(magnitude=magnitude, learn_magnitude=learn_magnitude)
+        super().__init__(**arguments)
         self.hidden = nn.Linear(observation_dim + 2 * action_dim, hidden_size)
         self.gate, self.direction = (nn.Linear(hidden_size, action_dim) for _ in range(2))
         nn.init.zeros_(self.gate.weight)

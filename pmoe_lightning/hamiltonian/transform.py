@@ -35,7 +35,7 @@ al. (2018, arXiv 1805.11328) bound a marginal likelihood in this way.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from pmoe_lightning.hamiltonian.forces import AbstractForce, Gated, Normalized, Raw
 from pmoe_lightning.hamiltonian.leapfrog import is_divergent, kinetic_energy, leapfrog, metropolis_accepts
+from pmoe_lightning.limits import Flag, Limit, Of, PositiveFloat, checked, take
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.modules.keys import beside
 
@@ -103,46 +104,43 @@ class HamiltonianTransform(nn.Module):
 
     Args:
         force: see ``forces``.
-        num_leapfrog_steps: L.
-        step_size: eps; None is that of the force.
+        num_leapfrog_steps: L, of a trajectory.
+        step_size: eps, of a leapfrog step; None is that of the force.
         learn_step_size: make eps a parameter, trained with the actor and kept within (0, 4 step_size).
-        momentum_scale: tau. The drift is eps rho whatever tau is: below 1 there is less noise than the target's
-            temperature asks for, and ``joint`` charges every gain of momentum 1 / tau^2 times as much.
-        temperature: T_0 >= 1 of ``leapfrog``; 1 does not temper.
+        momentum_scale: tau, of the initial momentum. The drift is eps rho whatever tau is: below 1 there is less noise
+            than the target's temperature asks for, and ``joint`` charges every gain of momentum 1/tau^2 times as much.
+        temperature: T_0 of ``leapfrog``: above 1, the momentum starts hotter and cools along the trajectory.
         metropolis: when acting, keep a sampled trajectory's end only by Metropolis's rule.
         log_prob: ``joint`` scores with log pi_hat; ``base`` leaves its momentum terms out and so overstates the
             entropy: gains in Q reappear as kinetic energy, which nobody pays for.
-        critic_reduction: Q is the ``min`` or the ``mean`` over critics.
+        critic_reduction: Q, which drives the dynamics, is the ``min`` or the ``mean`` over critics.
         used_in: where evolved actions replace drawn ones: ``acting``, ``actor_loss``, ``critic_target``.
 
     Raises:
         ValueError: an unknown switch or a number out of range.
     """
 
+    @checked
     def __init__(
         self,
         force: AbstractForce,
         *,
-        num_leapfrog_steps: int = 3,
-        step_size: float | None = None,
-        learn_step_size: bool = False,
-        momentum_scale: float = 1.0,
-        temperature: float = 1.0,
-        metropolis: bool = False,
+        num_leapfrog_steps: Annotated[int, Limit(low=0, high=1000)] = 3,
+        step_size: PositiveFloat | None = None,
+        learn_step_size: Flag = False,
+        momentum_scale: PositiveFloat = 1.0,
+        temperature: Annotated[float, Limit(low=1)] = 1.0,
+        metropolis: Flag = False,
         log_prob: Scoring = "joint",
         critic_reduction: Reduction = "min",
         used_in: Collection[Use] = get_args(Use),
     ) -> None:
         super().__init__()
         step_size = force.step_size if step_size is None else step_size
-        _check(num_leapfrog_steps, step_size, momentum_scale, temperature, metropolis)
-        for name, value, choices in (
-            *(("used_in", use, Use) for use in used_in),
-            ("log_prob", log_prob, Scoring),
-            ("critic_reduction", critic_reduction, Reduction),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"action transform: {name} must be one of {get_args(choices)}, not {value!r}")
+        if metropolis and temperature != 1:
+            raise ValueError(
+                "action transform: metropolis needs temperature=1, because a tempered trajectory has no reverse"
+            )
         if "actor_loss" not in used_in and (learn_step_size or any(p.requires_grad for p in force.parameters())):
             raise ValueError(
                 "action transform: what it learns, it learns from the actor loss: use it in actor_loss, too"
@@ -367,52 +365,32 @@ def differentiable(qvalue: Callable[[Tensor], Tensor]) -> ActionValue:
     return value_and_pullback
 
 
+@checked
 def make_hamiltonian_transform(
     observation_dim: int,
     action_dim: int,
     *,
     force: Literal["raw", "normalized", "gated"] = "gated",
-    magnitude: float = 5.0,
-    learn_magnitude: bool = False,
-    hidden_size: int = 64,
-    **arguments: Any,
+    **arguments: Annotated[Any, Of(HamiltonianTransform), Of(Normalized, force="normalized"), Of(Gated, force="gated")],
 ) -> HamiltonianTransform:
     """A ``HamiltonianTransform`` from names and numbers.
 
     Args:
         observation_dim, action_dim: O and A.
-        force: ``raw``, ``normalized`` or ``gated``.
-        magnitude, learn_magnitude: of the latter two.
-        hidden_size: of the last.
-        **arguments: of ``HamiltonianTransform``.
+        force: which one drives the dynamics.
+        **arguments: of ``HamiltonianTransform`` and of the force; those of another force change nothing.
 
     Raises:
         ValueError: an unknown name or a number out of range.
     """
-    strength = {"magnitude": magnitude, "learn_magnitude": learn_magnitude}
+    of_force = take(arguments, Gated)  # which has those of the others, too
     if force == "raw":
-        return HamiltonianTransform(Raw(), **arguments)
-    if force == "normalized":
-        return HamiltonianTransform(Normalized(**strength), **arguments)
-    if force == "gated":
-        return HamiltonianTransform(
-            Gated(observation_dim, action_dim, hidden_size=hidden_size, **strength), **arguments
-        )
-    raise ValueError(f"action transform: force must be raw, normalized or gated, not {force!r}")
-
-
-def _check(num_steps: int, step_size: float, momentum_scale: float, temperature: float, metropolis: bool) -> None:
-    if num_steps < 0:
-        raise ValueError(f"action transform: num_leapfrog_steps must not be negative, not {num_steps}")
-    for name, value in (("step_size", step_size), ("momentum_scale", momentum_scale)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"action transform: {name} must be finite and positive, not {value}")
-    if not 1 <= temperature < float("inf"):
-        raise ValueError(f"action transform: temperature must be finite and at least 1, not {temperature}")
-    if metropolis and temperature != 1:
-        raise ValueError(
-            "action transform: metropolis needs temperature=1, because a tempered trajectory has no reverse"
-        )
+        made: AbstractForce = Raw()
+    elif force == "normalized":
+        made = Normalized(**take(of_force, Normalized))
+    else:
+        made = Gated(observation_dim, action_dim, **of_force)
+    return HamiltonianTransform(made, **arguments)
 
 
 def _with_slope(value: Float[Tensor, "*S"], slope: Float[Tensor, "*S A"], action: Float[Tensor, "*S A"]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
+from pmoe_lightning.limits import NonNegativeFloat, PositiveFloat, checked
 from pmoe_lightning.modules.option_policies import OptionActor, OptionPolicies
 
 
@@ -35,7 +36,9 @@ class DACLoss(LossModule):
     Args:
         actor_network: an ``OptionActor`` made with ``return_log_prob=True``.
         critic_network: writes ``option_value`` [*B, K].
-        clip_epsilon, entropy_coeff, critic_coeff, normalize_advantage: see above.
+        clip_epsilon: eps, how far a ratio may move from 1.
+        entropy_coeff, critic_coeff: weights of these losses.
+        normalize_advantage: see above.
     """
 
     actor_network: OptionActor
@@ -45,14 +48,15 @@ class DACLoss(LossModule):
     critic_network_params: TensorDictParams
     target_critic_network_params: TensorDictParams
 
+    @checked
     def __init__(
         self,
         actor_network: OptionActor,
         critic_network: TensorDictModule,
         *,
-        clip_epsilon: float = 0.2,
-        entropy_coeff: float = 0.0,
-        critic_coeff: float = 0.5,
+        clip_epsilon: PositiveFloat = 0.2,
+        entropy_coeff: NonNegativeFloat = 0.0,
+        critic_coeff: NonNegativeFloat = 0.5,
         normalize_advantage: bool = True,
     ) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 
 from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective, check_pair
+from pmoe_lightning.limits import NonNegativeFloat, checked
 from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.modules.keys import beside
@@ -47,7 +48,7 @@ class PMOEPPOLoss(ClipPPOLoss):
         qvalue_network: writes ``state_action_value``; required by ``routing``, unused otherwise.
         estimator: of the entropy's gradient; ``Marginalized`` by default, which is unbiased.
         routing: the frequency estimator whose frequency loss trains the router.
-        qvalue_coeff: weight of the regression of Q on the value target.
+        qvalue_coeff: weight of the regression of Q on the value target; it matters with ``routing`` alone.
         **arguments: of ``ClipPPOLoss`` (``clip_epsilon``, ``entropy_coeff``, ``critic_coeff`` ...). The critic's
             distance is ``l2`` unless ``loss_critic_type`` says otherwise. ``samples_mc_entropy`` and one
             ``entropy_coeff`` per action head are refused: the estimator decides how the one entropy is drawn.
@@ -76,6 +77,7 @@ class PMOEPPOLoss(ClipPPOLoss):
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
+    @checked
     def __init__(
         self,
         actor_network: SafeProbabilisticTensorDictSequential,
@@ -84,7 +86,7 @@ class PMOEPPOLoss(ClipPPOLoss):
         *,
         estimator: AbstractEstimator | None = None,
         routing: Frequency | None = None,
-        qvalue_coeff: float = 1.0,
+        qvalue_coeff: NonNegativeFloat = 1.0,
         loss_critic_type: str = "l2",
         **arguments: Any,
     ) -> None:

@@ -9,7 +9,7 @@ An actor is a ``SafeProbabilisticTensorDictSequential``: it goes wherever TorchR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 
+from pmoe_lightning.limits import Of, Width, checked
 from pmoe_lightning.modules.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
 from pmoe_lightning.modules.expert_blends import Composition, add_actions, multiply_densities
 from pmoe_lightning.modules.keys import beside
 from pmoe_lightning.modules.mixture import MixtureDistribution
-from pmoe_lightning.modules.networks import Initialization, initialize, make_mlp
+from pmoe_lightning.modules.networks import Activation, HiddenSizes, Initialization, initialize, make_mlp
 
 Router = Literal["detached", "attached"]
 Scale = Literal["state_dependent", "state_independent"]
+#: What only a mixture of several components is asked.
+_OF_SEVERAL = ("num_components", "router", "deterministic")
 PARAMETER_KEYS = ("mixture_logits", "loc", "scale")
 _LOG_SCALE_RANGE = (-20.0, 2.0)
 
@@ -40,7 +43,7 @@ class MixtureNetwork(nn.Module):
         action_dim: A.
         num_components: K.
         hidden_sizes: widths of the trunk.
-        activation: ``relu`` or ``tanh``.
+        activation: behind each of its layers.
         router: ``detached`` lets the router's losses train only its own layer (the PMOE authors' code);
             ``attached`` lets them reach the trunk.
         scale: ``state_dependent`` has a head for log sigma, clamped to [-20, 2] (SAC); ``state_independent`` has one
@@ -55,8 +58,8 @@ class MixtureNetwork(nn.Module):
         action_dim: int,
         *,
         num_components: int,
-        hidden_sizes: Sequence[int],
-        activation: str,
+        hidden_sizes: HiddenSizes,
+        activation: Activation,
         router: Router,
         scale: Scale,
         initialization: Initialization,
@@ -235,14 +238,15 @@ class MixtureActor(SafeProbabilisticTensorDictSequential):
         self._spec = spec
 
 
+@checked
 def make_pmoe_actor(
     observation_dim: int,
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     *,
-    num_components: int = 4,
-    hidden_sizes: Sequence[int] = (256, 256),
-    activation: str = "relu",
+    num_components: Width = 4,
+    hidden_sizes: HiddenSizes = (256, 256),
+    activation: Activation = "relu",
     router: Router = "detached",
     scale: Scale = "state_dependent",
     initialization: Initialization = "default",
@@ -258,8 +262,9 @@ def make_pmoe_actor(
         action_low, action_high: the action bounds [A], from the environment's action spec.
         num_components: K, the number of Gaussians.
         hidden_sizes, activation, router, scale, initialization: see ``MixtureNetwork``.
-        deterministic: see ``TanhGaussianMixture``; ``best_value`` asks the critics, see ``BestValueActor``, and an
-            actor alone then follows ``max_weight``.
+        deterministic: in evaluation, the mean of which component: ``max_weight`` is the likeliest,
+            ``sample_component`` one drawn by its weight, ``best_value`` the one the critics prefer, see
+            ``BestValueActor``; an actor alone then follows ``max_weight``.
         return_log_prob: also write ``action_log_prob`` and ``action_unsquashed`` (PPO needs both).
         observation_key, action_key: entries the policy reads and writes.
 
@@ -274,20 +279,27 @@ def make_pmoe_actor(
         >>> actor(TensorDict(observation=torch.randn(5, 17), batch_size=5))["action"].shape
         torch.Size([5, 6])
     """
-    return _make_actor(
+    low, high = action_bounds(action_low, action_high)
+    network = MixtureNetwork(
         observation_dim,
-        action_low,
-        action_high,
+        low.numel(),
         num_components=num_components,
         hidden_sizes=hidden_sizes,
         activation=activation,
         router=router,
         scale=scale,
         initialization=initialization,
-        deterministic="max_weight" if deterministic == "best_value" else deterministic,
-        return_log_prob=return_log_prob,
-        observation_key=observation_key,
-        action_key=action_key,
+    )
+    return MixtureActor(
+        TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
+        MixtureSampler(
+            low,
+            high,
+            deterministic="max_weight" if deterministic == "best_value" else deterministic,
+            return_log_prob=return_log_prob,
+            action_key=action_key,
+            spec=Bounded(low.clone(), high.clone(), shape=low.shape),
+        ),
     )
 
 
@@ -295,19 +307,20 @@ def make_gaussian_actor(
     observation_dim: int,
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
-    **arguments,
+    **arguments: Annotated[Any, Of(make_pmoe_actor, without=_OF_SEVERAL)],
 ) -> SafeProbabilisticTensorDictSequential:
     """The unimodal squashed Gaussian of SAC: ``make_pmoe_actor`` with one component and the same arguments."""
     return make_pmoe_actor(observation_dim, action_low, action_high, num_components=1, **arguments)
 
 
+@checked
 def make_additive_moe_actor(
     observation_dim: int,
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     *,
-    num_experts: int = 4,
-    **arguments,
+    num_experts: Width = 4,
+    **arguments: Annotated[Any, Of(make_pmoe_actor, without=_OF_SEVERAL)],
 ) -> SafeProbabilisticTensorDictSequential:
     """Experts whose actions are added by weight, ``expert_blends.add_actions``: unimodal, a baseline.
 
@@ -316,21 +329,40 @@ def make_additive_moe_actor(
         **arguments: of ``make_pmoe_actor``, but for ``num_components``, ``router`` and ``deterministic``: the gate is
             part of the action and learns with it.
     """
-    arguments |= {"num_components": num_experts, "router": "attached", "compose": add_actions}
-    return _make_actor(observation_dim, action_low, action_high, **arguments)
+    return _make_blend(add_actions, num_experts, observation_dim, action_low, action_high, **arguments)
 
 
+@checked
 def make_mcp_actor(
     observation_dim: int,
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     *,
-    num_experts: int = 4,
-    **arguments,
+    num_experts: Width = 4,
+    **arguments: Annotated[Any, Of(make_pmoe_actor, without=_OF_SEVERAL)],
 ) -> SafeProbabilisticTensorDictSequential:
-    """Experts whose densities are multiplied, ``expert_blends.multiply_densities``; arguments as the additive one's."""
-    arguments |= {"num_components": num_experts, "router": "attached", "compose": multiply_densities}
-    return _make_actor(observation_dim, action_low, action_high, **arguments)
+    """Experts whose densities are multiplied, ``expert_blends.multiply_densities``: unimodal, a baseline.
+
+    Args:
+        num_experts: how many Gaussians are merged.
+        **arguments: as those of the additive one.
+    """
+    return _make_blend(multiply_densities, num_experts, observation_dim, action_low, action_high, **arguments)
+
+
+def _make_blend(
+    compose: Composition,
+    num_experts: int,
+    observation_dim: int,
+    action_low: Tensor | Sequence[float],
+    action_high: Tensor | Sequence[float],
+    **arguments: Any,
+) -> SafeProbabilisticTensorDictSequential:
+    """A mixture of experts whose network says one Gaussian of them all."""
+    arguments |= {"num_components": num_experts, "router": "attached"}
+    actor = make_pmoe_actor(observation_dim, action_low, action_high, **arguments)
+    actor[0].module = ComposedNetwork(actor[0].module, compose)
+    return actor
 
 
 def action_bounds(low: Tensor | Sequence[float], high: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -355,12 +387,6 @@ def stated_bounds(
         return torch.tensor(-1.0), torch.tensor(1.0)
     low, high = leaf.space.low, leaf.space.high
     return tuple(bound.reshape(-1, bound.shape[-1])[0].clone() for bound in (low, high))
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raise ValueError unless ``value`` is one of a ``Literal``'s words."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
 
 
 class BestValueActor(TensorDictModuleBase):
@@ -398,54 +424,3 @@ class BestValueActor(TensorDictModuleBase):
         values = torch.stack([critic(inputs.copy())["state_action_value"].squeeze(-1) for critic in self.critics])
         best = values.min(0).values.argmax(0)
         return tensordict.set(self.out_keys[0], distribution.take_component(distribution.component_modes, best))
-
-
-def _make_actor(
-    observation_dim: int,
-    action_low: Tensor | Sequence[float],
-    action_high: Tensor | Sequence[float],
-    *,
-    num_components: int,
-    hidden_sizes: Sequence[int] = (256, 256),
-    activation: str = "relu",
-    router: Router,
-    scale: Scale = "state_dependent",
-    initialization: Initialization = "default",
-    deterministic: DeterministicRule = "max_weight",
-    return_log_prob: bool = False,
-    observation_key: NestedKey = "observation",
-    action_key: NestedKey = "action",
-    compose: Composition | None = None,
-) -> SafeProbabilisticTensorDictSequential:
-    low, high = action_bounds(action_low, action_high)
-    if num_components < 1:
-        raise ValueError(f"the number of components must be at least 1, not {num_components}")
-    for name, value, choices in (
-        ("router", router, Router),
-        ("scale", scale, Scale),
-        ("deterministic", deterministic, DeterministicRule),
-    ):
-        check_choice(name, value, choices)
-    network = MixtureNetwork(
-        observation_dim,
-        low.numel(),
-        num_components=num_components,
-        hidden_sizes=hidden_sizes,
-        activation=activation,
-        router=router,
-        scale=scale,
-        initialization=initialization,
-    )
-    if compose is not None:
-        network = ComposedNetwork(network, compose)
-    return MixtureActor(
-        TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
-        MixtureSampler(
-            low,
-            high,
-            deterministic=deterministic,
-            return_log_prob=return_log_prob,
-            action_key=action_key,
-            spec=Bounded(low.clone(), high.clone(), shape=low.shape),
-        ),
-    )

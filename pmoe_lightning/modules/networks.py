@@ -6,18 +6,23 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pmoe_lightning.limits import Width, checked
+
+Activation = Literal["relu", "tanh"]
+HiddenSizes = Sequence[Width]
 Initialization = Literal["default", "orthogonal"]
 MatmulPrecision = Literal["float32", "bf16-hidden", "tf32"]
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _hidden_products_in_bfloat16 = False
 
 
+@checked
 def set_matmul_precision(precision: MatmulPrecision) -> None:
     """The precision of matrix products in this process, as ``torch.set_float32_matmul_precision`` is of the process.
 
@@ -30,8 +35,6 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
         ValueError: an unknown precision.
     """
     global _hidden_products_in_bfloat16
-    if precision not in get_args(MatmulPrecision):
-        raise ValueError(f"precision must be one of {get_args(MatmulPrecision)}, not {precision!r}")
     _hidden_products_in_bfloat16 = precision == "bf16-hidden"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
@@ -89,18 +92,15 @@ class HiddenLinear(nn.Linear):
         return hidden_linear(input, self.weight, self.bias)
 
 
+@checked
 def make_mlp(
-    in_features: int, hidden_sizes: Sequence[int], activation: str, initialization: Initialization
+    in_features: int, hidden_sizes: HiddenSizes, activation: Activation, initialization: Initialization
 ) -> nn.Sequential:
     """Linear layers of the given widths, each followed by the activation.
 
     Raises:
         ValueError: no hidden layer, a width below 1, an unknown activation or initialisation.
     """
-    if not hidden_sizes or min(hidden_sizes) < 1:
-        raise ValueError(f"hidden_sizes needs at least one width, all of them positive, not {list(hidden_sizes)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, not {activation!r}")
     layers: list[nn.Module] = []
     for out_features in hidden_sizes:
         layer = (HiddenLinear if layers else nn.Linear)(in_features, out_features)
@@ -110,10 +110,9 @@ def make_mlp(
     return nn.Sequential(*layers)
 
 
+@checked
 def initialize(layer: nn.Linear, initialization: Initialization, gain: float) -> None:
     """``default`` leaves PyTorch's uniform fan-in weights; ``orthogonal`` scales by ``gain`` and zeroes the bias."""
-    if initialization not in get_args(Initialization):
-        raise ValueError(f"initialization must be one of {get_args(Initialization)}, not {initialization!r}")
     if initialization == "orthogonal":
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)

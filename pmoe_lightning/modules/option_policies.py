@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,10 @@ from tensordict.nn import InteractionType, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
-from pmoe_lightning.modules.actors import MixtureNetwork, Scale, action_bounds, check_choice
+from pmoe_lightning.limits import MAX_WIDTH, Limit, checked
+from pmoe_lightning.modules.actors import MixtureNetwork, Scale, action_bounds
 from pmoe_lightning.modules.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
-from pmoe_lightning.modules.networks import Initialization, initialize
+from pmoe_lightning.modules.networks import Activation, HiddenSizes, Initialization, initialize
 
 _HALF_LOG_2PIE = 0.5 * math.log(2 * math.pi * math.e)
 
@@ -88,8 +90,8 @@ class OptionNetwork(nn.Module):
         action_dim: int,
         *,
         num_options: int,
-        hidden_sizes: Sequence[int],
-        activation: str,
+        hidden_sizes: HiddenSizes,
+        activation: Activation,
         scale: Scale,
         initialization: Initialization,
     ) -> None:
@@ -167,14 +169,15 @@ class OptionActor(TensorDictModuleBase):
         return tensordict
 
 
+@checked
 def make_option_actor(
     observation_dim: int,
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     *,
-    num_options: int = 4,
-    hidden_sizes: Sequence[int] = (64, 64),
-    activation: str = "tanh",
+    num_options: Annotated[int, Limit(low=2, high=MAX_WIDTH)] = 4,
+    hidden_sizes: HiddenSizes = (64, 64),
+    activation: Activation = "tanh",
     scale: Scale = "state_independent",
     initialization: Initialization = "orthogonal",
     deterministic: DeterministicRule = "max_weight",
@@ -186,9 +189,11 @@ def make_option_actor(
     Args:
         observation_dim: O.
         action_low, action_high: the action bounds [A].
-        num_options: K, at least 2: a single option has nothing to end for.
+        num_options: K; a single option has nothing to end for.
         hidden_sizes, activation, scale, initialization: see ``MixtureNetwork``.
-        deterministic, return_log_prob: see ``OptionActor``.
+        deterministic: the option in evaluation: ``max_weight`` is the likeliest, ``sample_component`` draws it; the
+            action is its mean.
+        return_log_prob: see ``OptionActor``.
         observation_key: entry the policy reads, beside ``option_previous``.
 
     Raises:
@@ -202,10 +207,6 @@ def make_option_actor(
         torch.Size([5, 1])
     """
     low, high = action_bounds(action_low, action_high)
-    if num_options < 2:
-        raise ValueError(f"num_options must be at least 2, not {num_options}")
-    check_choice("scale", scale, Scale)
-    check_choice("deterministic", deterministic, DeterministicRule)
     network = OptionNetwork(
         observation_dim,
         low.numel(),

@@ -32,7 +32,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from pmoe_lightning.configuration import read_value, validate
-from pmoe_lightning.configuration.schemas import MLflowSchema
+from pmoe_lightning.configuration.schemas import schemas
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
 from pmoe_lightning.evaluation import figures
 from pmoe_lightning.evaluation.statistics import student_t_interval
@@ -168,7 +168,7 @@ def by_configuration(children: Sequence[Child]) -> dict[str, list[tuple[float, f
 
 def _parent_logger(cfg: DictConfig, words: Sequence[str]) -> MLflowLogger | None:
     """The logger of the parent run, which it opens, or adopts where ``mlflow run`` has opened one."""
-    if OmegaConf.get_type(cfg.logger) is not MLflowSchema:
+    if OmegaConf.get_type(cfg.logger) is not schemas()["logger"]["mlflow"]:
         return None
     where = {key: cfg.logger[key] for key in ("experiment_name", "tracking_uri", "flush_seconds")}
     folder = read_value(words, "hydra.sweep.dir")

@@ -15,14 +15,15 @@ Source: this project's definition. Xu & Fekri (2021, arXiv 2103.12020) say in th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from pmoe_lightning.hamiltonian import ActionValue
+from pmoe_lightning.limits import Limit, NonNegativeFloat, check_arguments
 from pmoe_lightning.modules.critics import QValueEnsemble
 
 
@@ -32,29 +33,23 @@ class CostConstraint:
 
     Args:
         cost_limit: d, the mean cost per environment step that is allowed: 0.025 is a cost of 25 in an episode of 1000.
-        gamma: gamma_c, the discount of the cost per environment step.
+        gamma: gamma_c, the discount of the cost per environment step; with 1 the cost would be summed without end.
         lr_multiplier: learning rate of nu.
-        multiplier_init: nu at the start.
-        num_candidates: actions drawn before each step.
+        multiplier_init: nu at the start, the price of cost in units of reward.
+        num_candidates: actions drawn before each step, of which too costly ones are dropped.
 
     Raises:
         ValueError: a number out of range.
     """
 
-    cost_limit: float = 0.025
-    gamma: float = 0.99
-    lr_multiplier: float = 1e-3
-    multiplier_init: float = 0.0
-    num_candidates: int = 8
+    cost_limit: NonNegativeFloat = 0.025
+    gamma: Annotated[float, Limit(low=0, high=1, high_included=False)] = 0.99
+    lr_multiplier: NonNegativeFloat = 1e-3
+    multiplier_init: NonNegativeFloat = 0.0
+    num_candidates: Annotated[int, Limit(low=1, high=1000)] = 8
 
     def __post_init__(self) -> None:
-        for name in ("cost_limit", "lr_multiplier", "multiplier_init"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"safe: {name} must be finite and not negative, not {getattr(self, name)}")
-        if not 0 <= self.gamma < 1:
-            raise ValueError(f"safe: gamma must be at least 0 and less than 1, not {self.gamma}")
-        if self.num_candidates < 1:
-            raise ValueError(f"safe: num_candidates must be at least 1, not {self.num_candidates}")
+        check_arguments(type(self), vars(self))
 
     @property
     def limit(self) -> float:

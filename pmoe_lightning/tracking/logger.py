@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
 import mlflow
@@ -29,6 +29,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from sqlalchemy.exc import SQLAlchemyError
 
 from pmoe_lightning.errors import RunError
+from pmoe_lightning.limits import Limit, PositiveFloat, Text, checked
 from pmoe_lightning.processes.stopping import STOP_CODES, stop
 from pmoe_lightning.tracking.address import store_line, without_secrets
 from pmoe_lightning.tracking.database import absolute_uri
@@ -90,17 +91,18 @@ class MLflowLogger(MLFlowLogger):
         RunError: the store cannot be opened.
     """
 
+    @checked
     def __init__(
         self,
-        experiment_name: str | None = None,
+        experiment_name: Text | None = None,
         *,
-        run_name: str | None = None,
-        tracking_uri: str | None = None,
+        run_name: Text | None = None,
+        tracking_uri: Text | None = None,
         run_id: str | None = None,
         nested: bool = False,
         tags: Mapping[str, Any] | None = None,
-        flush_seconds: float = 5.0,
-        spool: str | Path | None = None,
+        flush_seconds: PositiveFloat = 5.0,
+        spool: Annotated[str | Path, Limit(text=True, numeric=False)] | None = None,
     ) -> None:
         opened = os.environ.get("MLFLOW_RUN_ID") or None
         # A progress bar per uploaded file would tear the training's own one to pieces.
