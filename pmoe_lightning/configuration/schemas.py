@@ -362,7 +362,7 @@ class Configuration:
     matmul_precision: str = _one_of("float32", "bf16-hidden", "tf32")
 
 
-SCHEMAS = {
+SCHEMAS: dict[str, dict[str, Any]] = {
     "algo": {"dac": DACSchema, "ppo": PPOSchema, "sac": SACSchema},
     "actor": {
         "additive_moe": ExpertsSchema,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
@@ -28,7 +26,7 @@ class ScoreFunction(AbstractEstimator):
         ValueError: an unknown baseline, or too few draws for it.
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws"})
+    asks: frozenset[Offer] = frozenset({"draws"})
 
     def __init__(self, *, num_samples: int = 4, baseline: Baseline = "leave_one_out") -> None:
         check_baseline("score_function", baseline, num_samples)

@@ -71,6 +71,7 @@ class MixtureNetwork(nn.Module):
         self.router = nn.Linear(width, num_components) if num_components > 1 else None
         if self.router is not None:
             heads.append(self.router)
+        self.log_scale: nn.Linear | nn.Parameter
         if scale == "state_dependent":
             self.log_scale = nn.Linear(width, num_components * action_dim)
             heads.append(self.log_scale)
@@ -187,8 +188,8 @@ class MixtureSampler(SafeProbabilisticModule):
         return out
 
 
-def _unsquashed_action(distribution: MixtureDistribution, kind: InteractionType) -> Tensor:
-    """The u whose action TorchRL asks for by this exploration type."""
+def _unsquashed_action(distribution: Any, kind: InteractionType) -> Tensor:
+    """The u whose action TorchRL asks for by this exploration type; mean and median are no part of the contract."""
     if kind is InteractionType.RANDOM:
         return distribution.rsample_unsquashed()
     if kind is InteractionType.MODE:
@@ -436,10 +437,12 @@ def _make_actor(
         scale=scale,
         initialization=initialization,
     )
-    if compose is not None:
-        network = ComposedNetwork(network, compose)
     return MixtureActor(
-        TensorDictModule(network, in_keys=[observation_key], out_keys=list(PARAMETER_KEYS)),
+        TensorDictModule(
+            network if compose is None else ComposedNetwork(network, compose),
+            in_keys=[observation_key],
+            out_keys=list(PARAMETER_KEYS),
+        ),
         MixtureSampler(
             low,
             high,

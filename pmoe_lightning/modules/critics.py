@@ -185,7 +185,8 @@ class _KnownProduct(torch.autograd.Function):
 def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases of all linear layers, first to last, from the parameters of a network by name."""
     linears = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
-    return tuple([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+    weights, biases = ([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+    return weights, biases
 
 
 # What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
@@ -245,6 +246,8 @@ class QValueEnsemble(nn.Module):
 
     Holds the parameters it is given, not copies: those of ``SACLoss.qvalue_network_params`` stay the loss's own.
     """
+
+    network: QValueNetwork
 
     def __init__(self, network: QValueNetwork, parameters: TensorDictParams) -> None:
         super().__init__()

@@ -57,6 +57,10 @@ class ObservationNormalizer(TensorDictModuleBase):
     in_keys = ["observation"]
     out_keys = ["observation_normalized"]
 
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
     def __init__(self, observation_dim: int, *, clip: float = 10.0) -> None:
         super().__init__()
         self.clip = clip
@@ -95,6 +99,11 @@ class RewardScaler(nn.Module):
         gamma: discount of R; use the one of the algorithm.
         clip: largest magnitude of a scaled reward.
     """
+
+    discounted_return: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
 
     def __init__(self, num_envs: int = 1, *, gamma: float = 0.99, clip: float = 10.0) -> None:
         super().__init__()

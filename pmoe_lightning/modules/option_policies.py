@@ -145,8 +145,8 @@ class OptionActor(TensorDictModuleBase):
 
     def get_dist(self, tensordict: TensorDictBase) -> OptionPolicies:
         """The policies at the observations of the tensordict; needs no ``option_previous``."""
-        *parameters, termination_logits = self.network(tensordict.get(self.in_keys[0]))
-        mixture = TanhGaussianMixture(*parameters, self.low, self.high, deterministic=self.deterministic)
+        mixture_logits, loc, scale, termination_logits = self.network(tensordict.get(self.in_keys[0]))
+        mixture = TanhGaussianMixture(mixture_logits, loc, scale, self.low, self.high, deterministic=self.deterministic)
         return OptionPolicies(mixture, termination_logits)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
