@@ -251,7 +251,7 @@ def make_pmoe_actor(
     return_log_prob: bool = False,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """A probabilistic mixture-of-experts policy (Ren et al. 2021, arXiv 2104.09122).
 
     Args:
@@ -297,7 +297,7 @@ def make_gaussian_actor(
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     **arguments,
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """The unimodal squashed Gaussian of SAC: ``make_pmoe_actor`` with one component and the same arguments."""
     return make_pmoe_actor(observation_dim, action_low, action_high, num_components=1, **arguments)
 
@@ -309,7 +309,7 @@ def make_additive_moe_actor(
     *,
     num_experts: int = 4,
     **arguments,
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """Experts whose actions are added by weight, ``expert_blends.add_actions``: unimodal, a baseline.
 
     Args:
@@ -328,7 +328,7 @@ def make_mcp_actor(
     *,
     num_experts: int = 4,
     **arguments,
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """Experts whose densities are multiplied, ``expert_blends.multiply_densities``; arguments as the additive one's."""
     arguments |= {"num_components": num_experts, "router": "attached", "compose": multiply_densities}
     return _make_actor(observation_dim, action_low, action_high, **arguments)
@@ -417,7 +417,7 @@ def _make_actor(
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
     compose: Composition | None = None,
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     low, high = action_bounds(action_low, action_high)
     if num_components < 1:
         raise ValueError(f"the number of components must be at least 1, not {num_components}")
