@@ -1,8 +1,8 @@
 """Lightning callbacks: everything about a run that is not collecting data or updating the policy.
 
-Callbacks read the run through a small contract (``contract.py``): ``trainer.datamodule`` counts ``env_frames`` and ``episodes`` and
-hands out finished episodes, ``trainer.lightning_module`` counts ``updates`` and hands out its metrics. Remove any of
-them from the configuration and training is the same, bit for bit.
+Callbacks read the run through a small contract, ``contract.py``: ``trainer.datamodule`` counts ``env_frames`` and
+``episodes`` and hands out finished episodes, ``trainer.lightning_module`` counts ``updates`` and hands out its metrics.
+Remove any of them from the configuration and training is the same, bit for bit.
 """
 
 from .best_checkpoint import BestCheckpoint

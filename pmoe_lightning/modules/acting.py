@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias, cast
 
 import torch
+from jaxtyping import Int
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -54,7 +55,7 @@ def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> MixtureD
 
 
 @torch.no_grad()
-def acting_component(mixture: MixtureDistribution, states: TensorDictBase) -> Tensor:
+def acting_component(mixture: MixtureDistribution, states: TensorDictBase) -> Int[Tensor, "*B"]:
     """The component behind every action of ``states`` [*B], int64 [*B].
 
     That is the option that a policy with options wrote, the component whose mode the action is, or otherwise (the

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase, dispatch, skip_existing
 from tensordict.nn.probabilistic import interaction_type
@@ -80,11 +81,15 @@ class MixtureNetwork(nn.Module):
         for head in heads:
             initialize(head, initialization, gain=0.01)
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, observation: Float[Tensor, "*B O"]
+    ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"]]:
         """Mixture logits [*B, K], loc [*B, K, A] and scale [*B, K, A] of the policy at the observation [*B, O]."""
         return self.heads(self.trunk(observation))
 
-    def heads(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, features: Float[Tensor, "*B H"]
+    ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"]]:
         """The same from the features of the trunk."""
         shape = (*features.shape[:-1], self.num_components, self.action_dim)
         loc = self.loc(features).view(shape)
@@ -106,7 +111,9 @@ class ComposedNetwork(nn.Module):
         super().__init__()
         self.experts, self.compose = experts, compose
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, observation: Float[Tensor, "*B O"]
+    ) -> tuple[Float[Tensor, "*B 1"], Float[Tensor, "*B 1 A"], Float[Tensor, "*B 1 A"]]:
         """Mixture logits [*B, 1] (zero), loc and scale [*B, 1, A] of the policy at the observation [*B, O]."""
         return self.compose(*self.experts(observation))
 
@@ -334,7 +341,9 @@ def make_mcp_actor(
     return _make_actor(observation_dim, action_low, action_high, **arguments)
 
 
-def action_bounds(low: Tensor | Sequence[float], high: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+def action_bounds(
+    low: Tensor | Sequence[float], high: Tensor | Sequence[float]
+) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """The bounds of an actor as tensors [A].
 
     Raises:

@@ -107,7 +107,9 @@ class OptionNetwork(nn.Module):
         self.termination = nn.Linear(hidden_sizes[-1], num_options)
         initialize(self.termination, initialization, gain=0.01)
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, observation: Float[Tensor, "*B O"]
+    ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"], Float[Tensor, "*B K"]]:
         """Logits of pi_W [*B, K], loc and scale [*B, K, A], and logits of beta [*B, K] at the observation [*B, O]."""
         features = self.mixture.trunk(observation)
         return *self.mixture.heads(features), self.termination(features)
