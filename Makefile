@@ -44,9 +44,10 @@ torture: $(VENV)/.installed ## the proofs of docs/reliability.md, resumable; tor
 torture-%: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m torture -s -p no:cacheprovider tests/torture/test_$*.py $(if $(CASE),-k '$(CASE)')
 
-check: $(VENV)/.installed-dev ## style
+check: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev ## put style right
 	$(BIN)/ruff check --fix .
@@ -57,7 +58,7 @@ wheel: $(VENV)/.installed ## dist/*.whl
 	@ls dist/*.whl
 
 clean: ## remove the environment and caches, keep results
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

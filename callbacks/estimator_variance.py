@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from tensordict import TensorDict
 
-from pmoe_lightning.callbacks.interval import FrameInterval
-from pmoe_lightning.callbacks.reporting import log_metrics, warn_on_failure
-from pmoe_lightning.estimators import Marginalized, Objective
+from pmoe_lightning.estimators import AbstractEstimator, Marginalized, Objective
 from pmoe_lightning.estimators.gradient_statistics import (
     ASKS_SLOPES,
     ASKS_STATISTICS,
@@ -24,6 +22,12 @@ from pmoe_lightning.estimators.gradient_statistics import (
 )
 from pmoe_lightning.limits import Limit, PositiveInt, checked
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+
+from .interval import FrameInterval
+from .reporting import log_metrics, warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 #: Of the shares of wrong signs: three standard errors of their difference over 64 states, at most.
 _CLEAR_EXCESS = 0.25
@@ -73,10 +77,10 @@ class EstimatorVariance(Callback):
         self.num_samples, self.max_states = num_samples, max_states
         self._interval, self._has_warned, self._told = FrameInterval(every_frames), False, set[str]()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._interval.mark(trainer.datamodule.env_frames)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         frames = trainer.datamodule.env_frames
         if self._interval.is_due(frames):
             self._interval.mark(frames)
@@ -84,14 +88,14 @@ class EstimatorVariance(Callback):
                 with warn_on_failure("the gradient estimator was not measured"):
                     log_metrics(trainer, self.measure(pl_module), frames)
 
-    def measure(self, algorithm: LightningModule) -> dict[str, float]:
+    def measure(self, algorithm: AbstractAlgorithm) -> dict[str, float]:
         """The metrics above, for the states that the algorithm trained on last.
 
         Nothing before its first update, and nothing for an algorithm without an estimator.
         """
-        if algorithm.last_observation is None or algorithm.estimator is None:
+        observation, estimator = algorithm.last_observation, algorithm.estimator
+        if observation is None or estimator is None:
             return {}
-        observation = algorithm.last_observation
         observation = observation[:: max(1, len(observation) // self.max_states)][: self.max_states]
         states = TensorDict({algorithm.observation_key: observation}, batch_size=observation.shape[:1])
         devices = [observation.device] if observation.device.type == "cuda" else []
@@ -111,10 +115,14 @@ class EstimatorVariance(Callback):
                 make_objective=make_objective,
                 num_samples=self.num_samples,
             )
-            chosen, exact = statistics(algorithm.estimator), {}
+            chosen, exact = statistics(estimator), {}
             if self._offers(distribution, "the cosine", Marginalized.asks):
                 exact = statistics(Marginalized())
-            signs = self._signs(algorithm, distribution, make_objective)
+            transform = getattr(algorithm.loss, "action_transform", None)
+            if transform is not None and transform.is_used_in("actor_loss"):
+                signs = self._signs(estimator, distribution, make_objective)
+            else:
+                signs = {}
         if distribution.num_components == 1:
             chosen.pop("router", None)
         return _metrics(chosen, exact, len(states)) | signs
@@ -130,17 +138,14 @@ class EstimatorVariance(Callback):
 
     def _signs(
         self,
-        algorithm: LightningModule,
+        estimator: AbstractEstimator,
         distribution: MixtureDistribution,
         make_objective: Callable[[MixtureDistribution], Objective],
     ) -> dict[str, float]:
-        transform = getattr(algorithm.loss, "action_transform", None)
-        if transform is None or not transform.is_used_in("actor_loss"):
-            return {}
         if not self._offers(distribution, "the share of wrong signs", ASKS_SLOPES):
             return {}
         # More than a variance needs: a sign is lost in noise long before a length is.
-        slopes = directional_slopes(algorithm.estimator, distribution, make_objective, num_samples=128)
+        slopes = directional_slopes(estimator, distribution, make_objective, num_samples=128)
         wrong, control = slopes.wrong_signs, slopes.wrong_signs_control
         if wrong - control > _CLEAR_EXCESS and not self._has_warned:
             self._has_warned = True

@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.callbacks.reporting import find_callback, log_metrics
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy
 from pmoe_lightning.limits import PositiveInt, Seed, checked
 from pmoe_lightning.processes.stop_after_iteration import StopAfterIteration
 from pmoe_lightning.tracking.references import load_policy
+
+from .reporting import find_callback, log_metrics
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 _MAX_ENVS = 16
 
@@ -73,23 +77,23 @@ class Evaluation(Callback):
         self.made_up: float | None = None
         self._env: EnvBase | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
         if frames in (0, self._stopped_at):
             mean = self._evaluate(trainer, pl_module)
             self.made_up = mean if frames else None
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         data = trainer.datamodule
         if (trainer.current_epoch + 1) % self.every_epochs == 0 or data.env_frames >= data.total_frames:
             mean = self._evaluate(trainer, pl_module)
             if mean is not None:
                 pl_module.log("eval/episode_return", mean, logger=False, batch_size=1)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: AbstractAlgorithm, stage: str) -> None:
         self._close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +103,7 @@ class Evaluation(Callback):
         self.history = state_dict["history"].tolist()
         self._stopped_at = state_dict.get("stopped_at")
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+    def _evaluate(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> float | None:
         """The mean return; None if the evaluation was stopped."""
         mean = None
         if trainer.is_global_zero:
@@ -108,7 +112,7 @@ class Evaluation(Callback):
         # Every process needs the value: they decide together whether the checkpoint is the best.
         return trainer.strategy.broadcast(mean)
 
-    def _run_episodes(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+    def _run_episodes(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> float | None:
         start, stop = time.monotonic(), find_callback(trainer, StopAfterIteration)
         with isolate_rng():
             if self._env is None:
@@ -144,7 +148,7 @@ class Evaluation(Callback):
         return mean
 
     @staticmethod
-    def judged_policy(pl_module: LightningModule) -> TensorDictModuleBase:
+    def judged_policy(pl_module: AbstractAlgorithm) -> TensorDictModuleBase:
         """What is evaluated: the policy of a checkpoint saved now."""
         if not pl_module.policy_description:
             return pl_module.policy

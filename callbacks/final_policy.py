@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.loggers import MLFlowLogger
 
-from pmoe_lightning.callbacks.reporting import log_artifact, warn_on_failure
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.evaluation.film import record_video
 from pmoe_lightning.limits import Flag, PositiveInt, Seed, Text, checked
 from pmoe_lightning.processes.stopping import stop
 from pmoe_lightning.tracking.references import load_policy
+
+from .reporting import log_artifact, warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 
 class FinalPolicy(Checkpoint):
@@ -52,7 +55,7 @@ class FinalPolicy(Checkpoint):
         self.video, self.video_seed, self.video_frames = video, video_seed, video_frames
         self.model, self.register_as = model, register_as
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         best = self._log_checkpoints(trainer)
         if best is None or not trainer.is_global_zero:
             return
@@ -64,7 +67,7 @@ class FinalPolicy(Checkpoint):
             with warn_on_failure("the best policy was not packaged"):
                 self._package(trainer, best)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         with warn_on_failure("the checkpoints were not logged"):
             self._log_checkpoints(trainer)
 
@@ -80,7 +83,7 @@ class FinalPolicy(Checkpoint):
             log_artifact(trainer, path, "checkpoints")
         return kept[0] if kept else None
 
-    def _film(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Path) -> None:
+    def _film(self, trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path) -> None:
         env = pl_module.policy_description["env"]
         video = record_video(
             load_policy(checkpoint, parts=pl_module.parts),
@@ -95,9 +98,9 @@ class FinalPolicy(Checkpoint):
 
     def _package(self, trainer: Trainer, checkpoint: Path) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, MLFlowLogger):
-                from pmoe_lightning.tracking import queue_policy_model
+            from pmoe_lightning.tracking import MLflowLogger, queue_policy_model
 
+            if isinstance(logger, MLflowLogger):
                 queue_policy_model(
                     logger,
                     checkpoint,

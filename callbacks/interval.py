@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningDataModule
+from typing import TYPE_CHECKING
 
 from pmoe_lightning.processes.stop_after_iteration import StoppedAfterIteration
+
+if TYPE_CHECKING:
+    from .contract import CollectedData
 
 
 class FrameInterval:
@@ -40,7 +43,7 @@ class FrameInterval:
         """Whether there are frames that no report has seen."""
         return self.frames is not None and frames > self.frames
 
-    def is_left_to_resumed_run(self, data: LightningDataModule, exception: BaseException) -> bool:
+    def is_left_to_resumed_run(self, data: CollectedData, exception: BaseException) -> bool:
         """Whether the iteration that this broke off would have been followed by a report.
 
         A point is logged once, and the run that goes on, which does that iteration again, knows the right one.

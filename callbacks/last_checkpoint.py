@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pmoe_lightning.callbacks.reporting import warn_on_failure
 from pmoe_lightning.processes.stop_after_iteration import StoppedAfterIteration
 from pmoe_lightning.processes.stopping import Stopped
+
+from .reporting import warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -26,10 +29,10 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self._has_trained = False
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         self._has_trained = True
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         between_iterations = isinstance(exception, StoppedAfterIteration)
         # Broken off in one, a run has an exact state to go on from: the one that is saved.
         can_be_saved = between_iterations or (trainer.world_size == 1 and not isinstance(exception, Stopped))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
-from pmoe_lightning.callbacks.evaluation import Evaluation
-from pmoe_lightning.callbacks.metrics import MetricsLogger
-from pmoe_lightning.callbacks.reporting import find_callback, log_figure, warn_on_failure
 from pmoe_lightning.checkpoints.policy import trained_rule
 from pmoe_lightning.evaluation import figures
+
+from .evaluation import Evaluation
+from .metrics import MetricsLogger
+from .reporting import find_callback, log_figure, warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 
 class LearningCurve(Callback):
@@ -26,14 +31,14 @@ class LearningCurve(Callback):
     def __init__(self, title: str = "Learning curve") -> None:
         self.title = title
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._draw(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         with warn_on_failure("the learning curve was not logged"):
             self._draw(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _draw(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         metrics, evaluation = find_callback(trainer, MetricsLogger), find_callback(trainer, Evaluation)
         episodes = metrics.episodes if metrics is not None else []
         evaluations = evaluation.history if evaluation is not None else []
@@ -42,7 +47,7 @@ class LearningCurve(Callback):
             log_figure(trainer, "learning_curve", draw)
 
 
-def _rule(pl_module: LightningModule) -> str | None:
+def _rule(pl_module: AbstractAlgorithm) -> str | None:
     """How the mixture acted in the evaluations; None where there is no choice, or nobody said."""
     if not pl_module.policy_description:
         return None

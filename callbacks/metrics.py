@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
-from pmoe_lightning.callbacks.interval import FrameInterval
-from pmoe_lightning.callbacks.reporting import log_metrics, warn_on_failure
 from pmoe_lightning.limits import PositiveInt, checked
+
+from .interval import FrameInterval
+from .reporting import log_metrics, warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 
 class MetricsLogger(Callback):
@@ -49,17 +53,17 @@ class MetricsLogger(Callback):
         self._updates = 0
         self._time = time.monotonic()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._mark(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         if self._interval.is_due(trainer.datamodule.env_frames):
             self._report(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._report(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         has_failed = isinstance(exception, Exception)  # not after Ctrl-C, nor a signal
         if has_failed and not self._interval.is_left_to_resumed_run(trainer.datamodule, exception):
             with warn_on_failure("the last training metrics were not logged"):
@@ -82,9 +86,10 @@ class MetricsLogger(Callback):
             metrics |= {"train/updates": float(updates), "train/episodes": float(trainer.datamodule.episodes)}
             if trainer.datamodule.violations is not None:
                 metrics["train/violations"] = float(trainer.datamodule.violations)
-            if self._interval.is_due(frames):  # the rest of an interval is too short to time
+            since = self._interval.frames
+            if since is not None and self._interval.is_due(frames):  # the rest of an interval is too short to time
                 seconds = max(time.monotonic() - self._time, 1e-9)
-                metrics["train/time/frames_per_second"] = (frames - self._interval.frames) / seconds
+                metrics["train/time/frames_per_second"] = (frames - since) / seconds
                 metrics["train/time/updates_per_second"] = (updates - self._updates) / seconds
             log_metrics(trainer, metrics, frames)
             self.latest |= metrics

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 from torch import Tensor
 
-from pmoe_lightning.callbacks.evaluation import Evaluation
-from pmoe_lightning.callbacks.interval import FrameInterval
-from pmoe_lightning.callbacks.reporting import find_callback, log_figure, log_metrics, warn_on_failure
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation import figures
 from pmoe_lightning.evaluation.episodes import follow_episode
@@ -23,12 +20,20 @@ from pmoe_lightning.limits import PositiveInt, checked
 from pmoe_lightning.modules.acting import ASKS_ACTING, acting_component, find_actor, mixture_at
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
 
+from .evaluation import Evaluation
+from .interval import FrameInterval
+from .reporting import find_callback, log_figure, log_metrics, warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
+
+_MODES = "the figure of its component modes"
 #: What each of the reports asks of the policy's distribution.
 _ASKS: dict[str, frozenset[Offer]] = {
     "the mixture's weights": frozenset({"weights"}),
     "the distance of its components": frozenset({"component_modes"}),
     "the scale of its components": frozenset({"diagonal_scales"}),
-    "the figure of its component modes": ASKS_ACTING,
+    _MODES: ASKS_ACTING,
 }
 _log = logging.getLogger(__name__)
 _STATES = 8  # columns of component_modes
@@ -81,12 +86,12 @@ class MixtureDiagnostics(Callback):
         self._measured, self._drawn = FrameInterval(every_frames), FrameInterval(figure_every_frames)
         self._has_told = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
         self._measured.start(frames)
         self._drawn.start(frames)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         frames = trainer.datamodule.env_frames
         with warn_on_failure("the mixture was not measured"):
             if self._measured.is_due(frames):
@@ -94,11 +99,11 @@ class MixtureDiagnostics(Callback):
             if self._drawn.is_due(frames):
                 self._draw(trainer, pl_module, frames)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         with warn_on_failure("the mixture figures were not logged"):
             self._finish(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         with warn_on_failure("the mixture figures were not logged"):
             data = trainer.datamodule
             if self._measured.is_left_to_resumed_run(data, exception):
@@ -117,36 +122,35 @@ class MixtureDiagnostics(Callback):
         self.history, self.specialisation = history.tolist(), specialisation.tolist()
         self._measured.frames, self._drawn.frames = state_dict.get("frames"), state_dict.get("figure_frames")
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _finish(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
         if self._drawn.has_rest(frames):
             self._draw(trainer, pl_module, frames)
         elif self._measured.has_rest(frames):
             self._measure(trainer, pl_module, frames)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
+    def _measure(self, trainer: Trainer, pl_module: AbstractAlgorithm, frames: int) -> None:
         self._measured.mark(frames)
         mixture = _recent_mixture(pl_module, self.max_states)
         if mixture is not None:
             self._tell_what_is_left_out(type(mixture))
         if mixture is not None and offers(mixture, "the mixture's weights"):
-            metrics = mixture_metrics(mixture)
+            metrics, components = mixture_metrics(mixture), range(mixture.num_components)
             log_metrics(trainer, metrics, frames)
             weights, heaviest = (
-                [metrics[f"train/mixture/{name}_{k}"] for k in range(mixture.num_components)]
-                for name in ("weight", "heaviest")
+                [metrics[f"train/mixture/{name}_{k}"] for k in components] for name in ("weight", "heaviest")
             )
             self.history.append([float(frames), *weights])
             self.specialisation.append([*heaviest, metrics["train/mixture/router_entropy"]])
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, frames: int) -> None:
+    def _draw(self, trainer: Trainer, pl_module: AbstractAlgorithm, frames: int) -> None:
         self._drawn.mark(frames)
         if self._measured.has_rest(frames):
             self._measure(trainer, pl_module, frames)
         if self.history:
             log_figure(trainer, "mixture_weights", self._draw_weights, frames)
         mixture = _recent_mixture(pl_module, 1)
-        if mixture is not None and offers(mixture, "the figure of its component modes"):
+        if mixture is not None and offers(mixture, _MODES):
             log_figure(trainer, "component_modes", partial(_draw_modes, trainer, pl_module), frames)
 
     def _tell_what_is_left_out(self, distribution: type) -> None:
@@ -161,7 +165,7 @@ class MixtureDiagnostics(Callback):
         return figures.mixture_weights(self.history, heaviest, entropy)
 
 
-def offers(distribution: object, report: str) -> bool:
+def offers(distribution: object, report: str) -> TypeGuard[MixtureDistribution]:
     """Whether a distribution can be asked for one of the reports above."""
     return not missing(type(distribution), _ASKS[report])
 
@@ -201,7 +205,7 @@ def _component_distance(mixture: MixtureDistribution) -> Tensor:
 
 
 @torch.no_grad()
-def _recent_mixture(pl_module: LightningModule, num_states: int) -> object | None:
+def _recent_mixture(pl_module: AbstractAlgorithm, num_states: int) -> object | None:
     """What the policy draws from in that many of the last states; None before the first update."""
     observation = pl_module.last_observation
     if observation is None or find_actor(pl_module.actor) is None:
@@ -210,10 +214,12 @@ def _recent_mixture(pl_module: LightningModule, num_states: int) -> object | Non
     return pl_module.actor.get_dist(TensorDict({pl_module.observation_key: observation}, [len(observation)]))
 
 
-def _draw_modes(trainer: Trainer, pl_module: LightningModule) -> Figure:
+def _draw_modes(trainer: Trainer, pl_module: AbstractAlgorithm) -> Figure:
     evaluation = find_callback(trainer, Evaluation)
     if evaluation is None:
-        return _modes_figure(_recent_mixture(pl_module, _STATES))
+        recent = _recent_mixture(pl_module, _STATES)
+        assert offers(recent, _MODES)  # the caller has asked
+        return _modes_figure(recent)
     with isolate_rng():
         policy = evaluation.judged_policy(pl_module)
         env = with_memory(evaluation.make_env, policy)(num_envs=1, seed=evaluation.seed)
@@ -224,6 +230,7 @@ def _draw_modes(trainer: Trainer, pl_module: LightningModule) -> Figure:
     steps = torch.linspace(0, len(episode) - 1, min(_STATES, len(episode))).long()
     states = episode[steps]
     mixture = mixture_at(policy, states)
+    assert mixture is not None  # that of the judged policy is of the same kind
     title = f"What each component would do along an episode of {len(episode)} steps"
     labels = [f"step {step}" for step in steps.tolist()]
     return _modes_figure(mixture, states=labels, acting=acting_component(mixture, states).cpu().numpy(), title=title)

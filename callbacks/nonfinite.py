@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
-from pmoe_lightning.callbacks.reporting import log_metrics
 from pmoe_lightning.errors import NonFiniteError
 from pmoe_lightning.limits import checked
+
+from .reporting import log_metrics
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 _log = logging.getLogger(__name__)
 _NORM = "train/gradient_norm"  # what a loss that is not finite makes not finite too
@@ -36,7 +40,7 @@ class NonFiniteGuard(Callback):
         self.mode, self.patience = mode, patience
         self._skipped = self._in_a_row = self._breakdowns = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         data = trainer.datamodule
         if data.breakdowns > self._breakdowns:
             self._breakdowns = data.breakdowns
@@ -51,7 +55,7 @@ class NonFiniteGuard(Callback):
         if names:
             self._report(trainer, pl_module, names)
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, names: list[str]) -> None:
+    def _report(self, trainer: Trainer, pl_module: AbstractAlgorithm, names: list[str]) -> None:
         frames = trainer.datamodule.env_frames
         # Where only a diagnostic was not finite, the update itself was taken.
         kept = "; the weights are as before" if _NORM in names else ""
@@ -65,7 +69,7 @@ class NonFiniteGuard(Callback):
         log_metrics(trainer, {"train/skipped_iterations": float(self._skipped)}, frames)
 
 
-def _advice(algorithm: LightningModule) -> str:
+def _advice(algorithm: AbstractAlgorithm) -> str:
     """What to try; the learning rate only where weights are large, by way of which one that is too high overflows."""
     largest = max(float(parameter.detach().abs().max()) for parameter in algorithm.loss.parameters())
     if largest > _GROWN:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from pmoe_lightning.callbacks.evaluation import Evaluation
-from pmoe_lightning.callbacks.metrics import MetricsLogger
-from pmoe_lightning.callbacks.reporting import find_callback
+from .evaluation import Evaluation
+from .metrics import MetricsLogger
+from .reporting import find_callback
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 _COMPILING = "compiling the acting policy and the update: about half a minute, which the time left does not count"
 _BAR_FORMAT = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} frames [{elapsed}, {rate_fmt}{postfix}]"
@@ -56,7 +58,7 @@ class FramesProgressBar(ProgressBar):
         else:
             self._bar.write(" ".join(map(str, args)), **kwargs)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._start = self._shown_at = time.monotonic()
         self._shown_frames = trainer.datamodule.env_frames
         self._settling, self._settled, self._updates = 1 + pl_module.compiles, None, pl_module.updates
@@ -74,12 +76,12 @@ class FramesProgressBar(ProgressBar):
                 bar_format=_BAR_FORMAT,
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         now = time.monotonic()
         self._settle(trainer.datamodule.env_frames, pl_module.updates, now)
         if self._bar is not None:
             if now - self._shown_at >= self.REFRESH_SECONDS:
-                self._show_bar(trainer, now)
+                self._show_bar(self._bar, trainer, now)
         elif self._enabled:
             frames, total = trainer.datamodule.env_frames, trainer.datamodule.total_frames
             patience = max(self.LINE_SECONDS, 0.02 * (now - self._start))
@@ -87,17 +89,17 @@ class FramesProgressBar(ProgressBar):
             if due and frames < total:  # the last line waits for the last evaluation
                 self._print_line(trainer, now)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._finish(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         self._finish(trainer)
 
-    def _show_bar(self, trainer: Trainer, now: float) -> None:
-        frames = min(trainer.datamodule.env_frames, self._bar.total)
+    def _show_bar(self, bar: tqdm, trainer: Trainer, now: float) -> None:
+        frames = min(trainer.datamodule.env_frames, bar.total)
         said = [self._returns(trainer), self._time_left(trainer, now)]
-        self._bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
-        self._bar.update(frames - self._bar.n)
+        bar.set_postfix_str(", ".join(filter(None, said)), refresh=False)
+        bar.update(frames - bar.n)
         self._shown_at = now
 
     def _print_line(self, trainer: Trainer, now: float) -> None:
@@ -124,7 +126,7 @@ class FramesProgressBar(ProgressBar):
 
     def _finish(self, trainer: Trainer) -> None:
         if self._bar is not None:
-            self._show_bar(trainer, time.monotonic())
+            self._show_bar(self._bar, trainer, time.monotonic())
             self._bar.refresh()
             self._bar.close()
             self._bar = None

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 
 from pmoe_lightning.tracking.address import store_line
+
+if TYPE_CHECKING:
+    from .contract import Trainer
 
 _log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Callback)
@@ -24,7 +26,7 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float], env_frames: int)
         logger.log_metrics(dict(metrics), step=env_frames)
 
 
-def loggers_with(trainer: Trainer, method: str) -> list[Logger]:
+def loggers_with(trainer: Trainer, method: str) -> list[Any]:
     """The loggers that have a method beyond Lightning's own; none on processes that do not log."""
     return [logger for logger in trainer.loggers if hasattr(logger, method)] if trainer.is_global_zero else []
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 
-from pmoe_lightning.callbacks.interval import FrameInterval
-from pmoe_lightning.callbacks.reporting import log_figure, warn_on_failure
 from pmoe_lightning.evaluation import figures
 from pmoe_lightning.limits import Limit, PositiveInt, checked
+
+from .interval import FrameInterval
+from .reporting import log_figure, warn_on_failure
+
+if TYPE_CHECKING:
+    from .contract import AbstractAlgorithm, Trainer
 
 
 class ActionTrajectories(Callback):
@@ -40,7 +44,7 @@ class ActionTrajectories(Callback):
         self._interval, self.num_states = FrameInterval(every_frames), num_states
         self.num_actions, self.resolution = num_actions, resolution
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._interval.start(trainer.datamodule.env_frames)
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,19 +53,19 @@ class ActionTrajectories(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._interval.frames = state_dict["frames"]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         if self._interval.is_due(trainer.datamodule.env_frames):
             self._log(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         if self._interval.has_rest(trainer.datamodule.env_frames):
             self._log(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         with warn_on_failure("the trajectories were not logged"):
             self.on_train_end(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
         self._interval.mark(frames)
         transform = getattr(pl_module.loss, "action_transform", None)
@@ -70,7 +74,7 @@ class ActionTrajectories(Callback):
             log_figure(trainer, "action_trajectories", partial(self.draw, pl_module), frames)
 
     @torch.no_grad()
-    def draw(self, algorithm: LightningModule) -> Figure:
+    def draw(self, algorithm: AbstractAlgorithm) -> Figure:
         """The figure for the states that the algorithm trained on last."""
         states = _states(algorithm, self.num_states)
         distribution = algorithm.actor.get_dist(states.copy())
@@ -89,7 +93,8 @@ class ActionTrajectories(Callback):
         return figures.action_trajectories(*(tensor.cpu().numpy() for tensor in (values, paths, low, high)))
 
 
-def _states(algorithm: LightningModule, number: int) -> TensorDict:
+def _states(algorithm: AbstractAlgorithm, number: int) -> TensorDict:
     observation = algorithm.last_observation
+    assert observation is not None, "there are states to draw once there was an update"
     observation = observation[:: max(1, len(observation) // number)][:number]
     return TensorDict({algorithm.observation_key: observation}, batch_size=[len(observation)])

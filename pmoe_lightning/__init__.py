@@ -6,9 +6,39 @@ MLflow or Hydra: a plain TorchRL script can take only the actor, the estimator o
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmoe_lightning.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from pmoe_lightning.envs import make_env as make_env
+    from pmoe_lightning.estimators import Frequency as Frequency
+    from pmoe_lightning.estimators import GumbelSoftmax as GumbelSoftmax
+    from pmoe_lightning.estimators import HalfReparameterized as HalfReparameterized
+    from pmoe_lightning.estimators import Implicit as Implicit
+    from pmoe_lightning.estimators import Marginalized as Marginalized
+    from pmoe_lightning.estimators import Pathwise as Pathwise
+    from pmoe_lightning.estimators import ScoreFunction as ScoreFunction
+    from pmoe_lightning.hamiltonian import EvolveAction as EvolveAction
+    from pmoe_lightning.hamiltonian import HamiltonianTransform as HamiltonianTransform
+    from pmoe_lightning.hamiltonian import differentiable as differentiable
+    from pmoe_lightning.hamiltonian import make_hamiltonian_transform as make_hamiltonian_transform
+    from pmoe_lightning.losses import DACLoss as DACLoss
+    from pmoe_lightning.losses import PMOEPPOLoss as PMOEPPOLoss
+    from pmoe_lightning.losses import PMOESACLoss as PMOESACLoss
+    from pmoe_lightning.losses import SafeSACLoss as SafeSACLoss
+    from pmoe_lightning.modules.actors import make_additive_moe_actor as make_additive_moe_actor
+    from pmoe_lightning.modules.actors import make_gaussian_actor as make_gaussian_actor
+    from pmoe_lightning.modules.actors import make_mcp_actor as make_mcp_actor
+    from pmoe_lightning.modules.actors import make_pmoe_actor as make_pmoe_actor
+    from pmoe_lightning.modules.critics import make_option_value_network as make_option_value_network
+    from pmoe_lightning.modules.critics import make_qvalue_network as make_qvalue_network
+    from pmoe_lightning.modules.critics import make_value_network as make_value_network
+    from pmoe_lightning.modules.distributions import TanhGaussianMixture as TanhGaussianMixture
+    from pmoe_lightning.modules.option_policies import make_option_actor as make_option_actor
+    from pmoe_lightning.safe import CostConstraint as CostConstraint
+    from pmoe_lightning.safe import SafePolicy as SafePolicy
+    from pmoe_lightning.tracking import load_policy as load_policy
 
 __version__ = "0.1.0"
 

@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    if error := lost_result():
-        print(f"error: the result could not be written to standard output: {error.strerror}", file=sys.stderr)
+    if lost := lost_result():
+        print(f"error: the result could not be written to standard output: {lost.strerror}", file=sys.stderr)
         return 1
     return 0
 
@@ -272,7 +272,7 @@ def evaluate(request: Request) -> Judged:
     env = with_memory(make, policy)(id=env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
         _check_fit(entry["description"], env_id, env)
-        limits = {"episodes": request.episodes, "max_episode_steps": request.max_episode_steps}
+        limits: dict[str, Any] = {"episodes": request.episodes, "max_episode_steps": request.max_episode_steps}
         result = evaluate_policy(policy, env, seed=request.seed, sample=sample, **limits)
     finally:
         env.close()
@@ -359,7 +359,7 @@ def _video(request: Request, judged: Judged) -> Path | None:
     env_id, sample = judged.env_id, judged.rule == "sample"
     path = Path(request.output, f"{env_id.replace(':', '-').replace('/', '-')}-seed{request.seed}.mp4")
     try:
-        arguments = {"seed": request.seed, "env_kwargs": judged.env_kwargs, "make": judged.make_env}
+        arguments: dict[str, Any] = {"seed": request.seed, "env_kwargs": judged.env_kwargs, "make": judged.make_env}
         return record_video(judged.policy, env_id, path, sample=sample, **arguments)
     except Exception as error:  # of the environment, its renderer, the encoder: none is worth the result
         print(f"warning: no video: {error_line(error)}", file=sys.stderr)

@@ -48,9 +48,10 @@ class Limit:
             return self.boolean
         if not self.numeric or not isinstance(value, Integral if self.integer else Real):
             return False
-        above = self.low <= value if self.low_included else self.low < value
-        below = value <= self.high if self.high_included else value < self.high
-        return above and below and -inf < value < inf
+        number: Any = value  # any kind of number, however large
+        above = self.low <= number if self.low_included else self.low < number
+        below = number <= self.high if self.high_included else number < self.high
+        return above and below and -inf < number < inf
 
     def __str__(self) -> str:
         """What is allowed, to complete the sentence 'must be ...'."""
@@ -124,7 +125,8 @@ Signature = Mapping[str, tuple[Any, Any, str]]
 
 def read_signature(target: Any) -> Signature:
     """Of an object."""
-    hints = get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)
+    written: Any = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009 (as mypy asks)
+    hints = get_type_hints(written, include_extras=True)
     parameters = inspect.signature(target).parameters
     return {name: (hints.get(name), parameter.default, "") for name, parameter in parameters.items()}
 
@@ -141,7 +143,8 @@ def stated_parameters(
         read: how the signature of such a target is read.
         given: what is chosen, where some arguments belong to a choice; by default those of all choices.
     """
-    own, passed_on = {}, {}
+    own: dict[str, Parameter] = {}
+    passed_on: dict[str, Parameter] = {}
     signature = read(target)
     for name, (annotation, default, meaning) in signature.items():
         for link in getattr(annotation, "__metadata__", ()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import gc
-import inspect
 import logging
 import os
 import shutil
@@ -15,9 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jaxtyping
 import pytest
-from beartype import beartype
+import shapes
 from waiting import HANG_SECONDS
 
 from pmoe_lightning.processes.stopping import STOPS, stop
@@ -29,6 +27,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup tests what a terminal's end does, too
 
 
+shapes.install()
 #: Files of real processes: few tests and minutes each. Begun first, so that no core is left with them at the end.
 LONGEST = ("test_devices", "test_train", "test_resume", "test_tracking", "test_processes", "test_workers")
 
@@ -36,46 +35,6 @@ LONGEST = ("test_devices", "test_train", "test_resume", "test_tracking", "test_p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
-
-
-SHAPE_CHECKED = {
-    "test_distributions",
-    "test_estimators",
-    "test_actors",
-    "test_critics",
-    "test_losses",
-    "test_algorithms",
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Shapes are code: the annotations of the maths are enforced while its own tests run.
-
-    Only then: the checks cost as much as the maths, and torch.compile cannot trace them. That is also why this is not
-    ``jaxtyping.install_import_hook``, whose wrappers would stay for all other tests.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ in SHAPE_CHECKED:
-            from pmoe_lightning import estimators
-            from pmoe_lightning.modules import critics, distributions
-
-            patch.setattr(critics, "stacked_qvalue", with_shape_checks(critics.stacked_qvalue))
-            for owner in (
-                distributions.TanhBounds,
-                distributions.TanhGaussianMixture,
-                *estimators.AbstractEstimator.__subclasses__(),
-            ):
-                for name, value in list(vars(owner).items()):
-                    if inspect.isfunction(value) or isinstance(value, property):
-                        patch.setattr(owner, name, with_shape_checks(value))
-        yield
-
-
-def with_shape_checks(value: Callable | property) -> Callable | property:
-    if isinstance(value, property):
-        return property(with_shape_checks(value.fget))
-    return jaxtyping.jaxtyped(value, typechecker=beartype)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import jaxtyping
 import numpy
 import pytest
 import torch
+from modes import in_every_mode
 from quadrature import (
     TEST_FAILURE_RATE,
     Parameters,
@@ -240,21 +241,26 @@ def test_components_of_vanishing_weight_are_never_drawn_and_never_nan(dtype, log
 # --- saturation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@in_every_mode
 @pytest.mark.parametrize("center", [-20.0, -8.0, 0.0, 8.0, 20.0])
-def test_values_and_gradients_stay_finite_under_saturation(dtype, center):
+def test_values_and_gradients_stay_finite_under_saturation(mode, center):
+    dtype = mode.dtype
+
+    def values_of(*leaves: Tensor) -> tuple[Tensor, ...]:
+        mixture = TanhGaussianMixture(*leaves, *(bound.to(dtype) for bound in bounds(2)))
+        action, log_prob = mixture.rsample_and_log_prob((50,))
+        fixed = action.detach()
+        return action, log_prob, mixture.log_prob(fixed), mixture.component_log_prob(fixed), mixture.entropy()
+
     leaves = [
         torch.tensor([0.3, -0.3], dtype=dtype),
         torch.tensor([[center, center], [center + 0.5, -center]], dtype=dtype),
         torch.full((2, 2), 0.7, dtype=dtype),
     ]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    mixture = TanhGaussianMixture(*leaves, *(bound.to(dtype) for bound in bounds(2)))
     torch.manual_seed(0)
-    action, log_prob = mixture.rsample_and_log_prob((50,))
-    fixed = action.detach()
-    values = (action, log_prob, mixture.log_prob(fixed), mixture.component_log_prob(fixed), mixture.entropy())
-    assert mixture.support.check(fixed).all()
+    values = mode.run(values_of)(*leaves)
+    assert TanhGaussianMixture(*leaves, *(bound.to(dtype) for bound in bounds(2))).support.check(values[0]).all()
     for value in values:
         assert value.isfinite().all()
         gradients = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from modes import Mode, in_every_mode
 from quadrature import (
     Parameters,
     assert_mean,
@@ -36,6 +37,7 @@ from pmoe_lightning.estimators import (
     Implicit,
     Marginalized,
     Pathwise,
+    Surrogate,
     check_pair,
 )
 from pmoe_lightning.estimators import HalfReparameterized as Half
@@ -111,12 +113,26 @@ def random_leaves(*batch: int, K: int, A: int = 2, dtype: torch.dtype = torch.fl
     return Parameters(*(value.requires_grad_() for value in (logits, loc, scale)))
 
 
-def estimate(estimator: AbstractEstimator, leaves: Parameters, *, cost: str = "quadratic", alpha: float = 0.2, seed=0):
+EXACT = Mode(torch.float64)
+
+
+def estimate(
+    estimator: AbstractEstimator,
+    leaves: Parameters,
+    *,
+    cost: str = "quadratic",
+    alpha: float = 0.2,
+    seed=0,
+    mode: Mode = EXACT,
+):
     """The surrogate and its gradient with respect to every leaf."""
-    A = leaves.loc.shape[-1]
-    mixture = TanhGaussianMixture(*leaves, *(bound.to(leaves.loc.dtype) for bound in bounds(A)))
+
+    def surrogate_of(*leaves: Tensor) -> Surrogate:
+        mixture = TanhGaussianMixture(*leaves, *(bound.to(leaves[1].dtype) for bound in bounds(leaves[1].shape[-1])))
+        return estimator(mixture, soft_objective(mixture, COSTS[cost], alpha))
+
     torch.manual_seed(seed)
-    surrogate = estimator(mixture, soft_objective(mixture, COSTS[cost], alpha))
+    surrogate = mode.run(surrogate_of)(*leaves)
     gradient = torch.autograd.grad(surrogate.loss.sum(), leaves, retain_graph=True, materialize_grads=True)
     return surrogate, Parameters(*gradient)
 
@@ -176,15 +192,15 @@ def test_all_agree_at_one_component(row):
     assert expected_gradient.loc.abs().min() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@in_every_mode
 @pytest.mark.parametrize("batch", [(), (4,), (3, 4)])
 @pytest.mark.parametrize(("row", "num_components"), CASES)
-def test_surrogate_keeps_the_contract(row, num_components, batch, dtype):
-    surrogate, gradient = estimate(row.estimator, random_leaves(*batch, K=num_components, dtype=dtype))
+def test_surrogate_keeps_the_contract(row, num_components, batch, mode):
+    surrogate, gradient = estimate(row.estimator, random_leaves(*batch, K=num_components, dtype=mode.dtype), mode=mode)
     assert tuple(surrogate.auxiliary) == row.estimator.auxiliary_losses
     assert row.estimator.log_prob in ("component", "mixture")
     for value in (surrogate.expected_cost, surrogate.log_prob, surrogate.loss, *surrogate.auxiliary.values()):
-        assert (value.shape, value.dtype) == (batch, dtype)
+        assert (value.shape, value.dtype) == (batch, mode.dtype)
     assert surrogate.expected_cost.requires_grad
     assert not surrogate.log_prob.requires_grad
     assert not any(value.requires_grad for value in surrogate.diagnostics.values())

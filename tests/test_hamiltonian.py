@@ -6,9 +6,11 @@ Except where single precision is the point, in float64 with a tanh critic, which
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from modes import in_every_mode
 from quadrature import TEST_FAILURE_RATE
 from scipy.stats import kstest
 from torch import Tensor
@@ -101,8 +103,9 @@ def test_the_map_preserves_volume(force, temperature):
 
 
 @every_force
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_the_map_is_undone_with_the_momentum_turned_round(force, dtype, tolerance):
+@in_every_mode
+def test_the_map_is_undone_with_the_momentum_turned_round(force, mode):
+    dtype, tolerance = mode.dtype, {torch.float64: 1e-12, torch.float32: 1e-5}[mode.dtype]
     evolve, at = transform(force, num_leapfrog_steps=5).to(dtype), states()
     network, parameters = critics()
     at["observation"] = at["observation"].to(dtype)
@@ -110,9 +113,10 @@ def test_the_map_is_undone_with_the_momentum_turned_round(force, dtype, toleranc
     at["qvalue"] = stacked_qvalue_at(network, parameters, at["observation"])
     at["bounds"] = TanhBounds(at["bounds"].low.to(dtype), at["bounds"].high.to(dtype))
     u, momentum = (value.to(dtype) for value in starts())
-    positions, end_momentum, *_ = evolve.trajectory(u, momentum, **at)
+    trajectory = mode.run(partial(evolve.trajectory, **at))
+    positions, end_momentum, *_ = trajectory(u, momentum)
     end = positions[-1]
-    back, back_momentum, *_ = evolve.trajectory(end, -end_momentum, **at)
+    back, back_momentum, *_ = trajectory(end, -end_momentum)
     for there, here in zip(positions, reversed(back), strict=True):
         torch.testing.assert_close(here, there, atol=tolerance, rtol=0)
     torch.testing.assert_close(-back_momentum, momentum, atol=tolerance, rtol=0)

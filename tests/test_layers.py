@@ -46,9 +46,11 @@ ALLOWED = {
         "processes",
         "modules",
         "estimators",
+        "algorithms",
         "envs",
         "evaluation",
         "checkpoints",
+        "data",
         "tracking",
         "limits",
     },
@@ -91,8 +93,11 @@ def imported_names(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write imports out in full"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            # The callbacks lie beside the package in a checkout, where a type checker finds a neighbour by its place.
+            beside = path.parent.name == "callbacks"
+            assert node.level == beside * (node.level > 0), f"{path}: write imports out in full"
+            module = f"pmoe_lightning.callbacks.{node.module}" if node.level else node.module
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 

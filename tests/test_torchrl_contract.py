@@ -16,6 +16,7 @@ from functools import partial
 
 import pytest
 import torch
+from modes import in_every_mode
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -348,19 +349,23 @@ def test_a_copy_is_equal_and_its_own(make):
     assert_same(outcome(twin, data), outcome(fresh, data))
 
 
+@in_every_mode
 @EVERY
-def test_casts_follow_every_tensor(make):
-    """In float64 the same losses; the critics that the actor sees are cast with the rest, after a first call too."""
+def test_a_loss_in_every_mode(make, mode):
+    """The critics that the actor sees are cast with the rest, after a first call too; compiled it is one graph."""
     loss = seeded(make)
     data = batch_for(loss)
     loss(data.copy())
-    loss.to(torch.float64)
-    doubled = data.apply(lambda value: value.double() if value.is_floating_point() else value)
-    out = loss(doubled)
-    assert {out[key].dtype for key in loss.out_keys} == {torch.float64}
+    loss.to(mode.dtype)
+    data = data.apply(lambda value: value.to(mode.dtype) if value.is_floating_point() else value)
+    expected = outcome(loss, data)
+    torch.manual_seed(7)
+    out = mode.run(loss)(data.copy())
+    assert_same(out.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert {out[key].dtype for key in loss.out_keys} == {mode.dtype}
     sum(out[key] for key in loss.out_keys if key.startswith("loss_")).backward()
-    assert {parameter.grad.dtype for parameter in loss.parameters() if parameter.grad is not None} == {torch.float64}
-    assert {value.dtype for value in loss.state_dict().values()} == {torch.float64}
+    assert {parameter.grad.dtype for parameter in loss.parameters() if parameter.grad is not None} == {mode.dtype}
+    assert {value.dtype for value in loss.state_dict().values()} == {mode.dtype}
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "sac_foreign"])
@@ -369,17 +374,6 @@ def test_pickled_losses_come_back(name):
     loss = seeded(LOSSES[name])
     data = batch_for(loss)
     assert_same(outcome(pickle.loads(pickle.dumps(loss)), data), outcome(loss, data))
-
-
-@pytest.mark.slow
-@EVERY
-def test_a_loss_compiles_into_one_graph(make):
-    loss = seeded(make)
-    data = batch_for(loss)
-    expected = outcome(loss, data)
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.manual_seed(7)
-    assert_same(compiled(data.copy()).detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 # --- policies --------------------------------------------------------------------------------------------------------

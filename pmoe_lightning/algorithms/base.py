@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -76,7 +76,17 @@ class AbstractAlgorithm(LightningModule, ABC):
         """What estimates the gradient of the mixture; None for an algorithm that estimates none."""
         return None
 
-    def planned_updates(self, data: LightningDataModule) -> float:
+    @property
+    def _optimizer(self) -> Any:
+        """The one optimizer, in Lightning's wrapper, which has all that the optimizer has."""
+        return self.optimizers()
+
+    @property
+    def _data(self) -> Any:
+        """The data module, None where there is none; Lightning does not declare it."""
+        return getattr(self.trainer, "datamodule", None)
+
+    def planned_updates(self, data: Any) -> float:
         """Optimizer steps that the whole run will take, by which ``compile=auto`` is decided; 0: it does not say."""
         return 0.0
 
@@ -88,7 +98,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.check_processes(self.trainer.world_size)
 
     def on_train_batch_start(self, batch: TensorDictBase, batch_idx: int) -> None:
-        data = self.trainer.datamodule
+        data = self._data
         if data is not None and self.estimator is not None:
             self.estimator.anneal(min(1.0, data.env_frames / data.total_frames))
 
@@ -98,7 +108,7 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def step(self, out: TensorDictBase, *, max_grad_norm: float | None = None) -> None:
         """One optimizer step on the sum of the ``loss_*`` entries; each reaches only its own parameters."""
-        optimizer = self.optimizers()
+        optimizer = self._optimizer
         optimizer.zero_grad()
         self.manual_backward(sum(value for name, value in out.items() if name.startswith("loss_")))
         norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm or math.inf)
@@ -120,7 +130,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.updates += count
 
     def _trained_parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizers().param_groups for parameter in group["params"]]
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def record(self, metrics: Mapping[str, Tensor], *, count: int | None = None) -> None:
         """Add to the running means, each entry as one value or as ``count`` of them; they stay on their device."""
@@ -174,7 +184,7 @@ class AbstractAlgorithm(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         _check_finite(checkpoint)
-        data = self.trainer.datamodule
+        data = self._data
         # A checkpoint of the weights alone is for acting; only a whole one can be resumed from.
         if data is not None and "optimizer_states" in checkpoint:
             checkpoint["experience"] = gather_objects(data.experience())
@@ -189,8 +199,8 @@ class AbstractAlgorithm(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates = checkpoint["updates"]
         attached = self._trainer is not None  # not in load_from_checkpoint
-        if attached and "experience" in checkpoint and self.trainer.datamodule is not None:
-            self.trainer.datamodule.load_experience(checkpoint["experience"][self.trainer.global_rank])
+        if attached and "experience" in checkpoint and (data := self._data) is not None:
+            data.load_experience(checkpoint["experience"][self.trainer.global_rank])
             metrics = checkpoint["metrics"]
             self._sums, self._counts = dict(metrics["sums"]), defaultdict(int, metrics["counts"])
             self.last_observation = checkpoint.get("last_observation")

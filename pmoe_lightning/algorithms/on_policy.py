@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -70,7 +69,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
     def estimate_advantages(self, rollout: TensorDictBase) -> None:
         """Write the advantages, ``value_target`` and ``state_value``; called without gradients."""
 
-    def planned_updates(self, data: LightningDataModule) -> float:
+    def planned_updates(self, data: Any) -> float:
         return data.total_frames * self.num_epochs / self.minibatch_size
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -87,7 +86,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         # With several processes a minibatch is spread over them, and only together they know its mean and deviation.
         self.loss.normalize_advantage = self.normalizes_advantage and self.trainer.world_size == 1
         if self.compiles:
-            optimizer = self.optimizers().optimizer
+            optimizer = self._optimizer.optimizer
             self.update = OnPolicyUpdate(self.loss, optimizer, max_grad_norm=self.max_grad_norm)
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:

@@ -85,7 +85,7 @@ def make_ppo(
         ValueError: the estimator cannot serve the actor's distribution.
     """
     routing = estimator if isinstance(estimator, Frequency) and actor[0].module.num_components > 1 else None
-    sizes = {"hidden_sizes": hidden_sizes, "activation": activation, "initialization": "orthogonal"}
+    sizes: dict[str, Any] = {"hidden_sizes": hidden_sizes, "activation": activation, "initialization": "orthogonal"}
     sizes["observation_key"] = actor.in_keys[0]
     loss = PMOEPPOLoss(
         actor,

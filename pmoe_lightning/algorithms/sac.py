@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
@@ -69,7 +68,7 @@ class SAC(AbstractAlgorithm):
     def estimator(self) -> AbstractEstimator:
         return self.loss.estimator
 
-    def planned_updates(self, data: LightningDataModule) -> float:
+    def planned_updates(self, data: Any) -> float:
         return data.planned_minibatches
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -82,7 +81,7 @@ class SAC(AbstractAlgorithm):
 
     def on_train_start(self) -> None:
         if self.compiles:
-            self.update = SACUpdate(self.loss, self.optimizers().optimizer, tau=self.tau)
+            self.update = SACUpdate(self.loss, self._optimizer.optimizer, tau=self.tau)
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         if self.update is not None:
@@ -134,10 +133,10 @@ def make_sac(
     """
 
     def make_critics() -> list[TensorDictModule]:
-        sizes = {"hidden_sizes": hidden_sizes, "activation": activation}
+        sizes: dict[str, Any] = {"hidden_sizes": hidden_sizes, "activation": activation}
         return [make_qvalue_network(observation_dim, action_dim, **sizes) for _ in range(2)]
 
-    of_loss = {
+    of_loss: dict[str, Any] = {
         "estimator": estimator,
         "action_transform": action_transform,
         "alpha_init": alpha_init,

@@ -10,7 +10,7 @@ import hashlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -102,7 +102,7 @@ class _Hashing:
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     hashing = _Hashing(file)
     try:
-        torch.save(checkpoint, hashing)
+        torch.save(checkpoint, cast(BinaryIO, hashing))  # which asks for no more than this one has
     except RuntimeError as error:
         # torch's zip writer reports a failed write() (a full disk) as an internal error and hides the reason.
         if isinstance(error.__context__, OSError):

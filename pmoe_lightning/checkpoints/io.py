@@ -24,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.already_read = {} if already_read is None else already_read
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``; see :func:`write_checkpoint`.
 
         Raises:
@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(
         self,
-        path: str,
+        path: str | Path,
         map_location: Callable | None = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:

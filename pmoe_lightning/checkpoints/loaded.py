@@ -87,10 +87,10 @@ class LoadedPolicy(TensorDictModuleBase):
             size = self.observation_dim
             raise ValueError(f"the observation must be of shape [{size}] or [B, {size}], not {list(values.shape)}")
         weight = next(self.policy.parameters())
-        values = torch.as_tensor(values).to(weight)
-        if not values.isfinite().all():
+        observation = torch.as_tensor(values).to(weight)
+        if not observation.isfinite().all():
             raise ValueError("the observation holds NaN, an infinity, or a number too large for the policy's float32")
-        return values
+        return observation
 
     def _inputs(self, tensordict: TensorDictBase, keys: list | None = None) -> TensorDictBase:
         """What the policy reads, numbers of any width in that of its weights."""

@@ -100,7 +100,8 @@ def _with_normalized_actions(entry: Mapping[str, Any]) -> dict[str, Any]:
     def normalized(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         state_dict = dict(state_dict)
         for key in [key for key in state_dict if str(key).endswith("module.layers.0.weight")]:
-            weight, bias = state_dict[key], state_dict.get(key.removesuffix("weight") + "bias")
+            weight: Any = state_dict[key]
+            bias: Any = state_dict.get(key.removesuffix("weight") + "bias")
             fits = all(isinstance(value, torch.Tensor) and value.ndim for value in (weight, bias))
             if fits and weight.shape[-1] == size + len(low) and weight.shape[:-1] == bias.shape:
                 of_state, of_action = weight.split([size, len(low)], -1)
@@ -137,12 +138,12 @@ def build_policy(
     factories = _chosen_parts(description, parts or {}, where)
     try:
         actor = factories["actor"](**sizes, **arguments)
-        parts = [ObservationNormalizer(description["observation_dim"])] if description["normalize_observation"] else []
-        parts += [actor, *(transform := _make_transform(description, factories, actor, where))]
+        modules = [ObservationNormalizer(sizes["observation_dim"])] if description["normalize_observation"] else []
+        modules += [actor, *(transform := _make_transform(description, factories, actor, where))]
         safe = _make_safe(description, factories, actor, transform, where)
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {first_line(error)}") from error
-    policy = safe(_sequence(parts))
+    policy = safe(_sequence(modules))
     try:
         policy.load_state_dict(entry["state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -150,8 +151,8 @@ def build_policy(
         raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
     if rule == "best_value":
         best = BestValueActor(actor, _build_critics(entry, where))
-        parts = [best if part is actor else part for part in parts]
-        policy = safe(_sequence(parts))
+        modules = [best if module is actor else module for module in modules]
+        policy = safe(_sequence(modules))
     for module in policy.modules():
         if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
@@ -180,7 +181,7 @@ def _chosen_parts(
         RunError: one is missing.
     """
     actor = description["actor"]
-    chosen = {"actor": given.get(f"actor/{actor}", ACTORS.get(actor))}
+    chosen: dict[str, Any] = {"actor": given.get(f"actor/{actor}", ACTORS.get(actor))}
     chosen |= {"action_transform": make_hamiltonian_transform, "safe": CostConstraint}
     for group, name in own_parts(description).items():
         key = f"{group}/{name}"
@@ -259,7 +260,7 @@ def _make_safe(
     if description.get("safe") is None:
         return lambda policy: policy
     constraint = parts["safe"](**description["safe"])
-    values = transform[0].qvalue if transform else _make_values(description, where)
+    values: Any = transform[0].qvalue if transform else _make_values(description, where)
     bounds = [torch.tensor(description[key]) for key in ("action_low", "action_high")]
     return lambda policy: SafePolicy(policy, values, constraint, *bounds, observation_key=actor.in_keys[0])
 

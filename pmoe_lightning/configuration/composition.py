@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pmoe_lightning.configuration.groups import group_choices
-from pmoe_lightning.configuration.schemas import register, schemas
+from pmoe_lightning.configuration.schemas import fields_of, register, schemas
 from pmoe_lightning.errors import ConfigurationError, error_line, first_line
 
 _CONFIG_MODULE = "pmoe_lightning.conf"
@@ -68,8 +68,9 @@ def read_choice(group: str, name: str, config_dir: str) -> tuple[Callable[..., A
         target = get_object(node._target_)
     except Exception as error:  # whatever importing a user's module raises
         raise ConfigurationError(f"{group}={name} of {config_dir}: {node._target_}: {error_line(error)}") from error
+    values = cast(dict[str, Any], OmegaConf.to_container(node))
     own = [key for key in node if not key.startswith("_") and not OmegaConf.is_interpolation(node, key)]
-    return target, {key: value for key, value in OmegaConf.to_container(node).items() if key in own}
+    return target, {key: value for key, value in values.items() if key in own}
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -131,13 +132,13 @@ def _wrong_type(error: ValidationError) -> str:
 
 def _unknown_key(key: str, overrides: list[str]) -> str:
     group, _, name = key.partition(".")
-    owners = [choice for choice, schema in schemas().get(group, {}).items() if name in schema.__dataclass_fields__]
+    owners = [choice for choice, schema in schemas().get(group, {}).items() if name in fields_of(schema)]
     if owners and group != "callbacks":
         chosen = next((word for word in overrides if word.startswith(f"{group}=")), f"the chosen {group}")
         return f"unknown key {key}: {chosen} has no {name}, {group}={owners[0]} has"
-    chosen = [word for word in overrides if word.split("=")[0].lstrip("+~") in group_choices()]
+    choices = [word for word in overrides if word.split("=")[0].lstrip("+~") in group_choices()]
     try:
-        known = list(_keys(compose("config", chosen)))
+        known = list(_keys(compose("config", choices)))
     except (HydraException, OmegaConfBaseException):
         known = list(_keys(compose("config")))
     hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if group == "env" else ""
@@ -160,7 +161,7 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not OmegaConf.is_missing(node, key) and not child._is_none():

@@ -42,13 +42,14 @@ def _parts(node: DictConfig | None, path: str) -> Iterator[tuple[str, DictConfig
     if node is not None and "_target_" in node:
         yield path, node
     elif isinstance(node, DictConfig):
-        for key in node:
+        for key in map(str, node):
             yield from _parts(node[key], f"{path}.{key}")
 
 
 def _describe(path: str, node: DictConfig) -> Iterator[str]:
-    stated = parameters_of(OmegaConf.get_type(node))
-    for key in node:
+    schema: Any = OmegaConf.get_type(node)
+    stated = parameters_of(schema)
+    for key in map(str, node):
         value = _value(node, key)
         if isinstance(value, DictConfig):
             if not OmegaConf.is_interpolation(node, key):
@@ -64,7 +65,8 @@ def _value(node: DictConfig, key: str) -> Any:
     try:
         return node[key]
     except OmegaConfBaseException:  # known only in a run
-        return node._get_node(key)._value()
+        unresolved: Any = node._get_node(key)
+        return unresolved._value()
 
 
 def _shown(value: Any) -> str:

@@ -72,10 +72,14 @@ def register() -> None:
             store.store(group=f"schema/{group}", name=choice, node=schema)
 
 
+def fields_of(schema: type) -> dict[str, dataclasses.Field]:
+    """The keys of a node whose type this is; a plain one declares none."""
+    return {field.name: field for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
+
+
 def parameters_of(schema: type) -> dict[str, Parameter]:
     """What the keys of a node may be whose type this is; of a plain one nothing is known."""
-    fields = dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ()
-    return {field.name: field.metadata["parameter"] for field in fields if field.metadata}
+    return {name: field.metadata["parameter"] for name, field in fields_of(schema).items() if field.metadata}
 
 
 def _files() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -98,7 +102,8 @@ def _schema(name: str, parameters: Mapping[str, Parameter], written: Mapping[str
 
 
 def _field(name: str, parameter: Parameter) -> tuple[str, Any, Any]:
-    kind, default = _kind(parameter.limit), parameter.default
+    kind: Any = _kind(parameter.limit)
+    default = parameter.default
     if parameter.many:
         kind = list[kind]
     if parameter.optional:

@@ -106,7 +106,8 @@ def _read_signature(source: Source) -> Signature:
     names, meanings = _names(source.module), _meanings(source.node)
     arguments = _arguments(source.node)
     if arguments is None:
-        bases = [names[base.id] for base in source.node.bases if isinstance(base, ast.Name) and base.id in names]
+        written = source.node.bases if isinstance(source.node, ast.ClassDef) else []
+        bases = [names[base.id] for base in written if isinstance(base, ast.Name) and base.id in names]
         return next((_read_signature(base) for base in bases if isinstance(base, Source)), {})
 
     def evaluate(expression: ast.expr | None, otherwise: Any) -> Any:
@@ -157,7 +158,7 @@ def _meanings(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
     """What the docstring says of each argument."""
     _, _, said = (ast.get_docstring(node) or "").partition("\nArgs:")
     said = re.split(r"\n\n(?! )", said)[0]
-    found = {}
+    found: dict[str, str] = {}
     for names, meaning in _ARGUMENT.findall(said):
         found |= dict.fromkeys(names.replace("*", "").split(", "), " ".join(meaning.replace("``", "`").split()))
     return found

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from importlib.util import find_spec
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,15 +44,15 @@ def validate(cfg: DictConfig) -> None:
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, Parameter | None]]:
     """Every value with its dotted key and what it may be, where that is stated."""
-    schema = OmegaConf.get_type(node)
+    schema: Any = OmegaConf.get_type(node)
     known = [field.name for field in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else list(node)
     stated = parameters_of(schema)
-    for key in node:
+    for key in map(str, node):
         path = f"{prefix}{key}"
         if key not in known:
             raise ConfigurationError(f"unknown key {path}{nearest(path, [f'{prefix}{name}' for name in known])}")
         # Known only once Hydra runs the job.
-        if OmegaConf.is_interpolation(node, key) and "hydra:" in str(node._get_node(key)._value()):
+        if OmegaConf.is_interpolation(node, key) and "hydra:" in str(cast(Any, node._get_node(key))._value()):
             continue
         try:
             value = node[key]

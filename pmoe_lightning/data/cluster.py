@@ -70,7 +70,7 @@ class ClusterCollector(RayCollector):
             if not ray.is_initialized():
                 # Told nothing, Ray would look for the last cluster of this machine first, dead or alive.
                 address = os.environ.get("RAY_ADDRESS", "local")
-                arguments = {} if address != "local" else {"include_dashboard": False}
+                arguments: dict[str, Any] = {} if address != "local" else {"include_dashboard": False}
                 ray.init(address, logging_level=logging.WARNING, **arguments)
             super().__init__(
                 [make_env] * num_workers,

@@ -206,15 +206,15 @@ class CollectedData(LightningDataModule, ABC):
 
     def _make_collector(self, init_random_frames: int = 0) -> Source:
         make_env = with_memory(self.make_env, self.policy)
-        settings = {
+        settings: dict[str, Any] = {
             "frames_per_batch": self.frames_per_batch // self.world_size,
             "init_random_frames": init_random_frames,
             "compile": self.compile,
         }
         if self.num_workers:
-            sizes = {"num_workers": self.num_workers, "num_envs": self.num_envs}
+            sizes: dict[str, Any] = {"num_workers": self.num_workers, "num_envs": self.num_envs}
             return _workers_on(self.backend)(make_env, self.policy, seed=self.seed, **sizes, **settings)
-        devices = {}
+        devices: dict[str, Any] = {}
         if self.device.type != "cpu":
             devices = {"policy_device": self.device, "env_device": "cpu", "storing_device": "cpu"}
         return RolloutCollector(
@@ -286,6 +286,7 @@ class CollectedData(LightningDataModule, ABC):
         if self._experience is None:
             return
         experience, self._experience = self._experience, None
+        assert self.collector is not None  # who made it asks
         reason = self.collector.load_experience(experience)
         if reason is not None and (self.trainer is None or self.trainer.is_global_zero):
             _log.warning("%s", reason)

@@ -36,6 +36,8 @@ class RolloutCollector(Collector):
             these shapes and types under this exploration type.
     """
 
+    _carrier: TensorDict
+
     def __init__(self, *args: Any, compile: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._compiles = compile

@@ -87,7 +87,7 @@ class OnPolicyData(CollectedData):
 
     def _gather(self, values: Tensor) -> Tensor:
         """The values of all processes, because every process normalises by the statistics of all."""
-        if self.world_size == 1:
+        if self.trainer is None or self.world_size == 1:
             return values
         return self.trainer.strategy.all_gather(values.to(self.device))
 

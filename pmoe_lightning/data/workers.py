@@ -105,7 +105,8 @@ class WorkerCollector(MultiSyncCollector):
         except BaseException as error:
             ends = self._ends()
             # Before anything is closed: those that are still starting would find it gone, and say so at length.
-            kill_families(process.pid for process in multiprocessing.active_children() if process.pid not in others)
+            started = [process.pid for process in multiprocessing.active_children() if process.pid not in others]
+            kill_families(pid for pid in started if pid is not None)
             if isinstance(error, RuntimeError):
                 self._raise_for(ends, error)
             raise
@@ -198,7 +199,7 @@ class Worker(RolloutCollector):
         precision: MatmulPrecision,
         **settings: Any,
     ) -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
+        if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
             end_with(parent.pid)
         outlive_output()  # what an environment prints
         set_matmul_precision(precision)

@@ -6,7 +6,7 @@ Gymnasium's own checker warns where it should refuse, and draws random numbers. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -200,7 +200,7 @@ def _check_info(info: Any, call: str, name: str) -> None:
 def _parts(space: gymnasium.Space, where: str) -> Iterator[tuple[gymnasium.Space, str]]:
     """The spaces of which a space is made, with their names."""
     if isinstance(space, Dict):
-        named = space.spaces.items()
+        named: Iterable[tuple[object, gymnasium.Space]] = space.spaces.items()
     elif isinstance(space, Tuple):
         named = enumerate(space.spaces)
     else:

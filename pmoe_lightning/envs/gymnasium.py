@@ -150,7 +150,7 @@ class GymnasiumEnv(AbstractEnvironment):
         return flatten(self._observation_space, observed) if self._vector_shape == _NOT_A_VECTOR else observed
 
     @property
-    def is_mujoco(self) -> bool:
+    def is_mujoco(self) -> bool:  # type: ignore[override]  # nobody sets it
         """Whether MuJoCo simulates all of the environments."""
         return all(is_mujoco(env) for env in self.envs)
 
@@ -256,7 +256,8 @@ def _send_mujoco_warnings_to_logging() -> None:
 
 def _was_reset_by_mujoco(env: gymnasium.Env) -> bool:
     """Whether MuJoCo found a NaN, infinite or huge state and quietly went back to the initial one."""
-    return is_mujoco(env) and bool(env.unwrapped.data.warning.number[_BAD_STATES].any())
+    unwrapped: Any = env.unwrapped
+    return is_mujoco(env) and bool(unwrapped.data.warning.number[_BAD_STATES].any())
 
 
 def _log_mujoco_warning(message: str) -> None:
@@ -268,7 +269,8 @@ def _log_mujoco_warning(message: str) -> None:
 
 def _shared_spaces(envs: Sequence[gymnasium.Env]) -> tuple[Box, gymnasium.Space]:
     """The action space and the observation space of all environments."""
-    observed, acted = (getattr(envs[0], name, None) for name in ("observation_space", "action_space"))
+    observed: Any = getattr(envs[0], "observation_space", None)
+    acted: Any = getattr(envs[0], "action_space", None)
     check_action_space(acted, _name(envs[0]))
     if any((env.action_space, env.observation_space) != (acted, observed) for env in envs):
         raise ConfigurationError("all environments of a GymnasiumEnv must have the same spaces")

@@ -21,6 +21,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -54,6 +55,10 @@ _BIT_GENERATORS = {
     for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
 }
 _ABSENT = object()
+
+
+def _fixed(label: str, value: object) -> tuple:
+    return ("fixed", label)
 
 
 class Encoder:
@@ -184,7 +189,7 @@ class Encoder:
         classes = searched_classes(type(value)) if isinstance(value, gymnasium.Env) else ()
         return ("object", full_name(type(value)), parts, [self._node(cls, self._class) for cls in classes])
 
-    def _offered(self, value: gymnasium.Env) -> tuple:
+    def _offered(self, value: Any) -> tuple:
         try:
             state = value.get_state()
         except Exception as error:
@@ -206,11 +211,7 @@ class Encoder:
 
     def _referred(self, owner: Any, bindings: Mapping[str, Any]) -> dict[str, Encoded]:
         labels = {key: fixed_label(value) for key, value in bindings.items()}
-        fixed = {
-            key: self._node(bindings[key], lambda _, label=label: ("fixed", label))
-            for key, label in labels.items()
-            if label
-        }
+        fixed = {key: self._node(bindings[key], partial(_fixed, label)) for key, label in labels.items() if label}
         return fixed | self._children(owner, {key: value for key, value in bindings.items() if not labels[key]})
 
     _WRITERS: dict[type, Callable[[Any, Any], tuple]] = {
@@ -294,7 +295,8 @@ class Decoder:
         self._values[index] = tuple(self._elements(present, elements))
 
     def _deque(self, index: int, present: Any, maxlen: int | None, elements: list) -> None:
-        self._values[index] = made = deque(maxlen=maxlen)
+        made: deque = deque(maxlen=maxlen)
+        self._values[index] = made
         made.extend(self._elements(present, elements))
 
     def _dict(self, index: int, present: Any, keys: list, elements: list) -> None:
@@ -373,7 +375,12 @@ class Decoder:
         ours = class_bindings(present)
         decoded = self._children(present, {key: bindings[key] for key in bindings if key in ours}, ours)
         changed = {key: value for key, value in decoded.items() if value is not ours[key]}
-        self._writes.append(lambda: [setattr(present, key, value) for key, value in changed.items()])
+
+        def write() -> None:
+            for key, value in changed.items():
+                setattr(present, key, value)
+
+        self._writes.append(write)
 
     def _function(self, index: int, present: Any, label: str, bindings: Mapping[str, Encoded]) -> None:
         self._find(index, present, label, function_label(present) == label)

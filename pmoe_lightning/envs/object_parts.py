@@ -32,8 +32,10 @@ _IGNORED = (
     "pygame.time.Clock",
 )
 # What classes and modules are made of beside data.
-_CODE = (types.ModuleType, types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
-_CODE += (types.MethodDescriptorType, types.GenericAlias, type, np.ufunc, type(np.clip), logging.Logger)
+_CODE = (
+    *(types.ModuleType, types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType),
+    *(types.MethodDescriptorType, types.GenericAlias, type, np.ufunc, type(np.clip), logging.Logger),
+)
 _IMMUTABLE = (PurePath, re.Pattern, range, np.dtype, np.ufunc)
 # Their classes and functions are not searched: they keep no state there that a step depends on, or training keeps it.
 _LIBRARIES = {"gymnasium", "mujoco", "numpy", "scipy", "torch", *sys.stdlib_module_names} - {"__main__"}
@@ -117,9 +119,10 @@ def offers_its_state(env: Any) -> bool:
     get_state, set_state = (getattr(type(env), name, None) for name in ("get_state", "set_state"))
     if not isinstance(env, gymnasium.Env) or not (callable(get_state) and callable(set_state)):
         return False
+    own: Any = env
     try:
-        inspect.signature(env.get_state).bind()
-        inspect.signature(env.set_state).bind(None)
+        inspect.signature(own.get_state).bind()
+        inspect.signature(own.set_state).bind(None)
     except (TypeError, ValueError):
         return False
     return True
@@ -132,7 +135,7 @@ def searched_classes(kind: type) -> list[type]:
 
 def class_bindings(kind: type) -> dict[str, Any]:
     """The data in a class, and the functions of its methods and properties."""
-    bindings = {}
+    bindings: dict[str, Any] = {}
     for key, value in vars(kind).items():
         if isinstance(value, types.FunctionType | classmethod | staticmethod | property | cached_property):
             bindings |= {f"{key}({i})": function for i, function in enumerate(_functions(value))}
@@ -181,7 +184,8 @@ def bind(function: types.FunctionType, values: dict[str, Any]) -> None:
             defaults[int(name)] = value
             function.__defaults__ = tuple(defaults)
         else:
-            function.__kwdefaults__[name] = value
+            keywords: Any = function.__kwdefaults__
+            keywords[name] = value
 
 
 def is_builtin(value: Any) -> bool:

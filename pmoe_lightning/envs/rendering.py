@@ -33,7 +33,7 @@ def coarsen_shadows(env: gymnasium.Env) -> None:
 
     Without a GPU these take half of the time of a film.
     """
-    model = getattr(env.unwrapped, "model", None)
+    model: Any = getattr(env.unwrapped, "model", None)
     if hasattr(model, "vis"):
         model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, 1024)
 

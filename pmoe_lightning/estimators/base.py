@@ -115,9 +115,9 @@ class AbstractEstimator(ABC):
 
     asks: frozenset[Offer] = frozenset(get_args(Offer))
     """What a distribution must offer; one that does not say, asks for everything."""
-    least_components: int = 1
+    least_components: ClassVar[int] = 1
     """The smallest K it can serve."""
-    most_components: int | None = None
+    most_components: ClassVar[int | None] = None
     """The largest; None where there is none."""
     log_prob: Scoring = "mixture"
     """Whose log-density scores a sampled action, here, in the critic target and in the temperature loss."""

@@ -52,7 +52,7 @@ class Frequency(AbstractEstimator):
         ValueError: an unknown switch or a negative weight.
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
+    asks: frozenset[Offer] = frozenset({"draws", "weights", "component_draws", "component_densities"})
     auxiliary_losses: ClassVar[tuple[str, ...]] = ("loss_frequency",)
 
     @checked

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,7 +29,7 @@ class HalfReparameterized(AbstractEstimator):
         ValueError: an unknown baseline, or too few draws for it.
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
+    asks: frozenset[Offer] = frozenset({"draws", "weights", "component_draws", "component_densities"})
 
     @checked
     def __init__(self, *, num_samples: PositiveInt = 2, baseline: Baseline = "leave_one_out") -> None:

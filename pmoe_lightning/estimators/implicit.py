@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ class Implicit(AbstractEstimator):
     as the weights change. A single estimate depends on the order of the action dimensions, its mean does not.
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_modes", "diagonal_scales"})
+    asks: frozenset[Offer] = frozenset({"draws", "weights", "component_modes", "diagonal_scales"})
 
     def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         u = implicit_rsample(distribution)

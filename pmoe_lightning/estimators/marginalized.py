@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer
 
@@ -18,7 +16,7 @@ class Marginalized(AbstractEstimator):
     reviews) and the stratified bound of Roeder et al. (2017, arXiv 1703.09194).
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws", "weights", "component_draws", "component_densities"})
+    asks: frozenset[Offer] = frozenset({"draws", "weights", "component_draws", "component_densities"})
 
     def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:
         u = distribution.rsample_components()

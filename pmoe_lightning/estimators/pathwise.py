@@ -20,7 +20,7 @@ class Pathwise(AbstractEstimator):
         ValueError: the mixture has more than one component.
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws"})
+    asks: frozenset[Offer] = frozenset({"draws"})
     most_components: ClassVar[int] = 1
 
     def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from pmoe_lightning.estimators.base import AbstractEstimator, Objective, Surrogate
@@ -29,7 +27,7 @@ class ScoreFunction(AbstractEstimator):
         ValueError: an unknown baseline, or too few draws for it.
     """
 
-    asks: ClassVar[frozenset[Offer]] = frozenset({"draws"})
+    asks: frozenset[Offer] = frozenset({"draws"})
 
     @checked
     def __init__(self, *, num_samples: PositiveInt = 4, baseline: Baseline = "leave_one_out") -> None:

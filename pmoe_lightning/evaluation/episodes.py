@@ -105,7 +105,10 @@ def evaluate_policy(
             "%d of %d evaluation episodes did not end within %s steps and were cut short there (max_episode_steps)",
             *(cut_short, episodes, f"{max_episode_steps:,}"),
         )
-    return EpisodeResults(*zip(*outcomes, strict=True), cut_short=cut_short)
+    # Without a cost an outcome is (return, length).
+    names = ("returns", "lengths", "costs", "violations")
+    columns: dict[str, Any] = dict(zip(names, zip(*outcomes, strict=True), strict=False))
+    return EpisodeResults(**columns, cut_short=cut_short)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ and from several threads. Save one with ``figure.savefig("curve.png")``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
@@ -122,19 +124,17 @@ def mixture_weights(
 
     The last two are nan where they were not measured.
     """
-    table, heaviest, entropy = (np.asarray(values, dtype=float) for values in (weights, heaviest, router_entropy))
+    table, shares, entropy = (np.asarray(values, dtype=float) for values in (weights, heaviest, router_entropy))
     frames, mean = table[:, 0], table[:, 1:]
     if len(frames) == 1:  # an area needs two points
         frames = np.array([0.0, max(frames[0], 1.0)])
-        mean, heaviest, entropy = (np.repeat(values, 2, axis=0) for values in (mean, heaviest, entropy))
+        mean, shares, entropy = (np.repeat(values, 2, axis=0) for values in (mean, shares, entropy))
     figure = Figure(figsize=(9.0, 8.0), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=13)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(2, 2, 1.5))
     legend = _stack_components(panels[0], frames, mean, "mean weight")
-    measured = np.isfinite(heaviest).all(1)
-    _stack_components(
-        panels[1], frames[measured], heaviest[measured], "share of states where it\nhas the largest weight"
-    )
+    measured = np.isfinite(shares).all(1)
+    _stack_components(panels[1], frames[measured], shares[measured], "share of states where it\nhas the largest weight")
     _draw_information(panels[2], frames, mean, entropy)
     panels[2].set_xlabel("environment frames")
     panels[2].set_xlim(frames[0], frames[-1])
@@ -181,7 +181,7 @@ def component_modes(
     x = column + np.linspace(-0.3, 0.3, num_components) if num_components > 1 else column.astype(float)
     for axes, d in zip(panels, dimensions, strict=True):
         _declutter(axes)
-        spread = None if lower is None else (lower[..., d], upper[..., d])
+        spread = None if lower is None or upper is None else (lower[..., d], upper[..., d])
         _draw_components(axes, x, modes[..., d], weights, spread, acting)
         axes.set_ylabel(f"action {d}" if action_dim > 1 else "action")
         axes.grid(False, axis="x")
@@ -332,7 +332,8 @@ def _draw_components(
         )  # fmt: skip
 
 
-def _dot_area(weight: np.ndarray) -> np.ndarray:
+def _dot_area(weight: Any) -> Any:
+    """In square points, of one weight or of an array."""
     return 10.0 + 200.0 * weight
 
 
@@ -341,13 +342,14 @@ def _explain_components(figure: Figure, axes: Axes, *, spread: bool, acting: boo
     handles, names = axes.get_legend_handles_labels()
     colours = figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
     for handle in colours.legend_handles:
-        handle.set_sizes([45.0])
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([45.0])
     dots = [Line2D([], [], linestyle="", marker="o", color=GREY, markersize=_dot_area(w) ** 0.5) for w in (0.1, 0.9)]
     signs = {"weight 0.1": dots[0], "weight 0.9": dots[1]}
     if spread:
         signs["± one standard deviation"] = Line2D([], [], color=GREY, alpha=0.6, linewidth=2.0)
     if acting:
-        ring = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.4}
+        ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.4}
         signs["the component that acts"] = Line2D([], [], linestyle="", marker="o", markersize=11, **ring)
     figure.legend(
         list(signs.values()), list(signs), loc="outside lower center", ncols=len(signs), frameon=False, fontsize=9

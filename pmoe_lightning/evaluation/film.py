@@ -103,6 +103,7 @@ def _film(
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         # yuv420p is the only layout that browsers play.
+        writer: Any
         with imageio.get_writer(
             partial, fps=1 / (seconds * every), codec="libx264", pixelformat="yuv420p", macro_block_size=None,
             ffmpeg_log_level="error",

@@ -37,7 +37,9 @@ class Raw(AbstractForce):
 
     step_size = 0.05
 
-    def forward(self, observation: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
+    def forward(
+        self, observation: Float[Tensor, "*S O"], u: Float[Tensor, "*S A"], gradient: Float[Tensor, "*S A"]
+    ) -> Float[Tensor, "*S A"]:
         return gradient
 
 
@@ -67,7 +69,9 @@ class Normalized(AbstractForce):
         """m."""
         return self.log_magnitude.exp()
 
-    def forward(self, observation: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
+    def forward(
+        self, observation: Float[Tensor, "*S O"], u: Float[Tensor, "*S A"], gradient: Float[Tensor, "*S A"]
+    ) -> Float[Tensor, "*S A"]:
         return self.magnitude * direction(gradient)
 
 
@@ -100,7 +104,9 @@ class Gated(Normalized):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, torch.tensor(0.95).logit().item())
 
-    def forward(self, observation: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
+    def forward(
+        self, observation: Float[Tensor, "*S O"], u: Float[Tensor, "*S A"], gradient: Float[Tensor, "*S A"]
+    ) -> Float[Tensor, "*S A"]:
         towards = direction(gradient)
         features = self.hidden(torch.cat([observation, u.tanh(), towards], -1)).relu()
         gate = self.gate(features).sigmoid()

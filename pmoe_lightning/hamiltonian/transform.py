@@ -321,7 +321,9 @@ class EvolveAction(TensorDictModuleBase):
         momentum = self.transform.sample_momentum(action) if explores else torch.zeros_like(action)
         names = [beside(action_key, suffix) for suffix in ("_unsquashed", "_log_prob")]
         drawn = {key: tensordict.get(key, None) for key in names}
-        evolved = self.evolve(observation, action, momentum, *drawn.values(), self.transform.metropolis and explores)
+        unsquashed, log_prob = drawn.values()
+        accepts = self.transform.metropolis and explores
+        evolved = self.evolve(observation, action, momentum, unsquashed, log_prob, accepts)
         tensordict.set(action_key, evolved[0])
         for (key, before), after in zip(drawn.items(), evolved[1:], strict=True):
             if before is not None:
@@ -359,7 +361,7 @@ def differentiable(qvalue: Callable[[Tensor], Tensor]) -> ActionValue:
     """The ``ActionValue`` of any function a [*S, A] -> Q_i(s, a) [Q, *S] of tensors, by ``torch.func``."""
 
     def value_and_pullback(action: Tensor) -> tuple[Tensor, Pullback]:
-        values, pullback = torch.func.vjp(qvalue, action)
+        values, pullback = torch.func.vjp(qvalue, action)[:2]
         return values, lambda cotangent: pullback(cotangent)[0]
 
     return value_and_pullback

@@ -73,6 +73,7 @@ class PMOEPPOLoss(ClipPPOLoss):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    _out_keys: list[str] | None
     qvalue_network: TensorDictModule
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
@@ -128,7 +129,9 @@ class PMOEPPOLoss(ClipPPOLoss):
 
     def _with(self, parameters: TensorDictParams | None, network: TensorDictModuleBase) -> AbstractContextManager:
         """Within this context the network has these parameters; with ``functional=False`` it has its own."""
-        return parameters.to_module(network, preserve_module_state=False) if self.functional else nullcontext()
+        if parameters is None or not self.functional:
+            return nullcontext()
+        return parameters.to_module(network, preserve_module_state=False)
 
     def objective(self, tensordict: TensorDictBase | None, distribution: MixtureDistribution) -> Objective:
         """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s), of the normalised action."""
@@ -168,6 +171,7 @@ class PMOEPPOLoss(ClipPPOLoss):
             inputs = TensorDict(entries, batch_size=u.shape[:-1])
             return self._qvalue(inputs).squeeze(-1)
 
+        assert self.routing is not None, "there is a frequency loss where there is a routing"
         loss, diagnostics = self.routing.routing_loss(distribution, score)
         return loss.unsqueeze(-1), diagnostics
 

@@ -90,6 +90,8 @@ class PMOESACLoss(SACLoss):
         >>> sum(value for name, value in out.items() if name.startswith("loss_")).backward()
     """
 
+    _out_keys: list[str] | None
+
     def __init__(
         self,
         actor_network: SafeProbabilisticTensorDictSequential,
@@ -204,7 +206,7 @@ class PMOESACLoss(SACLoss):
         With an action transform a is the evolved action. Its cost is that of the drawn one, which is differentiated as
         it would be without a transform, and a remainder, alpha times the change of energy where ``log_prob=joint``.
         """
-        evolve = self._evolution("actor_loss", tensordict, distribution)
+        transform, evolve = self.action_transform, self._evolution("actor_loss", tensordict, distribution)
         bounds = TanhBounds.normalized(distribution.low)
 
         def evaluate(
@@ -223,18 +225,21 @@ class PMOESACLoss(SACLoss):
 
             return evaluate(u, log_prob, linear=products)._replace(choose=choose)
 
+        if evolve is None or transform is None:
+            return of_draws
+
         def of_evolved(u: Tensor, log_prob: Tensor) -> Evaluation:
             evolution = evolve(u, log_prob.detach())
             # The dynamics know the values that are asked for, unless they climb another reduction of the critics.
-            known = self.action_transform.critic_reduction == "min"
+            known = transform.critic_reduction == "min"
             values = (evolution.drawn_qvalue, evolution.qvalue) if known else (None, None)
             drawn = evaluate(u, log_prob, values[0])
             evolved = evaluate(evolution.u, evolution.log_prob, values[1])
             remainder = evolved.cost - drawn.cost.detach()
-            diagnostics = self.action_transform.diagnose(u, evolution, bounds)
+            diagnostics = transform.diagnose(u, evolution, bounds)
             return evolved._replace(cost=drawn.cost + remainder, remainder=remainder.detach(), diagnostics=diagnostics)
 
-        return of_draws if evolve is None else of_evolved
+        return of_evolved
 
     def actor_value(
         self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -100,12 +100,13 @@ class SafeSACLoss(PMOESACLoss):
 
     def acting_values(self) -> SafeValues:
         cost = QValueEnsemble(self.qvalue_network.module, self.cost_network_params)
-        return SafeValues(super().acting_values(), cost, self.multiplier)
+        return SafeValues(cast(QValueEnsemble, super().acting_values()), cost, self.multiplier)
 
     def acting_policy(self, actor: TensorDictModuleBase) -> SafePolicy:
         """``PMOESACLoss.acting_policy`` as the proposer of a ``SafePolicy``, with the live critics of both kinds."""
         policy = super().acting_policy(actor)
-        values = policy[-1].qvalue if isinstance(policy[-1], EvolveAction) else self.acting_values()
+        evolves = isinstance(policy[-1], EvolveAction)
+        values = cast(SafeValues, policy[-1].qvalue) if evolves else self.acting_values()
         bounds = self.action_low, self.action_high
         return SafePolicy(policy, values, self.constraint, *bounds, observation_key=self.qvalue_network.in_keys[0])
 

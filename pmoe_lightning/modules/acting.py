@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias, cast
+
 import torch
+from jaxtyping import Int
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -18,7 +21,7 @@ ASKS_ACTING: frozenset[Offer] = frozenset({"weights", "component_modes", "compon
 _SAME = 1e-5  # as a share of the action range: the same mode in another batch size
 
 
-Actor = SafeProbabilisticTensorDictSequential | OptionActor
+Actor: TypeAlias = SafeProbabilisticTensorDictSequential | OptionActor
 
 
 def find_actor(policy: TensorDictModuleBase) -> Actor | None:
@@ -31,7 +34,10 @@ def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Dis
     for module in policy.modules():
         if isinstance(module, ObservationNormalizer):
             states = module(states)
-    return find_actor(policy).get_dist(states)
+    actor = find_actor(policy)
+    if actor is None:
+        raise ValueError("the policy has no actor")
+    return actor.get_dist(states)
 
 
 @torch.no_grad()
@@ -45,11 +51,11 @@ def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> MixtureD
     inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
     distribution = distribution_at(policy, inputs)
     distribution = distribution.mixture if isinstance(distribution, OptionPolicies) else distribution
-    return None if missing(type(distribution), ASKS_ACTING) else distribution
+    return None if missing(type(distribution), ASKS_ACTING) else cast(MixtureDistribution, distribution)
 
 
 @torch.no_grad()
-def acting_component(mixture: MixtureDistribution, states: TensorDictBase) -> Tensor:
+def acting_component(mixture: MixtureDistribution, states: TensorDictBase) -> Int[Tensor, "*B"]:
     """The component behind every action of ``states`` [*B], int64 [*B].
 
     That is the option that a policy with options wrote, the component whose mode the action is, or otherwise (the

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Float
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase, dispatch, skip_existing
 from tensordict.nn.probabilistic import interaction_type
@@ -74,6 +75,7 @@ class MixtureNetwork(nn.Module):
         self.router = nn.Linear(width, num_components) if num_components > 1 else None
         if self.router is not None:
             heads.append(self.router)
+        self.log_scale: nn.Linear | nn.Parameter
         if scale == "state_dependent":
             self.log_scale = nn.Linear(width, num_components * action_dim)
             heads.append(self.log_scale)
@@ -82,11 +84,15 @@ class MixtureNetwork(nn.Module):
         for head in heads:
             initialize(head, initialization, gain=0.01)
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, observation: Float[Tensor, "*B O"]
+    ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"]]:
         """Mixture logits [*B, K], loc [*B, K, A] and scale [*B, K, A] of the policy at the observation [*B, O]."""
         return self.heads(self.trunk(observation))
 
-    def heads(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, features: Float[Tensor, "*B H"]
+    ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"]]:
         """The same from the features of the trunk."""
         shape = (*features.shape[:-1], self.num_components, self.action_dim)
         loc = self.loc(features).view(shape)
@@ -108,7 +114,9 @@ class ComposedNetwork(nn.Module):
         super().__init__()
         self.experts, self.compose = experts, compose
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, observation: Float[Tensor, "*B O"]
+    ) -> tuple[Float[Tensor, "*B 1"], Float[Tensor, "*B 1 A"], Float[Tensor, "*B 1 A"]]:
         """Mixture logits [*B, 1] (zero), loc and scale [*B, 1, A] of the policy at the observation [*B, O]."""
         return self.compose(*self.experts(observation))
 
@@ -190,8 +198,8 @@ class MixtureSampler(SafeProbabilisticModule):
         return out
 
 
-def _unsquashed_action(distribution: MixtureDistribution, kind: InteractionType) -> Tensor:
-    """The u whose action TorchRL asks for by this exploration type."""
+def _unsquashed_action(distribution: Any, kind: InteractionType) -> Tensor:
+    """The u whose action TorchRL asks for by this exploration type; mean and median are no part of the contract."""
     if kind is InteractionType.RANDOM:
         return distribution.rsample_unsquashed()
     if kind is InteractionType.MODE:
@@ -254,7 +262,7 @@ def make_pmoe_actor(
     return_log_prob: bool = False,
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """A probabilistic mixture-of-experts policy (Ren et al. 2021, arXiv 2104.09122).
 
     Args:
@@ -308,7 +316,7 @@ def make_gaussian_actor(
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     **arguments: Annotated[Any, Of(make_pmoe_actor, without=_OF_SEVERAL)],
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """The unimodal squashed Gaussian of SAC: ``make_pmoe_actor`` with one component and the same arguments."""
     return make_pmoe_actor(observation_dim, action_low, action_high, num_components=1, **arguments)
 
@@ -321,7 +329,7 @@ def make_additive_moe_actor(
     *,
     num_experts: Width = 4,
     **arguments: Annotated[Any, Of(make_pmoe_actor, without=_OF_SEVERAL)],
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """Experts whose actions are added by weight, ``expert_blends.add_actions``: unimodal, a baseline.
 
     Args:
@@ -340,7 +348,7 @@ def make_mcp_actor(
     *,
     num_experts: Width = 4,
     **arguments: Annotated[Any, Of(make_pmoe_actor, without=_OF_SEVERAL)],
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """Experts whose densities are multiplied, ``expert_blends.multiply_densities``: unimodal, a baseline.
 
     Args:
@@ -357,7 +365,7 @@ def _make_blend(
     action_low: Tensor | Sequence[float],
     action_high: Tensor | Sequence[float],
     **arguments: Any,
-) -> SafeProbabilisticTensorDictSequential:
+) -> MixtureActor:
     """A mixture of experts whose network says one Gaussian of them all."""
     arguments |= {"num_components": num_experts, "router": "attached"}
     actor = make_pmoe_actor(observation_dim, action_low, action_high, **arguments)
@@ -365,7 +373,9 @@ def _make_blend(
     return actor
 
 
-def action_bounds(low: Tensor | Sequence[float], high: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+def action_bounds(
+    low: Tensor | Sequence[float], high: Tensor | Sequence[float]
+) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]]:
     """The bounds of an actor as tensors [A].
 
     Raises:

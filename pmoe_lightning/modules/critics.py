@@ -13,7 +13,14 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
-from pmoe_lightning.modules.networks import Initialization, hidden_linear, hidden_product, initialize, make_mlp
+from pmoe_lightning.modules.networks import (
+    Activation,
+    Initialization,
+    hidden_linear,
+    hidden_product,
+    initialize,
+    make_mlp,
+)
 
 
 class QValueNetwork(nn.Module):
@@ -24,7 +31,7 @@ class QValueNetwork(nn.Module):
         observation_dim: int,
         action_dim: int,
         hidden_sizes: Sequence[int] = (256, 256),
-        activation: str = "relu",
+        activation: Activation = "relu",
         initialization: Initialization = "default",
     ) -> None:
         super().__init__()
@@ -42,7 +49,7 @@ def make_qvalue_network(
     action_dim: int,
     *,
     hidden_sizes: Sequence[int] = (256, 256),
-    activation: str = "relu",
+    activation: Activation = "relu",
     initialization: Initialization = "default",
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
@@ -56,7 +63,7 @@ def make_value_network(
     observation_dim: int,
     *,
     hidden_sizes: Sequence[int] = (64, 64),
-    activation: str = "tanh",
+    activation: Activation = "tanh",
     initialization: Initialization = "orthogonal",
     observation_key: NestedKey = "observation",
 ) -> ValueOperator:
@@ -70,7 +77,7 @@ def make_option_value_network(
     num_options: int,
     *,
     hidden_sizes: Sequence[int] = (64, 64),
-    activation: str = "tanh",
+    activation: Activation = "tanh",
     initialization: Initialization = "orthogonal",
     observation_key: NestedKey = "observation",
 ) -> ValueOperator:
@@ -83,7 +90,7 @@ def _value_layers(
     observation_dim: int,
     num_values: int,
     hidden_sizes: Sequence[int],
-    activation: str,
+    activation: Activation,
     initialization: Initialization,
 ) -> nn.Sequential:
     layers = make_mlp(observation_dim, hidden_sizes, activation, initialization)
@@ -185,7 +192,8 @@ class _KnownProduct(torch.autograd.Function):
 def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:
     """Weights and biases of all linear layers, first to last, from the parameters of a network by name."""
     linears = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
-    return tuple([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+    weights, biases = ([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+    return weights, biases
 
 
 # What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
@@ -245,6 +253,8 @@ class QValueEnsemble(nn.Module):
 
     Holds the parameters it is given, not copies: those of ``SACLoss.qvalue_network_params`` stay the loss's own.
     """
+
+    network: QValueNetwork
 
     def __init__(self, network: QValueNetwork, parameters: TensorDictParams) -> None:
         super().__init__()

@@ -181,7 +181,8 @@ class TanhGaussianMixture(TanhBounds, Distribution):
 
     def with_parameters(self, parameters: Mapping[str, Tensor]) -> TanhGaussianMixture:
         """The mixture of these parameters within the same bounds."""
-        return TanhGaussianMixture(**parameters, low=self.low, high=self.high)
+        mixture_logits, loc, scale = (parameters[name] for name in ("mixture_logits", "loc", "scale"))
+        return TanhGaussianMixture(mixture_logits, loc, scale, self.low, self.high)
 
     @property
     def component_modes(self) -> Float[Tensor, "*B K A"]:
@@ -304,7 +305,7 @@ class TanhGaussianMixture(TanhBounds, Distribution):
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
-    def sample_component(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Int[Tensor, "*S"]:
+    def sample_component(self, sample_shape: Sequence[int] = ()) -> Int[Tensor, "*S"]:
         """Component indices k ~ w, shape [*S, *B]."""
         shape = (*sample_shape, *self.log_weights.shape)
         # argmax of log w plus Gumbel noise; with one component nothing is drawn, so that the random numbers that
@@ -320,7 +321,7 @@ class TanhGaussianMixture(TanhBounds, Distribution):
         index = component[..., None, None].expand(*component.shape, 1, values.shape[-1])
         return values.gather(-2, index).squeeze(-2)
 
-    def rsample_unsquashed(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Float[Tensor, "*S A"]:
+    def rsample_unsquashed(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "*S A"]:
         """u = mu_k + sigma_k eps with k ~ w; gradients reach mu_k and sigma_k, never the choice of k."""
         return self.rsample_given(self.sample_component(sample_shape))
 
@@ -344,24 +345,24 @@ class TanhGaussianMixture(TanhBounds, Distribution):
         log_normalizer = scale.log().sum(-1) + _HALF_LOG_2PI * self.loc.shape[-1]
         return -0.5 * ((u - loc) / scale).square().sum(-1) - log_normalizer
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Float[Tensor, "*S A"]:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "*S A"]:
         """A pathwise action. Its gradient is that of the chosen component alone: averaged over samples it misses the
         gradient of the weights. Gradient estimators (``pmoe_lightning.estimators``) are what supplies it."""
         return self.squash(self.rsample_unsquashed(sample_shape))
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Float[Tensor, "*S A"]:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "*S A"]:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def rsample_and_log_prob(
-        self, sample_shape: torch.Size | tuple[int, ...] = ()
+        self, sample_shape: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "*S A"], Float[Tensor, "*S"]]:
         """An action and its mixture log-density, scored at the ``u`` that was drawn: exact under saturation."""
         u = self.rsample_unsquashed(sample_shape)
         return self.squash(u), self.log_prob_unsquashed(u) - self.log_abs_det_jacobian(u)
 
     def sample_and_log_prob(
-        self, sample_shape: torch.Size | tuple[int, ...] = ()
+        self, sample_shape: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "*S A"], Float[Tensor, "*S"]]:
         """As ``rsample_and_log_prob``, with the action detached; the score keeps its gradient."""
         with torch.no_grad():

@@ -8,7 +8,7 @@ Shape letters as in ``distributions``: B batch, S sample dimensions and batch, S
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -58,7 +58,7 @@ class MixtureDistribution(Protocol):
 
     # --- draws -------------------------------------------------------------------------------------------------------
 
-    def rsample_unsquashed(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Float[Tensor, "*S A"]:
+    def rsample_unsquashed(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "*S A"]:
         """u ~ pi; gradients reach the component that drew it, never the choice."""
 
     def log_prob_unsquashed(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
@@ -72,7 +72,7 @@ class MixtureDistribution(Protocol):
 
     log_weights: Float[Tensor, "*B K"]
 
-    def sample_component(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Int[Tensor, "*SB"]:
+    def sample_component(self, sample_shape: Sequence[int] = ()) -> Int[Tensor, "*SB"]:
         """k ~ w."""
 
     def take_component(self, values: Float[Tensor, "*B K A"], component: Int[Tensor, "*SB"]) -> Float[Tensor, "*SB A"]:

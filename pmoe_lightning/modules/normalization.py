@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -57,6 +58,10 @@ class ObservationNormalizer(TensorDictModuleBase):
     in_keys = ["observation"]
     out_keys = ["observation_normalized"]
 
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
     def __init__(self, observation_dim: int, *, clip: float = 10.0) -> None:
         super().__init__()
         self.clip = clip
@@ -67,12 +72,12 @@ class ObservationNormalizer(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict.set("observation_normalized", self.normalize(tensordict.get("observation")))
 
-    def normalize(self, observation: Tensor) -> Tensor:
+    def normalize(self, observation: Float[Tensor, "*B O"]) -> Float[Tensor, "*B O"]:
         """Normalise ``observation`` [..., O] with the present statistics."""
         return ((observation - self.mean) * (self.var + _EPSILON).rsqrt()).clamp(-self.clip, self.clip)
 
     @torch.no_grad()
-    def update(self, observation: Tensor) -> None:
+    def update(self, observation: Float[Tensor, "*B O"]) -> None:
         """Merge the statistics of ``observation`` [..., O] into the running ones."""
         _merge_moments(self.count, self.mean, self.var, observation.reshape(-1, observation.shape[-1]))
 
@@ -96,6 +101,11 @@ class RewardScaler(nn.Module):
         clip: largest magnitude of a scaled reward.
     """
 
+    discounted_return: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
     def __init__(self, num_envs: int = 1, *, gamma: float = 0.99, clip: float = 10.0) -> None:
         super().__init__()
         self.gamma, self.clip = gamma, clip
@@ -105,7 +115,12 @@ class RewardScaler(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def forward(self, reward: Tensor, done: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        reward: Float[Tensor, "N T 1"],
+        done: Bool[Tensor, "N T 1"],
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "N T 1"]:
         """Merge one rollout into the statistics and return its scaled rewards.
 
         Args:

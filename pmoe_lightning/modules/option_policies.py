@@ -109,7 +109,9 @@ class OptionNetwork(nn.Module):
         self.termination = nn.Linear(hidden_sizes[-1], num_options)
         initialize(self.termination, initialization, gain=0.01)
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, observation: Float[Tensor, "*B O"]
+    ) -> tuple[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"], Float[Tensor, "*B K"]]:
         """Logits of pi_W [*B, K], loc and scale [*B, K, A], and logits of beta [*B, K] at the observation [*B, O]."""
         features = self.mixture.trunk(observation)
         return *self.mixture.heads(features), self.termination(features)
@@ -147,8 +149,8 @@ class OptionActor(TensorDictModuleBase):
 
     def get_dist(self, tensordict: TensorDictBase) -> OptionPolicies:
         """The policies at the observations of the tensordict; needs no ``option_previous``."""
-        *parameters, termination_logits = self.network(tensordict.get(self.in_keys[0]))
-        mixture = TanhGaussianMixture(*parameters, self.low, self.high, deterministic=self.deterministic)
+        mixture_logits, loc, scale, termination_logits = self.network(tensordict.get(self.in_keys[0]))
+        mixture = TanhGaussianMixture(mixture_logits, loc, scale, self.low, self.high, deterministic=self.deterministic)
         return OptionPolicies(mixture, termination_logits)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -36,7 +36,8 @@ def named_after(folder: str | Path) -> Iterator[None]:
     Before, what a killed process of the same run has left is removed; the caller holds the folder. Each training
     process of a machine cleans up behind its own predecessor.
     """
-    name, config = _name(folder), multiprocessing.current_process()._config  # workers get a copy
+    name = _name(folder)
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # workers get a copy
     before = {key: config.get(key) for key in ("semprefix", "tempdir")}
     _remove(name)
     sockets = _make_folder(name)

@@ -82,7 +82,7 @@ def _processes() -> list[tuple[int, int]]:
     if not Path("/proc/self/stat").exists():
         with suppress(OSError):
             listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
-            return [tuple(map(int, line.split())) for line in listed.splitlines()]
+            return [(int(process), int(parent)) for process, parent in map(str.split, listed.splitlines())]
         return []
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):

@@ -8,7 +8,7 @@ import os
 import select
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from pmoe_lightning.processes.stopping import stop
 
@@ -51,7 +51,7 @@ class _Lenient(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, content: bytes) -> int:
+    def write(self, content: Any, /) -> int:
         """All of it, in pieces that no reader can make wait once the system has said that they can be written."""
         left = memoryview(content)
         try:
@@ -68,7 +68,7 @@ class _Lenient(io.FileIO):
 
 def _lenient(stream: TextIO | None, descriptor: int) -> TextIO:
     """The stream on its descriptor, if that is where it writes to: what somebody else has put there is theirs."""
-    kept = {"encoding": "utf-8", "errors": "backslashreplace"}
+    kept: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
     if stream is not None:
         try:
             if stream.fileno() != descriptor or isinstance(_raw(stream), _Lenient):
@@ -82,7 +82,7 @@ def _lenient(stream: TextIO | None, descriptor: int) -> TextIO:
     return io.TextIOWrapper(raw if kept.get("write_through") else io.BufferedWriter(raw), **kept)
 
 
-def _raw(stream: TextIO) -> io.RawIOBase:
+def _raw(stream: TextIO) -> Any:
     return getattr(stream.buffer, "raw", stream.buffer)  # Python may be told not to buffer
 
 

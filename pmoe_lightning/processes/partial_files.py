@@ -46,8 +46,7 @@ def remove_leftovers(folder: str | Path) -> None:
     for partial in Path(folder).glob(".*.partial"):
         name = _NAME.fullmatch(partial.name)
         # One of this very number is of a process before, which had the same.
-        elsewhere = name is None or name["host"] != this_host() or int(name["pid"]) == os.getpid()
-        if elsewhere or not is_alive(int(name["pid"])):
+        if name is None or name["host"] != this_host() or not is_alive(pid := int(name["pid"])) or pid == os.getpid():
             if partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
             else:

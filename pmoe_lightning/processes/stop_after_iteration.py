@@ -49,7 +49,8 @@ class StopAfterIteration(Callback):
         self._preempted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer._signal_connector.register_signal_handlers = lambda: None
+        connector: Any = trainer._signal_connector
+        connector.register_signal_handlers = lambda: None
         in_main_thread = threading.current_thread() is threading.main_thread()
         if stage == "fit" and SLURMEnvironment.detect() and in_main_thread:
             signal.signal(signal.SIGUSR1, self._preempt)
@@ -64,7 +65,8 @@ class StopAfterIteration(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # What belongs to the end of an epoch, evaluation and best checkpoint, would not be made up for.
-        if not trainer.datamodule.epoch_is_over:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning does not declare it
+        if not data.epoch_is_over:
             self._stop_if_asked(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

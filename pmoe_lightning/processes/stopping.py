@@ -56,7 +56,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked, self.when = 0, ""
-        self._unasked, self._seen = threading.Lock(), Counter()
+        self._unasked, self._seen = threading.Lock(), Counter[int]()
         self._stretches = self._unbreakable = self._echoes = 0
         self._raised = False
         self._kept: list[int] | None = None
@@ -71,7 +71,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             return
         self.asked, self.when, self._raised = 0, "", False
-        self._unasked, self._seen = threading.Lock(), Counter()
+        self._unasked, self._seen = threading.Lock(), Counter[int]()
         if self._pid != os.getpid():
             self._pid, self._stretches, self._unbreakable, self._closers = os.getpid(), 0, 0, []
             self._start_watch()
@@ -202,10 +202,10 @@ class Stop:
 
     def _try_again(self) -> None:
         """The handler has found the main thread where it must not raise: let it look anew."""
-        number = self.asked
-        if number and signal.getsignal(number) == self._take_note:
+        number, thread = self.asked, threading.main_thread().ident
+        if number and thread is not None and signal.getsignal(number) == self._take_note:
             self._echoes += 1
-            signal.pthread_kill(threading.main_thread().ident, number)
+            signal.pthread_kill(thread, number)
 
     def _is_first(self, number: int) -> bool:
         """Whether it is the first; a second one ends the process here."""

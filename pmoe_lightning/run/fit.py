@@ -23,7 +23,7 @@ def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule,
     Raises:
         RunError: there was nothing to do an update with.
     """
-    for part in (*trainer.callbacks, data):
+    for part in (*trainer.callbacks, data):  # type: ignore[attr-defined]  # Lightning does not declare them
         report_failures_of(part, "on_exception")
     for logger in trainer.loggers:
         report_failures_of(logger, "finalize")
@@ -66,13 +66,14 @@ class AtLeastOneUpdate(Callback):
         self._updates = 0
         self._is_complete = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    # Lightning declares neither the trainer's data nor that its module counts updates.
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._updates = pl_module.updates
         self._is_complete = trainer.datamodule.env_frames >= trainer.datamodule.total_frames
         if self._is_complete:
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.updates == self._updates and not self._is_complete:
             raise RunError(
                 f"nothing was trained: no update was due by frame {trainer.datamodule.env_frames:,}; raise total_frames"
@@ -88,5 +89,6 @@ class RunRecord(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {"configuration": self.configuration, "processes": trainer.world_size}
         for logger in trainer.loggers:
-            where = without_secrets(logger.tracking_uri)
-            checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": where}
+            if hasattr(logger, "tracking_uri") and hasattr(logger, "run_id"):  # the user's own may be another's
+                where = without_secrets(logger.tracking_uri)
+                checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": where}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -25,7 +25,7 @@ def call(node: DictConfig, **objects: Any) -> Any:
 
 def arguments_of(node: DictConfig) -> dict[str, Any]:
     """The node's values as plain Python objects, without those that are not arguments of its target."""
-    values = OmegaConf.to_container(node, resolve=True)
+    values = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
     return {key: value for key, value in values.items() if key not in _NOT_ARGUMENTS}
 
 

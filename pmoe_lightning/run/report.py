@@ -23,7 +23,7 @@ def describe_results(trainer: Trainer, output_dir: Path) -> str:
         # What was saved because of an error does not become a best_model_path.
         path = saver.best_model_path if saver.monitor else saver.format_checkpoint_name({})
         if Path(path).is_file():
-            if saver.monitor:
+            if saver.monitor and saver.best_model_score is not None:
                 best = path
                 lines.append(f"best       {best}  ({saver.monitor} {float(saver.best_model_score):.1f})")
             else:

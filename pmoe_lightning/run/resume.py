@@ -135,7 +135,7 @@ def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def describe(cfg: DictConfig) -> dict[str, Any]:
     """What a checkpoint says about its run, for :func:`resume_words` to compare: dotted keys and plain values."""
-    return _flat({key: _plain(cfg[key]) for key in cfg if key not in FREE})
+    return _flat({key: _plain(cfg[key]) for key in map(str, cfg) if key not in FREE})
 
 
 def command(words: Sequence[str], output_dir: Path, flags: Sequence[str] = ()) -> str:
@@ -307,7 +307,8 @@ def _status_in_store(cfg: DictConfig, checkpoint: dict[str, Any]) -> str | None:
 def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
     from pmoe_lightning.checkpoints.policy import policy_entry
 
-    run, frames = checkpoint.get("run"), policy_entry(checkpoint, f"checkpoint {path}").get("env_frames")
+    run: Any = checkpoint.get("run")
+    frames = policy_entry(checkpoint, f"checkpoint {path}").get("env_frames")
     complete = isinstance(run, dict) and isinstance(run.get("configuration"), dict) and isinstance(frames, int)
     if not complete or "experience" not in checkpoint:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")

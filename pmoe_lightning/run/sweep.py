@@ -183,7 +183,7 @@ def _parent_of_new_runs(logger: MLflowLogger | None) -> Iterator[None]:
         yield
         return
     opened = os.environ.get("MLFLOW_RUN_ID")
-    os.environ["MLFLOW_RUN_ID"] = logger.run_id
+    os.environ["MLFLOW_RUN_ID"] = _run_id(logger)
     try:
         yield
     finally:
@@ -191,10 +191,16 @@ def _parent_of_new_runs(logger: MLflowLogger | None) -> Iterator[None]:
             del os.environ["MLFLOW_RUN_ID"]
 
 
+def _run_id(logger: MLflowLogger) -> str:
+    run_id = logger.run_id
+    assert run_id is not None  # of the only process of a sweep
+    return run_id
+
+
 def _summarise(logger: MLflowLogger) -> None:
     """Log the table and the figure, and print the table."""
     try:
-        children = read_children(logger.experiment, logger.run_id)
+        children = read_children(logger.experiment, _run_id(logger))
     except (MlflowException, OSError, RunError) as error:
         _log.warning("the jobs of the sweep cannot be compared: %s", store_line(error))
         return

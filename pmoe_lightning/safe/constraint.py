@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pmoe_lightning.hamiltonian import ActionValue
+from pmoe_lightning.hamiltonian.transform import Pullback
 from pmoe_lightning.limits import Limit, NonNegativeFloat, check_arguments
 from pmoe_lightning.modules.critics import QValueEnsemble
 
@@ -60,7 +61,7 @@ class CostConstraint:
 def constrained_value(reward: ActionValue, cost: ActionValue, multiplier: Tensor) -> ActionValue:
     """Q_r,i - nu max_j Q_c,j for every critic i of the reward, with its derivative: what a transform climbs."""
 
-    def evaluate(action: Tensor) -> tuple[Tensor, object]:
+    def evaluate(action: Tensor) -> tuple[Tensor, Pullback]:
         values, pullback_reward = reward(action)
         costs, pullback_cost = cost(action)
         worst, which = costs.max(0)

@@ -3,7 +3,27 @@
 The names load on first use, because importing MLflow takes seconds and a command must first be able to refuse.
 """
 
+from typing import TYPE_CHECKING
+
 from pmoe_lightning.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from pmoe_lightning.tracking.address import runs_page as runs_page
+    from pmoe_lightning.tracking.address import store_line as store_line
+    from pmoe_lightning.tracking.address import without_secrets as without_secrets
+    from pmoe_lightning.tracking.leftovers import close_what_was_left as close_what_was_left
+    from pmoe_lightning.tracking.logger import MLflowLogger as MLflowLogger
+    from pmoe_lightning.tracking.logger import run_status as run_status
+    from pmoe_lightning.tracking.naming import describe_run as describe_run
+    from pmoe_lightning.tracking.naming import describe_sweep as describe_sweep
+    from pmoe_lightning.tracking.naming import run_name as run_name
+    from pmoe_lightning.tracking.naming import sweep_name as sweep_name
+    from pmoe_lightning.tracking.origin import provenance as provenance
+    from pmoe_lightning.tracking.policy_model import log_policy_model as log_policy_model
+    from pmoe_lightning.tracking.policy_model import queue_policy_model as queue_policy_model
+    from pmoe_lightning.tracking.references import load_policy as load_policy
+    from pmoe_lightning.tracking.references import resolve_checkpoint as resolve_checkpoint
+    from pmoe_lightning.tracking.server import check_server as check_server
 
 _HOMES = {
     "MLflowLogger": "logger",

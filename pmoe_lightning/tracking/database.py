@@ -62,6 +62,8 @@ def absolute_uri(uri: str) -> str:
     if not uri.startswith("sqlite") or database_file(uri) is None or "file:" in uri:
         return uri
     url = make_url(uri)
+    if url.database is None:
+        return uri
     return url.set(database=str(Path(url.database).absolute())).render_as_string(hide_password=False)
 
 

@@ -111,7 +111,8 @@ class Delivery:
             find: raises where the store does not have them.
         """
         try:
-            self.client.log_batch(self.run_id, **{what: items})
+            batch: dict[str, Any] = {what: items}
+            self.client.log_batch(self.run_id, **batch)
         except MlflowException as error:
             if not self._is_refused(error):
                 raise
@@ -197,14 +198,14 @@ class Delivery:
 
     def _send_upload(self, entry: Entry, spool: Spool) -> None:
         name, folder = entry.values["name"], entry.values["folder"]
-        if entry.digest is None:
-            # Below the run's folder it is found wherever that has been moved to.
-            self._upload(spool.folder.parent / entry.values["source"], name, folder, spool)
-            return
         try:
             content = spool.content(entry)
         except (OSError, ValueError) as error:
             raise _CannotBeSent(error_line(error)) from error
+        if content is None:
+            # Below the run's folder it is found wherever that has been moved to.
+            self._upload(spool.folder.parent / entry.values["source"], name, folder, spool)
+            return
         # MLflow takes the name of an artifact from the name of the file. It lies beside the entry, where a killed run's
         # leftovers go with the spool.
         with tempfile.TemporaryDirectory(dir=spool.folder) as temporary:

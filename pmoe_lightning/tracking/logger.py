@@ -91,6 +91,9 @@ class MLflowLogger(MLFlowLogger):
         RunError: the store cannot be opened.
     """
 
+    _tracking_uri: str
+    tags: dict[str, Any]
+
     @checked
     def __init__(
         self,
@@ -126,7 +129,8 @@ class MLflowLogger(MLFlowLogger):
         self._store = absolute_uri(uri)  # for a process in another folder
         self._parent_run_id = opened if nested and not run_id else None
         self._flush_seconds = flush_seconds
-        self._spool_folder, self._spool = spool, None
+        self._spool_folder = spool
+        self._spool: Spool | None = None
         self._start = uuid4().hex
         self._last_steps: dict[str, int] = {}
         self._status: str | None = None
@@ -150,6 +154,7 @@ class MLflowLogger(MLFlowLogger):
         check_server(self._tracking_uri)
         self._started = True
         run_id = self.run_id
+        assert run_id is not None  # this process has opened the run
         origin = provenance()
         tags = {key: str(value) for key in ("git_commit", "git_dirty") if (value := origin[key]) is not None}
         self.set_tags(tags | {"python": origin["python"], "platform": origin["platform"]})
@@ -190,12 +195,13 @@ class MLflowLogger(MLFlowLogger):
         if self._spool is None:
             folder = Path(self._spool_folder or tempfile.mkdtemp(prefix="mlflow-spool-"))
             self._spool = self._take_spool(folder)
-        if self._run_id is not None:
-            self._continue_run()
+        spool, run_id = self._spool, self._run_id
+        if run_id is not None:
+            self._continue_run(run_id, spool)
         else:
-            self._create_run()
-        self._delivery = Delivery(self._mlflow_client, self._tracking_uri, self._run_id)
-        self._writer = BackgroundWriter(self._spool, self._delivery.deliver, period=self._flush_seconds)
+            run_id = self._create_run(spool)
+        self._delivery = Delivery(self._mlflow_client, self._tracking_uri, run_id)
+        self._writer = BackgroundWriter(spool, self._delivery.deliver, period=self._flush_seconds)
 
     def _take_spool(self, folder: Path) -> Spool:
         """The spool in this folder, with what an earlier process of this same run has left; no other run's."""
@@ -207,28 +213,28 @@ class MLflowLogger(MLFlowLogger):
         close_spool(folder)
         return Spool(folder)
 
-    def _continue_run(self) -> None:
+    def _continue_run(self, run_id: str, spool: Spool) -> None:
         client = self._mlflow_client
-        run = read_run(client, self._run_id)
+        run = read_run(client, run_id)
         if run.info.lifecycle_stage == "deleted":
-            raise RunError(f"run {self._run_id} was deleted; restore it or start a new one")
-        self._spool.identify(self._store, self._run_id)
+            raise RunError(f"run {run_id} was deleted; restore it or start a new one")
+        spool.identify(self._store, run_id)
         self._experiment_id = run.info.experiment_id
         if run.info.status != "RUNNING":
-            client.update_run(self._run_id, status="RUNNING")
+            client.update_run(run_id, status="RUNNING")
         if self._run_name and is_invented(run.info.run_name):
-            client.update_run(self._run_id, name=self._run_name)
+            client.update_run(run_id, name=self._run_name)
         self._describe_experiment(client.get_experiment(self._experiment_id))
         self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        for entry in self._spool.entries():
+        for entry in spool.entries():
             if entry.kind == "status":  # how the run had ended; it is running again
-                self._spool.remove([entry])
+                spool.remove([entry])
             for name, _, _, step in entry.values.get("points", ()):
                 self._last_steps[name] = max(step, self._last_steps.get(name, -1))
         if self.tags:
-            self._spool.put("tags", {"tags": self.tags})
+            spool.put("tags", {"tags": self.tags})
 
-    def _create_run(self) -> None:
+    def _create_run(self, spool: Spool) -> str:
         """Open a run that is found again, by the note in the spool, whenever this process ends."""
         client = self._mlflow_client
         if self._parent_run_id is not None:
@@ -236,7 +242,7 @@ class MLflowLogger(MLFlowLogger):
             self.tags["mlflow.parentRunId"] = self._parent_run_id
         elif self._experiment_id is None:
             self._experiment_id = self._find_experiment()
-        self._spool.identify(self._store, None, start=self._start, experiment_id=self._experiment_id)
+        spool.identify(self._store, None, start=self._start, experiment_id=self._experiment_id)
         # It is there already where an earlier attempt has made it and its answer was lost.
         run_id = find_started(client, self._experiment_id, self._start)
         if run_id is None:
@@ -246,7 +252,8 @@ class MLflowLogger(MLFlowLogger):
             if run_id is None:
                 raise NotConfirmed("the store has said yes to a run that it does not have")
         self._run_id = run_id
-        self._spool.identify(self._store, run_id)
+        spool.identify(self._store, run_id)
+        return run_id
 
     def _describe_experiment(self, experiment: Experiment) -> None:
         """Say what the experiment holds, unless somebody has, and that MLflow's pages are those for training."""
@@ -293,12 +300,12 @@ class MLflowLogger(MLFlowLogger):
             self._writer.put("status", {"status": status, "ended": int(time.time() * 1000)})
             self._status = status
         if self._writer.close(_EXIT_PATIENCE_SECONDS) and status == "KILLED":
-            stay_killed(self._tracking_uri, self._run_id)
+            stay_killed(self._tracking_uri, self._delivery.run_id)
         for line in self._describe_what_is_missing():
             print(f"warning: run {self._run_id} in {without_secrets(self._tracking_uri)}: {line}", file=sys.stderr)
 
     def _describe_what_is_missing(self) -> list[str]:
-        spool, lines = self._spool, []
+        spool, lines = self._writer.spool, []
         if entries := spool.entries():
             points = sum(len(entry.values.get("points", ())) for entry in entries)
             others = sum(entry.kind != "points" for entry in entries)
@@ -354,9 +361,8 @@ class MLflowLogger(MLFlowLogger):
         longer than MLflow allows is cut, and says so.
         """
         _ = self.experiment
-        flat = {
-            _legal(name): _short(without_secrets(str(value))) for name, value in _flatten(_convert_params(params or {}))
-        }
+        given = _convert_params(params if isinstance(params, Namespace) else dict(params or {}))
+        flat = {_legal(name): _short(without_secrets(str(value))) for name, value in _flatten(given)}
         self._writer.put("params", {"params": flat})
 
     @rank_zero_only
@@ -403,7 +409,7 @@ class MLflowLogger(MLFlowLogger):
 
     def _relative(self, path: Path) -> str:
         """The path seen from the run's folder where it lies in there, so that the folder may be moved."""
-        root = self._spool.folder.absolute().parent
+        root = self._writer.spool.folder.absolute().parent
         return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
     def _log_bytes(self, content: bytes, artifact_file: str) -> None:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -45,10 +46,10 @@ def compile_tensors(function: Function, state: Sequence[Tensor], examples: Seque
         name: what is compiled, for the log, where the seconds it took are shown.
     """
     start = time.monotonic()
-    examples = [example.detach() for example in (*state, *examples)]
-    on_gpu = examples[0].device.type == "cuda"
+    inputs: list[Any] = [example.detach() for example in (*state, *examples)]
+    on_gpu = inputs[0].device.type == "cuda"
     decompositions = {} if on_gpu else {torch.ops.aten.addmm.default: _product_then_bias}
-    options = {"fallback_random": True}
+    options: dict[str, Any] = {"fallback_random": True}
     if not on_gpu:
         # Written in Python, the code around the kernels takes as long as a small network's kernels.
         options["cpp_wrapper"] = True
@@ -56,9 +57,9 @@ def compile_tensors(function: Function, state: Sequence[Tensor], examples: Seque
         # products, and what the first product has left in the cache would be gone by then.
         options["score_fusion_memory_threshold"] = 2**16  # bytes
     with stop.unbreakable():
-        graph = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        graph = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         with torch.no_grad():
-            program = torch._inductor.compile(graph, examples, options=options)
+            program = torch._inductor.compile(graph, inputs, options=options)
     _log.info("compiled %s in %.0f s", name, time.monotonic() - start)
     return _CudaGraph(program, len(state)) if on_gpu else program
 
@@ -96,18 +97,18 @@ class _CudaGraph:
         if addresses != self._addresses:
             self._addresses, self._graph = addresses, None
             return self._program(*tensors)
-        if self._graph is None:
-            self._record(tensors)
+        graph = self._record(tensors) if self._graph is None else self._graph
         for own, given in zip(self._inputs, tensors[self._state :], strict=True):
             own.copy_(given)
-        self._graph.replay()
+        graph.replay()
         return tuple(output.clone() for output in self._outputs)
 
-    def _record(self, tensors: Sequence[Tensor]) -> None:
+    def _record(self, tensors: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         self._inputs = [tensor.clone() for tensor in tensors[self._state :]]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        self._graph = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._outputs = self._program(*tensors[: self._state], *self._inputs)
+        return graph
 
 
 class ModuleState:
