@@ -27,7 +27,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup tests what a terminal's end does, too
 
 
-shapes.install()
+shapes.enforce()
 #: Files of real processes: few tests and minutes each. Begun first, so that no core is left with them at the end.
 LONGEST = ("test_devices", "test_train", "test_resume", "test_tracking", "test_processes", "test_workers")
 
