@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from importlib.util import resolve_name
 from inspect import Parameter as Inspected
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,9 @@ class _Names(dict):
 
     def __init__(self, module: str) -> None:
         super().__init__()
-        self.module, self.tree = module, ast.parse(_path(module).read_text(encoding="utf-8"))
+        path = _path(module)
+        self.module, self.tree = module, ast.parse(path.read_text(encoding="utf-8"))
+        self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
 
     def __missing__(self, name: str) -> Any:
         for statement in self.tree.body:
@@ -61,10 +64,13 @@ class _Names(dict):
             if isinstance(statement, ast.ImportFrom):
                 for alias in statement.names:
                     if (alias.asname or alias.name) == name:
-                        return _imported(statement.module or "", alias.name)
+                        return _imported(self._absolute(statement), alias.name)
         if name != _LAZY and _LAZY in self and name in (homes := self[_LAZY]):
             return _names(f"{self.module}.{homes[name]}")[name]
         raise KeyError(name)  # a builtin, or unknown
+
+    def _absolute(self, statement: ast.ImportFrom) -> str:
+        return resolve_name("." * statement.level + (statement.module or ""), self.package)
 
     def __contains__(self, name: object) -> bool:
         try:
