@@ -7,6 +7,7 @@ Of a module this understands what a signature may be written with: builtins, the
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import sys
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ class _Names(dict):
 
     def __init__(self, module: str) -> None:
         super().__init__()
-        self.module, self.tree = module, ast.parse(_path(module).read_text(encoding="utf-8"))
+        self.module, self.tree = module, _parse(_path(module))
 
     def __missing__(self, name: str) -> Any:
         for statement in self.tree.body:
@@ -78,6 +79,17 @@ class _Names(dict):
 
 
 _names = cache(_Names)
+
+
+def _parse(path: Path) -> ast.Module:
+    """The tree of a file: while Python 3.11 makes it, no finalizer may parse as well, or it loses count."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _path(module: str) -> Path:
@@ -117,10 +129,12 @@ def _read_signature(source: Source) -> Signature:
         except (NameError, TypeError, AttributeError):  # of another library, or an object
             return otherwise
 
-    return {
-        name: (evaluate(annotation, None), evaluate(default, Inspected.empty), _meaning(names, meanings, name))
-        for name, annotation, default in arguments
-    }
+    signature = {}
+    for name, annotation, default in arguments:
+        kind = evaluate(annotation, None)
+        value = Inspected.empty if kind is None else evaluate(default, Inspected.empty)
+        signature[name] = (kind, value, _meaning(names, meanings, name))
+    return signature
 
 
 def _arguments(
