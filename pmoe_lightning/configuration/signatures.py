@@ -52,6 +52,10 @@ class _Names(dict):
         self.module, self.tree = module, _parse(_path(module))
 
     def __missing__(self, name: str) -> Any:
+        self[name] = found = self._look_up(name)
+        return found
+
+    def _look_up(self, name: str) -> Any:
         for statement in self.tree.body:
             if isinstance(statement, ast.ClassDef | ast.FunctionDef) and statement.name == name:
                 return Source(self.module, statement)
@@ -75,6 +79,8 @@ class _Names(dict):
         return True
 
     def evaluate(self, expression: ast.expr) -> Any:
+        if isinstance(expression, ast.Constant):  # as most defaults are
+            return expression.value
         return eval(compile(ast.Expression(expression), self.module, "eval"), {}, self)
 
 
@@ -82,11 +88,16 @@ _names = cache(_Names)
 
 
 def _parse(path: Path) -> ast.Module:
-    """The tree of a file: while Python 3.11 makes it, no finalizer may parse as well, or it loses count."""
+    """The tree of a file without what its functions do, which is most of it."""
     collects = gc.isenabled()
-    gc.disable()
+    gc.disable()  # while Python 3.11 makes a tree, no finalizer may parse as well, or it loses count
     try:
-        return ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for statement in tree.body:
+            for part in (statement, *getattr(statement, "body", ())):
+                if isinstance(part, ast.FunctionDef):
+                    del part.body[1:]  # the docstring stays
+        return tree
     finally:
         if collects:
             gc.enable()
