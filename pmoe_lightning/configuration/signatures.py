@@ -7,6 +7,7 @@ Of a module this understands what a signature may be written with: builtins, the
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import sys
 from collections.abc import Mapping
@@ -50,10 +51,14 @@ class _Names(dict):
     def __init__(self, module: str) -> None:
         super().__init__()
         path = _path(module)
-        self.module, self.tree = module, ast.parse(path.read_text(encoding="utf-8"))
+        self.module, self.tree = module, _parse(path)
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
 
     def __missing__(self, name: str) -> Any:
+        self[name] = found = self._look_up(name)
+        return found
+
+    def _look_up(self, name: str) -> Any:
         for statement in self.tree.body:
             if isinstance(statement, ast.ClassDef | ast.FunctionDef) and statement.name == name:
                 return Source(self.module, statement)
@@ -80,10 +85,28 @@ class _Names(dict):
         return True
 
     def evaluate(self, expression: ast.expr) -> Any:
+        if isinstance(expression, ast.Constant):  # as most defaults are
+            return expression.value
         return eval(compile(ast.Expression(expression), self.module, "eval"), {}, self)
 
 
 _names = cache(_Names)
+
+
+def _parse(path: Path) -> ast.Module:
+    """The tree of a file without what its functions do, which is most of it."""
+    collects = gc.isenabled()
+    gc.disable()  # while Python 3.11 makes a tree, no finalizer may parse as well, or it loses count
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for statement in tree.body:
+            for part in (statement, *getattr(statement, "body", ())):
+                if isinstance(part, ast.FunctionDef):
+                    del part.body[1:]  # the docstring stays
+        return tree
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _path(module: str) -> Path:
@@ -124,10 +147,12 @@ def _read_signature(source: Source) -> Signature:
         except (NameError, TypeError, AttributeError):  # of another library, or an object
             return otherwise
 
-    return {
-        name: (evaluate(annotation, None), evaluate(default, Inspected.empty), _meaning(names, meanings, name))
-        for name, annotation, default in arguments
-    }
+    signature = {}
+    for name, annotation, default in arguments:
+        kind = evaluate(annotation, None)
+        value = Inspected.empty if kind is None else evaluate(default, Inspected.empty)
+        signature[name] = (kind, value, _meaning(names, meanings, name))
+    return signature
 
 
 def _arguments(
