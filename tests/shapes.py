@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import jaxtyping
 from beartype import beartype
@@ -73,6 +73,8 @@ def arrays_checked(function: Callable) -> Callable:
 
 
 def has_shape(hint: Any) -> bool:
+    if get_origin(hint) in (list, Sequence):  # beartype looks at one element, and draws which from Python's generator
+        return False
     is_array = inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)
     return is_array or any(map(has_shape, get_args(hint)))
 

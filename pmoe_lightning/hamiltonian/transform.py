@@ -172,7 +172,7 @@ class HamiltonianTransform(nn.Module):
         self,
         u: Float[Tensor, "*S A"],
         log_prob: Float[Tensor, "*S"],
-        momentum: Float[Tensor, "*B A"],
+        momentum: Float[Tensor, "*M A"],
         *,
         observation: Float[Tensor, "*B O"],
         qvalue: ActionValue,
@@ -184,7 +184,7 @@ class HamiltonianTransform(nn.Module):
 
         Args:
             u, log_prob: unsquashed actions [*S, *B, A] at states [*B], and their log-density [*S, *B].
-            momentum: rho_0, one per state: all samples of a state share it.
+            momentum: rho_0, one per state, which all samples of a state share; or any that u broadcasts with.
             observation: the states.
             qvalue: the action values in these states.
             bounds: squashes u.
