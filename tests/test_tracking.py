@@ -46,7 +46,7 @@ from pmoe_lightning.tracking.delivery import Delivery
 from pmoe_lightning.tracking.naming import run_name, sweep_name
 from pmoe_lightning.tracking.references import load_policy, resolve_checkpoint
 from pmoe_lightning.tracking.resend import main as resend_main
-from pmoe_lightning.tracking.spool import Spool
+from pmoe_lightning.tracking.spool import START_TAG, Spool
 from pmoe_lightning.tracking.ui import page as ui_page
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
@@ -112,6 +112,17 @@ def test_start_describes_the_origin(logger: MLflowLogger, tmp_path: Path) -> Non
     assert run.data.tags["python"] == ".".join(map(str, sys.version_info[:3]))
     versions = json.loads(read_artifact(logger, "versions.json", tmp_path))
     assert versions["packages"]["torch"] == torch.__version__
+
+
+def test_a_run_made_by_a_request_that_came_late_is_closed_at_the_end(logger: MLflowLogger) -> None:
+    """A server without a processor may answer the first request for a run after the second, and with another run."""
+    run_id = logger.start()
+    client = MlflowClient(logger.tracking_uri)
+    own, tag = run_of(logger).info, run_of(logger).data.tags[START_TAG]
+    late = client.create_run(own.experiment_id, start_time=own.start_time - 1000, tags={START_TAG: tag})
+    logger.finish("FINISHED")
+    assert client.get_run(late.info.run_id).info.status == "KILLED"
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_the_run_of_mlflow_run_is_adopted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from pmoe_lightning.errors import RunError, error_line
 from pmoe_lightning.tracking.address import store_line, without_secrets
 from pmoe_lightning.tracking.database import OpenDatabase
 from pmoe_lightning.tracking.server import check_server
-from pmoe_lightning.tracking.spool import Entry, Spool
+from pmoe_lightning.tracking.spool import START_TAG, Entry, Spool
 
 _POINTS_PER_REQUEST = 900
 _PARAMS_PER_REQUEST = 100
@@ -30,6 +30,17 @@ _log = logging.getLogger(__name__)
 
 class NotConfirmed(RunError):
     """The store has not said no, but what was sent cannot be read back: a proxy may have answered in its place."""
+
+
+def runs_of_start(client: MlflowClient, experiment_id: str, start: str) -> list[str]:
+    """The ids of the runs that bear the word of a start (``spool.Identity``), the first that was made first.
+
+    Where an answer was lost there is more than one. A run uses one of them, and closes the others at its end, because a
+    request that was given up may still be served much later.
+    """
+    condition = f"tags.`{START_TAG}` = '{start}'"
+    found = client.search_runs([experiment_id], condition, order_by=["start_time ASC"])
+    return [run.info.run_id for run in found]
 
 
 def read_run(client: MlflowClient, run_id: str) -> Run:
@@ -243,6 +254,7 @@ class Delivery:
     def _send_status(self, entry: Entry, spool: Spool) -> None:
         status, ended = entry.values["status"], entry.values["ended"]
         run = self.read_run()
+        self._close_doubles(run)
         if entry.values.get("only_if_running"):
             if run.info.status != "RUNNING":
                 return
@@ -250,6 +262,13 @@ class Delivery:
         self.client.set_terminated(self.run_id, status, end_time=ended)
         if self.read_run().info.status != status:
             raise NotConfirmed(f"the store has said yes to the status {status} but does not have it")
+
+    def _close_doubles(self, run: Run) -> None:
+        start = run.data.tags.get(START_TAG)
+        doubles = set(runs_of_start(self.client, run.info.experiment_id, start)) - {self.run_id} if start else ()
+        for double in doubles:
+            if self.client.get_run(double).info.status == "RUNNING":
+                self.client.set_terminated(double, "KILLED")
 
     # ------------------------------------------------------------------ what an answer means
 

@@ -15,9 +15,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.tracking.address import HIDDEN, store_line, without_secrets
 from pmoe_lightning.tracking.database import check_database_exists
-from pmoe_lightning.tracking.delivery import Delivery
+from pmoe_lightning.tracking.delivery import Delivery, runs_of_start
 from pmoe_lightning.tracking.server import check_server
-from pmoe_lightning.tracking.spool import IDENTITY, START_TAG, Identity, Spool
+from pmoe_lightning.tracking.spool import IDENTITY, Identity, Spool
 from pmoe_lightning.tracking.writer import BackgroundWriter
 
 _START_PATIENCE_SECONDS = 15.0
@@ -69,19 +69,6 @@ def send_spool(folder: Path, patience: float) -> str:
     return _send(Spool(folder), patience)
 
 
-def find_started(client: MlflowClient, experiment_id: str, start: str) -> str | None:
-    """The id of the run that bears the word of a start (:class:`Identity`), the first that was made.
-
-    Where answers were lost there may be others, which nobody uses: they are closed.
-    """
-    condition = f"tags.`{START_TAG}` = '{start}'"
-    found = [run.info for run in client.search_runs([experiment_id], condition, order_by=["start_time ASC"])]
-    for double in found[1:]:
-        if double.status == "RUNNING":
-            client.set_terminated(double.run_id, "KILLED")
-    return found[0].run_id if found else None
-
-
 def _send(spool: Spool, patience: float) -> str:
     try:
         identity = spool.identity()
@@ -111,7 +98,7 @@ def _send(spool: Spool, patience: float) -> str:
 def _find(client: MlflowClient, identity: Identity) -> str | None:
     if identity.start is None or identity.experiment_id is None:
         return None
-    return find_started(client, identity.experiment_id, identity.start)
+    return next(iter(runs_of_start(client, identity.experiment_id, identity.start)), None)
 
 
 def _free_name(folder: Path) -> Path:

@@ -33,8 +33,8 @@ from pmoe_lightning.limits import Limit, PositiveFloat, Text, checked
 from pmoe_lightning.processes.stopping import STOP_CODES, stop
 from pmoe_lightning.tracking.address import store_line, without_secrets
 from pmoe_lightning.tracking.database import absolute_uri
-from pmoe_lightning.tracking.delivery import Delivery, NotConfirmed, read_run
-from pmoe_lightning.tracking.leftovers import close_spool, find_started
+from pmoe_lightning.tracking.delivery import Delivery, NotConfirmed, read_run, runs_of_start
+from pmoe_lightning.tracking.leftovers import close_spool
 from pmoe_lightning.tracking.naming import EXPERIMENT_NOTE, NOTE, is_invented
 from pmoe_lightning.tracking.origin import provenance
 from pmoe_lightning.tracking.server import check_server, prepare_store
@@ -244,14 +244,14 @@ class MLflowLogger(MLFlowLogger):
             self._experiment_id = self._find_experiment()
         spool.identify(self._store, None, start=self._start, experiment_id=self._experiment_id)
         # It is there already where an earlier attempt has made it and its answer was lost.
-        run_id = find_started(client, self._experiment_id, self._start)
-        if run_id is None:
+        opened = runs_of_start(client, self._experiment_id, self._start)
+        if not opened:
             tags = resolve_tags(self.tags | {START_TAG: self._start})
             client.create_run(self._experiment_id, tags=tags, run_name=self._run_name)
-            run_id = find_started(client, self._experiment_id, self._start)
-            if run_id is None:
+            opened = runs_of_start(client, self._experiment_id, self._start)
+            if not opened:
                 raise NotConfirmed("the store has said yes to a run that it does not have")
-        self._run_id = run_id
+        self._run_id = run_id = opened[0]
         spool.identify(self._store, run_id)
         return run_id
 
