@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from pmoe_lightning.errors import RunError, error_line
 
@@ -40,10 +41,14 @@ def coarsen_shadows(env: gymnasium.Env) -> None:
 
 def seconds_per_step(env: gymnasium.Env) -> float:
     """Simulated seconds of a step: ``dt`` of the environment, or what its rendering metadata say."""
-    seconds = getattr(env.unwrapped, "dt", None)
-    if isinstance(seconds, int | float) and 0 < seconds < math.inf:
+    seconds, rate = getattr(env.unwrapped, "dt", None), env.metadata.get("render_fps")
+    if _is_positive(seconds):
         return float(seconds)
-    return 1 / (env.metadata.get("render_fps") or 30)
+    return 1 / rate if _is_positive(rate) else 1 / 30
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and 0 < value < math.inf
 
 
 def render(env: gymnasium.Env, name: str) -> Any:
