@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import PurePath
 from typing import Any
@@ -262,15 +263,17 @@ def _modules(function: types.FunctionType) -> dict[str, types.ModuleType]:
 
 def _imported(function: types.FunctionType) -> list[str]:
     """The full names of the modules that a function imports in its body."""
-    package = function.__globals__.get("__package__") or ""
-    names = _imported_names(function.__code__)
-    return sorted({importlib.util.resolve_name("." * level + name, package or None) for level, name in names})
+    names = set()
+    for level, name in _imported_names(function.__code__):
+        with suppress(ImportError):  # it lies outside of every package, so it was never imported
+            names.add(importlib.util.resolve_name("." * level + name, function.__globals__.get("__package__")))
+    return sorted(names)
 
 
 @cache
 def _imported_names(code: types.CodeType) -> frozenset[tuple[int, str]]:
     """(number of dots, name) of each import."""
-    steps = list(dis.get_instructions(code))
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     names = {(steps[i - 2].argval, step.argval) for i, step in enumerate(steps) if step.opname == "IMPORT_NAME"}
     return frozenset(names).union(*map(_imported_names, _nested(code)))
 
