@@ -26,6 +26,11 @@ def error_line(error: BaseException, *, named: bool = False) -> str:
     return (f"{name}: {said}" if named else said) if said else name
 
 
+def is_exit(error: BaseException) -> bool:
+    """Whether it is ``sys.exit()`` of somebody's code; how a signal ends a run is a subclass of ``SystemExit``."""
+    return type(error) is SystemExit
+
+
 def first_line(error: BaseException) -> str:
     """As :func:`error_line`, of libraries whose further lines are for their developers: OmegaConf, Ray, torch."""
     lines = str(error).strip().splitlines()

@@ -139,6 +139,10 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
         raise ConfigurationError("a sweep reads conf/config.yaml: put files of your own into a folder for --config-dir")
     if prints_only or other_source:
         return words, []
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise RunError("the current folder was deleted: go to one that exists") from None
     jobs = compose_jobs(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
     for cfg in jobs:
         validate(cfg)

@@ -233,6 +233,11 @@ def test_the_help_of_a_choice_says_what_each_of_its_keys_is_and_may_be():
         (["env.id=3"], "env.id=3"),
         (["seed"], "write key=value"),
         (["seed=1,2"], "--multirun"),
+        (["~seed"], "~seed leaves out what every run needs: choose a value, seed=..."),
+        (["~algo"], "~algo leaves out"),
+        (["~env"], "~env leaves out"),
+        (["~algo.lr=1e-3"], "~algo.lr=1e-3 leaves out"),
+        (["hydra.run.dir=it's here"], r"quotes of its own, hydra.run.dir='it\'s here'"),
         (["debug=null"], "NoneType"),
         # values out of range
         (["algo.lr=-1"], "algo.lr=-1.0 must be a finite number > 0"),

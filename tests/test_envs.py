@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase, FrameSkipTransform, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from pmoe_lightning.envs import GymnasiumEnv, make_env
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, RunError
 
 
 def play(env: GymnasiumEnv, actions: torch.Tensor, step=GymnasiumEnv.step_and_maybe_reset) -> TensorDictBase:
@@ -253,6 +253,8 @@ def probe_with(**attributes) -> ScriptedEnv:
             r"images as observation\['a'\]\[0\].*flat vector of features",
         ),
         (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 1, (0,)))]), "empty"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Dict())]), "empty"),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Tuple([Dict(), Tuple([])]))]), "empty"),
         (lambda: GymnasiumEnv([probe_with(observation_space=None)]), "cannot be flattened"),
         (lambda: GymnasiumEnv([probe_with(action_space=Box(0, 9, (2,), np.int64))]), "only continuous vectors"),
         (lambda: GymnasiumEnv([probe_with(observation_space=Sequence(Discrete(2)))]), "cannot be flattened"),
@@ -275,7 +277,7 @@ class Strange(ScriptedEnv):
 
     def _say(self, call: str, usual: tuple) -> object:
         given = self.given[call]
-        if isinstance(given, Exception):
+        if isinstance(given, BaseException):
             raise given
         if isinstance(given, dict):  # some parts of the tuple, by their places
             return tuple(given.get(i, part) for i, part in enumerate(usual))
@@ -323,6 +325,10 @@ STRANGE = [
     ({"step": {0: np.zeros(1)}, "at": 4}, r"of shape \(1,\)"),
     ({"step": {0: np.zeros((3, 1))}, "at": 4}, r"of shape \(3, 1\)"),
     ({"step": {1: np.zeros(2)}, "at": 4}, "the reward"),
+    ({"step": {2: None}, "at": 4}, "terminated=None"),
+    ({"step": {3: np.zeros(2, bool)}, "at": 4}, "truncated=array"),
+    ({"reset": SystemExit(0)}, "failed in its first reset.*SystemExit: 0"),
+    ({"step": SystemExit()}, "failed in its first step.*SystemExit"),
 ]
 
 
@@ -348,17 +354,31 @@ def test_what_is_as_good_as_the_declared_is_taken(said: dict, at: int) -> None:
         assert last["observation"].tolist() == np.asarray(said[0]).tolist()
 
 
-def make_failing(**kwargs) -> gymnasium.Env:
-    raise ValueError("two\nlines")
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), SystemExit("two lines")])
+def test_whatever_a_constructor_raises_is_one_clear_line(error: BaseException) -> None:
+    def make_failing(**kwargs) -> gymnasium.Env:
+        raise error
 
-
-def test_whatever_a_constructor_raises_is_one_clear_line() -> None:
     gymnasium.register("Failing-v0", entry_point=make_failing)
+    message = f"'Failing-v0' cannot be made with {{}}: {type(error).__name__}: two lines"
     try:
-        with pytest.raises(ConfigurationError, match="'Failing-v0' cannot be made with {}: ValueError: two lines"):
+        with pytest.raises(ConfigurationError, match=message):
             make_env("Failing-v0")
     finally:
         del gymnasium.registry["Failing-v0"]
+
+
+def test_an_exit_in_the_middle_of_a_run_is_an_error() -> None:
+    with pytest.raises(RunError, match=r"Strange.* called sys.exit\(0\)"):
+        play(env := GymnasiumEnv([Strange(step=SystemExit(0), at=4)]), random_actions(env, 4))
+
+
+def test_an_environment_that_cannot_be_closed_leaves_the_others_to_be_closed(caplog) -> None:
+    env = GymnasiumEnv([probe_with(close=lambda: 1 / 0), last := ScriptedEnv()])
+    env.close()
+    assert last.closed and caplog.messages == [
+        f"environment {env.name!r} failed to close: ZeroDivisionError: division by zero"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from waiting import HANG_SECONDS
 
 import pmoe_lightning
 from pmoe_lightning.checkpoints.files import write_checkpoint
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import Request, _environment, main, parse
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy, follow_episode
@@ -256,6 +256,34 @@ def test_a_film_follows_the_body_with_coarser_shadows(
     policy = load_policy(make_policy("HalfCheetah-v5")[1])
     record_video(policy, "HalfCheetah-v5", tmp_path / "film.mp4", max_frames=2, env_kwargs=env_kwargs)
     assert seen == {(follows, 1024)}
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda step: np.zeros((64, 64, 3)), "draws an array of float64, not a picture"),
+        (lambda step: np.zeros((64, 64, 4), np.uint8), r"draws an array of shape \(64, 64, 4\), not a picture"),
+        (lambda step: [np.zeros((64, 64, 3), np.uint8)], "draws a list, not a picture"),
+        (lambda step: np.zeros((64 + 2 * step, 64, 3), np.uint8), "pictures of several sizes"),
+    ],
+)
+def test_what_is_no_picture_is_one_line(draw: Callable, said: str, tmp_path: Path) -> None:
+    class Drawing(gymnasium.Wrapper):
+        def step(self, action: np.ndarray) -> tuple:
+            self.steps = getattr(self, "steps", 0) + 1
+            return super().step(action)
+
+        def render(self) -> Any:
+            return draw(getattr(self, "steps", 0))
+
+    def make(id: str, num_envs: int, seed: int, render_mode: str) -> GymnasiumEnv:
+        env = Drawing(gymnasium.make(id, max_episode_steps=3))
+        env.metadata = {"render_fps": "fast"}
+        return GymnasiumEnv([env], seed=seed)
+
+    with pytest.raises(RunError, match=said):
+        record_video(make_policy()[0], "Pendulum-v1", tmp_path / "film.mp4", make=make)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_machine_that_cannot_render_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

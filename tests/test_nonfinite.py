@@ -217,6 +217,20 @@ def test_the_run_stops_for_an_environment_but_not_for_mujoco():
     assert data.breakdowns == 1 and data.env_frames == 96
 
 
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_an_environment_of_which_nothing_is_finite_is_one_line(mode):
+    class Sick(gymnasium.Wrapper):
+        def step(self, action: np.ndarray) -> tuple:
+            observation, _, *rest = super().step(action)
+            return observation, np.nan, *rest
+
+    def make(*, num_envs: int = 1, seed: int = 0) -> GymnasiumEnv:
+        return GymnasiumEnv([Sick(gymnasium.make("Pendulum-v1")) for _ in range(num_envs)], seed=seed)
+
+    with pytest.raises(NonFiniteError, match="none of the 32 transitions so far is finite"):
+        fit(algorithm := sac(), data_for(algorithm, make), NonFiniteGuard(mode))
+
+
 class SickAtReset(gymnasium.Wrapper):
     """Returns a value in the observation of some of its resets."""
 

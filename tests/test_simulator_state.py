@@ -61,6 +61,35 @@ def test_a_restored_environment_steps_on_exactly(id, tmp_path):
     assert differing(state["envs"], again) == [], "something else than state was captured"
 
 
+class _Later(zoo.Stranger):
+    """Keeps what a new process has not: it comes into being with the first step."""
+
+    def moved(self, action):
+        global LATE
+        LATE = globals().get("LATE", 0) + 1
+        type(self).late = getattr(type(self), "late", 0) + 1
+        _draw.calls = getattr(_draw, "calls", 0) + 1
+        return LATE + self.late + _draw.calls
+
+
+def _draw():
+    pass
+
+
+def test_what_a_new_process_has_not_yet_is_put_back_too():
+    env, rng = _Later(), np.random.default_rng(0)
+    env.reset(seed=3)
+    _steps([env], rng, 20)
+    state, actions_from_here = capture([env]), rng.bit_generator.state
+    expected = _steps([env], rng, 5)
+    del globals()["LATE"], _Later.late, _draw.calls
+    fresh = _Later()
+    fresh.reset(seed=4)
+    restore([fresh], state)
+    rng.bit_generator.state = actions_from_here
+    assert _steps([fresh], rng, 5) == expected
+
+
 @pytest.mark.parametrize(("kind", "part"), zoo.REFUSED, ids=lambda value: getattr(value, "__name__", ""))
 def test_what_is_not_surely_captured_is_refused_by_name(kind, part):
     env = gymnasium.make(f"{kind.__name__}-v0", disable_env_checker=True)

@@ -726,6 +726,8 @@ def test_the_database_of_every_form_of_uri(tmp_path: Path, monkeypatch: pytest.M
     }.items():
         assert database_file(uri) == file
     assert "not a SQLite URI" in refusal("sqlite:a.db")
+    for uri in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:a?mode=memory&uri=true"):
+        assert "is in memory, and would keep nothing" in refusal(uri)
     for uri in ("sqlite://", "http://host", "sqlite:////a/b.db?timeout=3"):
         assert absolute_uri(uri) == uri
     assert absolute_uri("sqlite:///a.db?timeout=3") == f"sqlite:///{tmp_path}/a.db?timeout=3"

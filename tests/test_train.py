@@ -363,6 +363,13 @@ def test_a_wrong_configuration_is_one_line_and_leaves_nothing(refused, word, nam
     assert code == 2 and line.startswith("configuration error: ") and named in line
 
 
+def test_a_current_folder_that_was_deleted_is_one_line(refused, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert refused("algo=sac") == (1, "error: the current folder was deleted: go to one that exists\n")
+
+
 def test_an_unreachable_server_is_one_line_and_leaves_nothing(refused):
     start = time.monotonic()
     code, line = refused("logger.tracking_uri=http://127.0.0.1:9")

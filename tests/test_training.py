@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from test_configuration import configure
 
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.run.assemble import UPDATES_TO_REPAY_COMPILING, resolve_compile
 from pmoe_lightning.run.surroundings import check_devices, check_matmul_precision
+from pmoe_lightning.run.training import out_of_memory_in_one_line
 
 
 def test_compiling_is_as_told_or_where_it_is_repaid():
@@ -42,3 +45,14 @@ def test_bfloat16_is_warned_of_where_it_is_slower(ratio, warned, caplog, monkeyp
     check_matmul_precision("bf16-hidden", "cpu")
     said = "matmul_precision=bf16-hidden: a product takes 3.0 times as long as in float32 here"
     assert caplog.messages == [said] * warned
+
+
+@pytest.mark.parametrize("make", [torch.empty, np.empty])
+def test_more_memory_than_there_is_is_one_line(make):
+    with (
+        pytest.raises(RunError, match="^out of memory: .*llocate.*ask for smaller networks"),
+        out_of_memory_in_one_line(),
+    ):
+        make(1 << 50)
+    with pytest.raises(RuntimeError, match="another"), out_of_memory_in_one_line():
+        raise RuntimeError("another")

@@ -10,6 +10,7 @@ import enum
 import itertools
 import random
 import socket
+import sys
 import threading
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -29,6 +30,7 @@ DRAWS = np.random.default_rng(5)
 TABLE = {"gain": [1.0, 2.0], "offset": np.zeros(2)}
 STEPS = 0
 HELPERS = types.ModuleType("helpers")
+sys.modules["zoo_helpers"] = HELPERS
 HELPERS.__file__, HELPERS.noise, HELPERS.draw = __file__, np.random.default_rng(6), lambda: DRAWS.normal()
 
 
@@ -155,6 +157,61 @@ class CalledGenerator(Stranger):
 class OtherModule(Stranger):
     def moved(self, action):
         return HELPERS.noise.normal() + HELPERS.draw()
+
+
+class Counted(type):
+    """A metaclass that keeps something."""
+
+    made = 0
+
+
+class Tally:
+    """A class of which no instance is kept, but something in it."""
+
+    drawn = 0
+
+    class Inner:
+        marks = []
+
+    @classmethod
+    def draw(cls):
+        cls.drawn += 1
+        return cls.drawn
+
+
+class OtherTally(Tally):
+    pass
+
+
+class OtherClasses(Stranger, metaclass=Counted):
+    """What is kept in classes that no attribute leads to."""
+
+    def moved(self, action):
+        Counted.made += 1
+        OtherTally.Inner.marks.append(1)
+        return OtherTally.draw() + Tally.draw() + type(type(self)).made + len(Tally.Inner.marks)
+
+
+class LocalImport(Stranger):
+    """Imports where it needs something."""
+
+    def moved(self, action):
+        import zoo_helpers
+        from zoo_helpers import noise
+
+        zoo_helpers.count = getattr(zoo_helpers, "count", 0) + 1
+        return noise.random() + zoo_helpers.count
+
+
+class ReadOnly(Stranger):
+    def made(self):
+        self.goal, self.state = np.arange(3.0), np.zeros(2)
+        self.view = self.state[1:]
+        self.goal.flags.writeable = self.view.flags.writeable = False
+
+    def moved(self, action):
+        self.state += action
+        return self.view.sum() + self.goal.flags.writeable + self.view.flags.writeable
 
 
 class Constants(Stranger):
@@ -576,7 +633,7 @@ EXACT = [Generator, SharedGenerator, SpawnedGenerators, OtherBitGenerators, Rand
 EXACT += [GlobalGenerators, ModuleGenerator, ModuleData, CalledGenerator, SpaceGenerator, InnerEnvironment]
 EXACT += [InnerEnvironments, RenderingNames, PlainValues, Arrays, Views, Aliases, DistinctAfterAll, Slots, Comes]
 EXACT += [ClassAttributes, Property, Closure, Offers, OffersAround, DictObservation, RandomisedCheetah, ContactsFirst]
-EXACT += [OwnMujoco, OtherModule, Constants]
+EXACT += [OwnMujoco, OtherModule, OtherClasses, LocalImport, ReadOnly, Constants]
 
 KEPT = {
     "IntEnum": lambda: Mode.RUN,

@@ -17,11 +17,14 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from pmoe_lightning.configuration.arguments import quote_value
 from pmoe_lightning.configuration.groups import group_choices
 from pmoe_lightning.configuration.schemas import fields_of, register, schemas
 from pmoe_lightning.errors import ConfigurationError, error_line, first_line
 
 _CONFIG_MODULE = "pmoe_lightning.conf"
+#: What a run can do without, and ``~key`` may leave out.
+_OPTIONAL = ("callbacks", "logger", "debug", "experiment", "env", "hydra")
 
 
 def compose_jobs(
@@ -74,10 +77,16 @@ def read_choice(group: str, name: str, config_dir: str) -> tuple[Callable[..., A
 
 
 def _compose(overrides: list[str]) -> DictConfig:
+    for word in overrides:
+        if word.startswith("~") and re.split("[./@=]", word[1:])[0] not in _OPTIONAL or word == "~env":
+            key = word[1:].partition("=")[0]
+            raise ConfigurationError(f"{word} leaves out what every run needs: choose a value, {key}=...")
     try:
         return compose("config", overrides)
     except OverrideParseException as error:
-        raise ConfigurationError(f"cannot read {error.override!r}: write key=value") from None
+        key, equals, value = error.override.partition("=")
+        wanted = f"put the value into quotes of its own, {key}={quote_value(value)}" if equals else "write key=value"
+        raise ConfigurationError(f"cannot read {error.override!r}: {wanted}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigurationError(_explain(error, overrides)) from None
 

@@ -12,7 +12,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData, Source, round_up
-from pmoe_lightning.errors import ConfigurationError
+from pmoe_lightning.errors import ConfigurationError, NonFiniteError
 from pmoe_lightning.limits import NonNegativeInt, Of, PositiveFloat, PositiveInt, checked
 
 __all__ = ["OffPolicyData"]
@@ -123,6 +123,11 @@ class OffPolicyData(CollectedData):
         updates = int(self.updates_owed)
         if updates == 0:
             return None
+        if not len(self.buffer):
+            raise NonFiniteError(
+                f"none of the {self._given:,} transitions so far is finite, so there is nothing to learn from: look at "
+                "the observations and rewards of the environment"
+            )
         self.updates_owed -= updates
         share = self.batch_size // self.world_size
         return self.buffer.sample(updates * share).view(updates, share)

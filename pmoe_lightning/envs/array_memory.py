@@ -30,6 +30,8 @@ def owner_of(array: np.ndarray) -> np.ndarray:
 def pack(array: np.ndarray) -> tuple:
     """An array that owns its memory: (bytes, dtype, shape in memory order, axes that bring it into that order).
 
+    Of an array that must not be written to, with False behind.
+
     Raises:
         NotCaptured: the memory has gaps.
     """
@@ -38,13 +40,16 @@ def pack(array: np.ndarray) -> tuple:
     if not ordered.flags.c_contiguous:
         raise NotCaptured("is an array with gaps in its memory")
     content = torch.from_numpy(memory(array).copy())
-    return content, _description(array.dtype), list(ordered.shape), axes
+    return content, _description(array.dtype), list(ordered.shape), axes, *_protection(array)
 
 
-def unpack(content: torch.Tensor, description: Any, shape: list[int], axes: list[int]) -> np.ndarray:
+def unpack(
+    content: torch.Tensor, description: Any, shape: list[int], axes: list[int], writeable: bool = True
+) -> np.ndarray:
     """The array that :func:`pack` was given."""
     array = np.empty_like(np.empty(shape, _dtype(description)).transpose(np.argsort(axes)), order="K")
     memory(array)[...] = content.numpy()
+    array.flags.writeable = writeable
     return array
 
 
@@ -56,14 +61,23 @@ def memory(array: np.ndarray) -> np.ndarray:
 
 
 def pack_view(view: np.ndarray, owner: np.ndarray) -> tuple:
-    """Where a view lies in the memory of its owner: (dtype, shape, strides, offset)."""
+    """Where a view lies in the memory of its owner: (dtype, shape, strides, offset); False behind as :func:`pack`."""
     offset = _address(view) - _address(memory(owner))
-    return _description(view.dtype), list(view.shape), list(view.strides), offset
+    return _description(view.dtype), list(view.shape), list(view.strides), offset, *_protection(view)
 
 
-def unpack_view(owner: np.ndarray, description: Any, shape: list[int], strides: list[int], offset: int) -> np.ndarray:
+def unpack_view(
+    owner: np.ndarray,
+    description: Any,
+    shape: list[int],
+    strides: list[int],
+    offset: int,
+    writeable: bool = True,
+) -> np.ndarray:
     """The view that :func:`pack_view` was given, of another owner."""
-    return np.ndarray(shape, _dtype(description), memory(owner), offset, strides)
+    view = np.ndarray(shape, _dtype(description), memory(owner), offset, strides)
+    view.flags.writeable &= writeable
+    return view
 
 
 def pack_scalar(scalar: np.generic) -> tuple:
@@ -81,6 +95,10 @@ def _memory_order(array: np.ndarray) -> list[int]:
     if array.flags.c_contiguous:
         return list(range(array.ndim))
     return sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+
+
+def _protection(array: np.ndarray) -> tuple:
+    return () if array.flags.writeable else (False,)
 
 
 def _address(array: np.ndarray) -> int:

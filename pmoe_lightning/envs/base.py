@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.envs.object_parts import NotCaptured
-from pmoe_lightning.errors import NonFiniteError, RunError
+from pmoe_lightning.errors import NonFiniteError, RunError, is_exit
 
 __all__ = ["AbstractEnvironment", "Entry", "NotCaptured", "carried_entries", "with_memory"]
 
@@ -287,12 +287,22 @@ class AbstractEnvironment(EnvBase):
         if not np.isfinite(action).all():  # before the bounds make an infinite one harmless here, but not in replay
             i = int(np.flatnonzero(~np.isfinite(action).all(-1))[0])
             raise NonFiniteError(f"the policy's action for environment {i} is not finite: {action[i].tolist()}")
-        ended = self._simulate(np.minimum(np.maximum(action, self._action_low), self._action_high), outcome)
+        bounded = np.minimum(np.maximum(action, self._action_low), self._action_high)
+        try:
+            ended = self._simulate(bounded, outcome)
+        except SystemExit as ending:
+            self._refuse_exit(ending)
         if self._may_have_broken_down(outcome):
             ended = self._contain_breakdowns(outcome)
         for name, value in carried.items():
             outcome[self._carried[name]][...] = value
         return ended
+
+    def _refuse_exit(self, ending: SystemExit) -> NoReturn:
+        """In the middle of a run ``sys.exit()`` would end it as if it were done."""
+        if not is_exit(ending):
+            raise ending
+        raise RunError(f"environment {self.name!r} called sys.exit({ending.code!r})") from ending
 
     def _count(self, outcome: Arrays) -> list[int]:
         """Write ``done`` and the totals of the episodes; returns the environments whose episodes ended."""
@@ -336,7 +346,10 @@ class AbstractEnvironment(EnvBase):
     def _start_episode(self, i: int, observation: np.ndarray) -> None:
         """Start an episode of one environment, and write the first observation that is finite."""
         for resets in range(_RESETS):
-            self._begin(i, self._seeds[i], observation)
+            try:
+                self._begin(i, self._seeds[i], observation)
+            except SystemExit as ending:
+                self._refuse_exit(ending)
             self._seeds[i] = None  # later episodes continue the environment's own random stream
             if np.isfinite(observation).all():
                 if resets:

@@ -15,13 +15,14 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 from gymnasium.spaces.utils import flatten_space
 
-from pmoe_lightning.errors import ConfigurationError, RunError, error_line
+from pmoe_lightning.errors import ConfigurationError, RunError, error_line, is_exit
 
 __all__ = [
     "check_action_space",
     "check_observation",
     "check_reset",
     "check_step",
+    "one_flag",
     "one_line",
     "one_number",
     "vector_size",
@@ -72,13 +73,14 @@ def vector_size(space: gymnasium.Space, name: str) -> int:
     """
     described = f"environment {name!r} has observations {_shown(space)}"
     try:
-        for part, where in _parts(space, "observation"):
+        parts = list(_parts(space, "observation"))
+        for part, where in parts:
             if _is_image(part):
                 raise ConfigurationError(
                     f"environment {name!r} has images as {where}, {_shown(part)}: there is no encoder for them; "
                     "wrap it so that it observes a flat vector of features"
                 )
-        flat = flatten_space(space)
+        flat = flatten_space(space) if parts else Box(0, 1, (0,))  # it cannot flatten a structure without parts
     except NotImplementedError:
         flat = None
     if not isinstance(flat, Box):
@@ -102,10 +104,8 @@ def check_step(space: gymnasium.Space, result: Any, name: str) -> None:
     observation, reward, terminated, truncated, info = result
     check_observation(space, observation, name)
     one_number(reward, name)
-    for flag, value in (("terminated", terminated), ("truncated", truncated)):
-        array = np.asarray(value)
-        if array.size != 1 or array.dtype.kind not in _KINDS or array.item() not in (0, 1):
-            raise ConfigurationError(f"environment {name!r} returned {flag}={_shown(value)}: it must be True or False")
+    one_flag(terminated, "terminated", name)
+    one_flag(truncated, "truncated", name)
     _check_info(info, "step", name)
 
 
@@ -163,6 +163,14 @@ def one_number(value: Any, name: str) -> float:
     return float(array.item())
 
 
+def one_flag(value: Any, flag: str, name: str) -> bool:
+    """``terminated`` or ``truncated`` as a bool: that, 0 or 1, or an array of exactly one of them."""
+    array = _as_array(value)
+    if array.size != 1 or array.dtype.kind not in _KINDS or array.item() not in (0, 1):
+        raise ConfigurationError(f"environment {name!r} returned {flag}={_shown(value)}: it must be True or False")
+    return bool(array.item())
+
+
 @contextmanager
 def one_line(name: str, call: str) -> Iterator[None]:
     """What goes wrong in the first reset or step of somebody's environment, as one line.
@@ -174,7 +182,9 @@ def one_line(name: str, call: str) -> Iterator[None]:
         yield
     except (ConfigurationError, RunError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_exit(error)):
+            raise
         wanted = f", which must return ({', '.join(_RETURNS[call])})"
         raise ConfigurationError(
             f"environment {name!r} failed in its first {call}{wanted}: {error_line(error, named=True)}"

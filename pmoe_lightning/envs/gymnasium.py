@@ -24,6 +24,7 @@ from pmoe_lightning.envs.contract import (
     check_observation,
     check_reset,
     check_step,
+    one_flag,
     one_line,
     one_number,
     vector_size,
@@ -32,12 +33,13 @@ from pmoe_lightning.envs.contract import (
 from pmoe_lightning.envs.packages import closest, package
 from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
 from pmoe_lightning.envs.velocity import VelocityCost
-from pmoe_lightning.errors import ConfigurationError, error_line
+from pmoe_lightning.errors import ConfigurationError, error_line, is_exit
 
 __all__ = ["GymnasiumEnv", "make_env"]
 
 _log = logging.getLogger(__name__)
 _STEPPED = ("observation", "reward", "done", "terminated", "truncated", "episode_return", "episode_length")
+_FLAGS = (bool, np.bool_)
 _NOT_A_VECTOR = (-1,)  # the shape of no array
 _BAD_STATES = slice(3, 7)  # mjWARN_BADQPOS, BADQVEL, BADQACC and BADCTRL
 _mujoco_breakdowns: list[str] = []  # what MuJoCo has said since this was last looked at
@@ -108,7 +110,8 @@ class GymnasiumEnv(AbstractEnvironment):
             observed, value, ends, is_cut, info = stepped
             observation[i] = observed if getattr(observed, "shape", None) == shape else self._flat(observed)
             value = float(value) if isinstance(value, float) else one_number(value, self.name)
-            ends, is_cut = bool(ends), bool(is_cut)
+            ends = bool(ends) if isinstance(ends, _FLAGS) else one_flag(ends, "terminated", self.name)
+            is_cut = bool(is_cut) if isinstance(is_cut, _FLAGS) else one_flag(is_cut, "truncated", self.name)
             self._returns[i] += value
             self._lengths[i] += 1
             reward[i, 0], episode_return[i, 0], episode_length[i, 0] = value, self._returns[i], self._lengths[i]
@@ -178,10 +181,16 @@ class GymnasiumEnv(AbstractEnvironment):
         return rendering.render(self.envs[0], self.name)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Close every Gymnasium environment."""
+        """Close every Gymnasium environment; that one cannot be closed is a warning."""
         super().close(raise_if_closed=raise_if_closed)
+        failure = None
         for env in self.envs:
-            env.close()
+            try:
+                env.close()
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            _log.warning("environment %r failed to close: %s", self.name, error_line(failure, named=True))
 
 
 def make_env(
@@ -229,7 +238,9 @@ def make_env(
         raise ConfigurationError(f"unknown environment id {id!r}{package(id) or closest(id)}") from error
     except ImportError as error:
         raise ConfigurationError(f"environment {id!r} cannot be imported: {error_line(error)}{package(id)}") from error
-    except Exception as error:  # whatever somebody's constructor may raise
+    except BaseException as error:  # whatever somebody's constructor may raise
+        if not (isinstance(error, Exception) or is_exit(error)):
+            raise
         raise ConfigurationError(
             f"environment {id!r} cannot be made with {kwargs}: {error_line(error, named=True)}"
         ) from error

@@ -6,7 +6,7 @@ Only what can be put back to the last bit is accepted; anything else is refused 
 * NumPy arrays with their memory: two names for one array, or a view of a part of it, stay that;
 * random generators of NumPy, Python and torch;
 * environments and spaces with all their attributes, inside other environments too, and functions; with them the data of
-  their classes, and the globals that their methods use;
+  their classes, and the globals, classes and modules that their methods use;
 * MuJoCo's models and data.
 
 Sets are refused: the order in which they iterate depends on what was in them before.
@@ -38,8 +38,10 @@ from pmoe_lightning.envs.object_parts import (
     full_name,
     function_bindings,
     function_label,
+    import_as_before,
     is_all_python,
     is_builtin,
+    is_searched,
     offers_its_state,
     searched_classes,
     set_attributes,
@@ -111,6 +113,8 @@ class Encoder:
             return ("fixed", fixed_label(value))
         if kind is type and value.__module__ in ("builtins", "numpy"):
             return ("fixed", repr(value))
+        if isinstance(value, type) and is_searched(value):
+            return self._class(value)
         if mujoco_state.is_model(value) or mujoco_state.is_data(value):
             self.has_met_mujoco = True
             return self._mujoco_model(value) if mujoco_state.is_model(value) else self._mujoco_data(value)
@@ -370,11 +374,11 @@ class Decoder:
 
         self._writes.append(write)
 
-    def _class(self, index: int, present: type, label: str, bindings: Mapping[str, Encoded]) -> None:
-        self._find(index, present, label, full_name(present) == label)
+    def _class(self, index: int, present: Any, label: str, bindings: Mapping[str, Encoded]) -> None:
+        self._find(index, present, label, isinstance(present, type) and full_name(present) == label)
         ours = class_bindings(present)
-        decoded = self._children(present, {key: bindings[key] for key in bindings if key in ours}, ours)
-        changed = {key: value for key, value in decoded.items() if value is not ours[key]}
+        decoded = self._children(present, bindings, ours)
+        changed = {key: value for key, value in decoded.items() if value is not ours.get(key, _ABSENT)}
 
         def write() -> None:
             for key, value in changed.items():
@@ -384,9 +388,10 @@ class Decoder:
 
     def _function(self, index: int, present: Any, label: str, bindings: Mapping[str, Encoded]) -> None:
         self._find(index, present, label, function_label(present) == label)
+        import_as_before(present, bindings)
         ours = function_bindings(present)
-        decoded = self._children(present, {key: bindings[key] for key in bindings if key in ours}, ours)
-        changed = {key: value for key, value in decoded.items() if value is not ours[key]}
+        decoded = self._children(present, bindings, ours)
+        changed = {key: value for key, value in decoded.items() if value is not ours.get(key, _ABSENT)}
         self._writes.append(lambda: bind(present, changed))
 
     _LEAVES: dict[str, Callable[..., Any]] = {

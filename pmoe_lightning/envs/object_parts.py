@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import dis
 import enum
 import hashlib
+import importlib
+import importlib.util
 import inspect
 import logging
 import random
@@ -12,7 +16,8 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import PurePath
 from typing import Any
@@ -34,7 +39,9 @@ _IGNORED = (
 # What classes and modules are made of beside data.
 _CODE = (
     *(types.ModuleType, types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType),
-    *(types.MethodDescriptorType, types.GenericAlias, type, np.ufunc, type(np.clip), logging.Logger),
+    *(types.MethodDescriptorType, types.GenericAlias, np.ufunc, type(np.clip), logging.Logger),
+    # Of named tuples and of data classes, neither of which has a public name.
+    *(vars(collections)["_tuplegetter"], type(vars(dataclasses)["_HAS_DEFAULT_FACTORY"])),
 )
 _IMMUTABLE = (PurePath, re.Pattern, range, np.dtype, np.ufunc)
 # Their classes and functions are not searched: they keep no state there that a step depends on, or training keeps it.
@@ -130,15 +137,23 @@ def offers_its_state(env: Any) -> bool:
 
 def searched_classes(kind: type) -> list[type]:
     """The classes of an environment that may hold state themselves."""
-    return [cls for cls in kind.__mro__ if _package(cls) not in _LIBRARIES]
+    return [cls for cls in kind.__mro__ if is_searched(cls)]
+
+
+def is_searched(kind: type) -> bool:
+    """Whether a class may hold state itself; an enumeration holds its members, which are constants."""
+    return _package(kind) not in _LIBRARIES and not issubclass(kind, enum.Enum)
 
 
 def class_bindings(kind: type) -> dict[str, Any]:
-    """The data in a class, and the functions of its methods and properties."""
-    bindings: dict[str, Any] = {}
+    """The data in a class, the functions of its methods and properties, its own bases, metaclass and nested classes."""
+    bindings: dict[str, Any] = {f"base {cls.__qualname__}": cls for cls in kind.__bases__} | {"metaclass": type(kind)}
+    bindings = {key: cls for key, cls in bindings.items() if not _is_class_of_others(cls, kind)}
     for key, value in vars(kind).items():
         if isinstance(value, types.FunctionType | classmethod | staticmethod | property | cached_property):
             bindings |= {f"{key}({i})": function for i, function in enumerate(_functions(value))}
+        elif isinstance(value, type) and _is_class_of_others(value, kind):
+            continue
         elif not (key.startswith("__") and key.endswith("__") or key == "_abc_impl" or isinstance(value, _CODE)):
             bindings[key] = value
     return bindings
@@ -158,17 +173,17 @@ def function_bindings(function: types.FunctionType) -> dict[str, Any]:
     bindings |= {f"variable {key}": cell.cell_contents for key, cell in _cells(function).items()}
     if _package(function) not in _LIBRARIES:
         for key in sorted(_global_names(function.__code__) & function.__globals__.keys()):
-            value = function.__globals__[key]
-            bindings[f"global {key}"] = value
-            if isinstance(value, types.ModuleType) and not _is_installed(getattr(value, "__file__", None)):
-                names = sorted(_attribute_names(function.__code__) & vars(value).keys())
-                bindings |= {f"module {key}.{name}": vars(value)[name] for name in names}
+            bindings[f"global {key}"] = function.__globals__[key]
+        for label, module in _modules(function).items():
+            names = sorted(_attribute_names(function.__code__) & vars(module).keys())
+            bindings |= {f"module {label}.{name}": vars(module)[name] for name in names}
     return {key: value for key, value in bindings.items() if not _is_code_of_others(value, function)}
 
 
 def bind(function: types.FunctionType, values: dict[str, Any]) -> None:
     """Make some of :func:`function_bindings` these."""
-    defaults, cells = list(function.__defaults__ or ()), _cells(function)
+    defaults = list(function.__defaults__ or ())
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     for key, value in values.items():
         kind, name = key.split(" ", 1)
         if kind == "attribute":
@@ -178,14 +193,21 @@ def bind(function: types.FunctionType, values: dict[str, Any]) -> None:
         elif kind == "global":
             function.__globals__[name] = value
         elif kind == "module":
-            module, name = name.split(".")
-            setattr(function.__globals__[module], name, value)
+            label, _, name = name.rpartition(".")
+            setattr(_modules(function)[label], name, value)
         elif name.isdigit():
             defaults[int(name)] = value
             function.__defaults__ = tuple(defaults)
         else:
             keywords: Any = function.__kwdefaults__
             keywords[name] = value
+
+
+def import_as_before(function: types.FunctionType, bindings: Collection[str]) -> None:
+    """Import what a function imports in its body, where it had done so when its bindings were captured."""
+    for name in _imported(function):
+        if any(key.startswith(f"module {name}.") for key in bindings):
+            importlib.import_module(name)
 
 
 def is_builtin(value: Any) -> bool:
@@ -205,8 +227,17 @@ def _is_code_of_others(value: Any, function: types.FunctionType) -> bool:
             _package(value) != _package(function) and _is_installed(value.__code__.co_filename)
         )
     if type(value) is types.BuiltinFunctionType:
-        return is_builtin(value) or value.__self__ in (random._inst, np.random.mtrand._rand)
+        owner = value.__self__
+        return is_builtin(value) or isinstance(owner, type) or owner in (random._inst, np.random.mtrand._rand)
+    if isinstance(value, type):
+        return _is_class_of_others(value, function)
     return isinstance(value, _CODE)
+
+
+def _is_class_of_others(kind: type, owner: Any) -> bool:
+    """Whether a class keeps no state of the environment's: that of a library, or one installed beside its package."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return not is_searched(kind) or (_package(kind) != _package(owner) and _is_installed(file))
 
 
 def _is_installed(file: str | None) -> bool:
@@ -217,6 +248,39 @@ def _is_installed(file: str | None) -> bool:
 def _global_names(code: types.CodeType) -> frozenset[str]:
     names = {step.argval for step in dis.get_instructions(code) if step.opname.endswith("_GLOBAL")}
     return frozenset(names).union(*map(_global_names, _nested(code)))
+
+
+def _modules(function: types.FunctionType) -> dict[str, types.ModuleType]:
+    """The modules to which a function refers, but for installed ones, by the names that lead to them from there."""
+    names = _global_names(function.__code__) & function.__globals__.keys()
+    met = {key: function.__globals__[key] for key in sorted(names)}
+    met |= {name: sys.modules.get(name) for name in _imported(function)}
+    found: dict[str, types.ModuleType] = {}
+    while met:
+        label, module = met.popitem()
+        is_one = isinstance(module, types.ModuleType) and not _is_installed(getattr(module, "__file__", None))
+        if is_one and all(module is not other for other in found.values()):
+            found[label] = module
+            inside = _attribute_names(function.__code__) & vars(module).keys()
+            met |= {f"{label}.{name}": vars(module)[name] for name in inside}
+    return found
+
+
+def _imported(function: types.FunctionType) -> list[str]:
+    """The full names of the modules that a function imports in its body."""
+    names = set()
+    for level, name in _imported_names(function.__code__):
+        with suppress(ImportError):  # it lies outside of every package, so it was never imported
+            names.add(importlib.util.resolve_name("." * level + name, function.__globals__.get("__package__")))
+    return sorted(names)
+
+
+@cache
+def _imported_names(code: types.CodeType) -> frozenset[tuple[int, str]]:
+    """(number of dots, name) of each import."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    names = {(steps[i - 2].argval, step.argval) for i, step in enumerate(steps) if step.opname == "IMPORT_NAME"}
+    return frozenset(names).union(*map(_imported_names, _nested(code)))
 
 
 @cache

@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from pmoe_lightning.errors import RunError, error_line
 
@@ -40,10 +41,13 @@ def coarsen_shadows(env: gymnasium.Env) -> None:
 
 def seconds_per_step(env: gymnasium.Env) -> float:
     """Simulated seconds of a step: ``dt`` of the environment, or what its rendering metadata say."""
-    seconds = getattr(env.unwrapped, "dt", None)
-    if isinstance(seconds, int | float) and 0 < seconds < math.inf:
-        return float(seconds)
-    return 1 / (env.metadata.get("render_fps") or 30)
+    seconds, rate = _positive(getattr(env.unwrapped, "dt", None)), _positive(env.metadata.get("render_fps"))
+    return seconds or 1 / (rate or 30.0)
+
+
+def _positive(value: Any) -> float | None:
+    """The value, if it is a positive number."""
+    return float(value) if isinstance(value, int | float | np.number) and 0 < value < math.inf else None
 
 
 def render(env: gymnasium.Env, name: str) -> Any:

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -109,6 +110,8 @@ def _film(
             ffmpeg_log_level="error",
         ) as writer:  # fmt: skip
             for picture in chain([first], pictures):
+                if picture.shape != first.shape:
+                    raise RunError(f"environment {env.name} draws pictures of several sizes, which make no film")
                 writer.append_data(picture)
         os.replace(partial, path)
     except (OSError, ImportError) as error:
@@ -135,4 +138,19 @@ def _pictures(
             acted.append(0 if mixture is None else int(acting_component(mixture, root)))
         if over or step % every == 0:
             caption = f"step {step} of {length}    {step * seconds:.1f} s    return {total:,.1f}"
-            yield film_frame(env.picture(), caption, acted, num_components, length)
+            yield film_frame(_checked(env.picture(), env.name), caption, acted, num_components, length)
+
+
+def _checked(picture: Any, name: str) -> np.ndarray:
+    """What an environment draws, if it is a picture.
+
+    Raises:
+        RunError: it is not.
+    """
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+        if picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
+            return picture
+        said = f"an array of shape {picture.shape}"
+    else:
+        said = f"an array of {picture.dtype}" if isinstance(picture, np.ndarray) else f"a {type(picture).__name__}"
+    raise RunError(f"environment {name} draws {said}, not a picture: uint8 [height, width, 3]")

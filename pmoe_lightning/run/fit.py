@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from pmoe_lightning.errors import RunError, error_line
+from pmoe_lightning.errors import RunError, error_line, is_exit
 from pmoe_lightning.processes.stop_after_iteration import Preempted, requeue
 from pmoe_lightning.run.process_watch import ProcessWatch
 from pmoe_lightning.tracking.address import without_secrets
@@ -21,14 +23,14 @@ def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule,
     """``trainer.fit``, with the shell's exit codes for a run that was stopped.
 
     Raises:
-        RunError: there was nothing to do an update with.
+        RunError: there was nothing to do an update with, or somebody's code called ``sys.exit()``.
     """
     for part in (*trainer.callbacks, data):  # type: ignore[attr-defined]  # Lightning does not declare them
         report_failures_of(part, "on_exception")
     for logger in trainer.loggers:
         report_failures_of(logger, "finalize")
     try:
-        with ProcessWatch(trainer):
+        with ProcessWatch(trainer), _no_exit():
             trainer.fit(algorithm, datamodule=data, ckpt_path=resume)
     except SystemExit as ending:
         if isinstance(ending, Preempted) and trainer.is_global_zero:
@@ -36,6 +38,17 @@ def fit(trainer: Trainer, algorithm: LightningModule, data: LightningDataModule,
         # Lightning turns a KeyboardInterrupt, which is not our signal handler's, into exit code 1.
         if isinstance(ending.__context__, KeyboardInterrupt):
             raise SystemExit(128 + signal.SIGINT) from None
+        raise
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """``sys.exit()`` of somebody's code would end a run as if it were done."""
+    try:
+        yield
+    except SystemExit as ending:
+        if is_exit(ending) and not isinstance(ending.__context__, KeyboardInterrupt):
+            raise RunError(f"something called sys.exit({ending.code!r}) in the middle of the run") from ending
         raise
 
 

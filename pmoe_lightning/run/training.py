@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pmoe_lightning.errors import ConfigurationError, RunError
+from pmoe_lightning.errors import ConfigurationError, RunError, first_line
 from pmoe_lightning.modules.networks import set_matmul_precision
 from pmoe_lightning.processes import run_folder
 from pmoe_lightning.processes.interprocess import named_after
@@ -49,7 +49,7 @@ def run_training(cfg: DictConfig) -> None:
     resumed = already_read[Path(cfg.resume)]["run"] if cfg.resume else {}
     with stop.interruptible():
         logger = _make_logger(cfg, resumed.get("mlflow", {}))
-    with recorded(output_dir), named_after(output_dir), closed_as_it_ends(logger):
+    with recorded(output_dir), named_after(output_dir), closed_as_it_ends(logger), out_of_memory_in_one_line():
         with stop.interruptible():
             trainer = make_trainer(cfg, logger, output_dir, already_read)
             if resumed and resumed["processes"] != trainer.world_size:
@@ -71,6 +71,22 @@ def run_training(cfg: DictConfig) -> None:
         finally:
             if trainer.is_global_zero:
                 print(describe_results(trainer, output_dir), flush=True)
+
+
+@contextmanager
+def out_of_memory_in_one_line() -> Iterator[None]:
+    """What asks for more memory than there is, on the processor or on a GPU, can be asked for less.
+
+    Raises:
+        RunError: there was not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RunError) or not is_memory:
+            raise
+        raise RunError(f"out of memory: {first_line(error)}; ask for smaller networks, buffers or batches") from error
 
 
 def _prepare_process(cfg: DictConfig) -> None:

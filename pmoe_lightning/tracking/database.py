@@ -71,11 +71,11 @@ def check_database(uri: str) -> None:
     """Return quietly when the file of this SQLite URI can be used, or made.
 
     Raises:
-        RunError: it cannot.
+        RunError: it cannot, or there is none: each connection would have a database of its own, gone with the run.
     """
     database = database_file(uri)
     if database is None:
-        return
+        raise RunError(f"the tracking database {uri} is in memory, and would keep nothing: write sqlite:///mlflow.db")
     if database.exists():
         try:
             with closing(sqlite3.connect(database, timeout=_PATIENCE_SECONDS)) as connection:
