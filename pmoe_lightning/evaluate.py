@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pmoe_lightning.evaluation.episodes import EpisodeResults
 
 _MAX_ENVS = 16
-_RULES = ("trained", "best_value", "max_weight", "sample_component", "sample")
+_RULES = ("trained", "best_value", "max_weight", "mean", "sample_component", "sample")
 _ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
 _CHOSEN_HERE = ("num_envs", "seed", "render_mode", "carry")  # arguments of make_env that are not the environment's
 
@@ -66,7 +66,8 @@ _HELP = {
     "max_episode_steps": "an episode that has not ended by then is cut short",
     "seed": "episode i is seeded with seed + i",
     "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
-    "sample_component (of a drawn one), sample, or trained (actor.deterministic of its training)",
+    "mean (of all, by weight), sample_component (of a drawn one), sample, or trained (actor.deterministic of its "
+    "training)",
     "env": "Gymnasium id; the environment of the checkpoint when empty",
     "+env.KEY": "an argument of the environment, as for the train command, such as +env.max_episode_steps=200",
     "video": "also film the first episode",

@@ -169,7 +169,7 @@ def build_policy(
         reason = textwrap.shorten(str(error), 300)
         raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
     if rule == "best_value":
-        best = BestValueActor(actor, _build_critics(entry, where))
+        best = BestValueActor(actor, build_critics(entry, where))
         parts = [best if part is actor else part for part in parts]
         policy = safe(_sequence(parts))
     for module in policy.modules():
@@ -227,8 +227,13 @@ def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:
     return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
 
 
-def _build_critics(entry: Mapping[str, Any], where: str) -> list[TensorDictModule]:
-    """The action-value networks of a checked entry, for the rule ``best_value``."""
+def build_critics(entry: Mapping[str, Any], where: str = "the checkpoint") -> list[TensorDictModule]:
+    """The action-value networks of a checked entry: what the actor reads and the action normalised to [-1, 1] make
+    ``state_action_value``.
+
+    Raises:
+        RunError: the entry holds none, or they do not fit their description.
+    """
     state_dicts = entry.get("action_values")
     if not state_dicts:
         raise RunError(f"{where} holds no action values to rank components by: use rule=max_weight")

@@ -142,7 +142,7 @@ class GaussianSchema:
 class PMOESchema(GaussianSchema):
     num_components: int = _at_least(1)
     router: str = _one_of("detached", "attached")
-    deterministic: str = _one_of("best_value", "max_weight", "sample_component")
+    deterministic: str = _one_of("best_value", "max_weight", "mean", "sample_component")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,11 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
 from pmoe_lightning.modules.actors import MixtureNetwork, Scale, action_bounds, check_choice
-from pmoe_lightning.modules.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
+from pmoe_lightning.modules.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.modules.networks import Initialization, initialize
 
+#: An option is one of them, never a mean of several.
+OptionRule = Literal["max_weight", "sample_component"]
 _HALF_LOG_2PIE = 0.5 * math.log(2 * math.pi * math.e)
 
 
@@ -129,7 +132,7 @@ class OptionActor(TensorDictModuleBase):
         low: Tensor,
         high: Tensor,
         *,
-        deterministic: DeterministicRule,
+        deterministic: OptionRule,
         observation_key: str,
         return_log_prob: bool,
     ) -> None:
@@ -177,7 +180,7 @@ def make_option_actor(
     activation: str = "tanh",
     scale: Scale = "state_independent",
     initialization: Initialization = "orthogonal",
-    deterministic: DeterministicRule = "max_weight",
+    deterministic: OptionRule = "max_weight",
     return_log_prob: bool = False,
     observation_key: str = "observation",
 ) -> OptionActor:
@@ -205,7 +208,7 @@ def make_option_actor(
     if num_options < 2:
         raise ValueError(f"num_options must be at least 2, not {num_options}")
     check_choice("scale", scale, Scale)
-    check_choice("deterministic", deterministic, DeterministicRule)
+    check_choice("deterministic", deterministic, OptionRule)
     network = OptionNetwork(
         observation_dim,
         low.numel(),
