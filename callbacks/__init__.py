@@ -13,6 +13,7 @@ from pmoe_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pmoe_lightning.callbacks.learning_curve import LearningCurve
 from pmoe_lightning.callbacks.metrics import MetricsLogger
 from pmoe_lightning.callbacks.mixture import MixtureDiagnostics
+from pmoe_lightning.callbacks.modes import ModeMeasures
 from pmoe_lightning.callbacks.nonfinite import NonFiniteGuard
 from pmoe_lightning.callbacks.progress import FramesProgressBar
 from pmoe_lightning.callbacks.trajectories import ActionTrajectories
@@ -28,5 +29,6 @@ __all__ = [
     "LearningCurve",
     "MetricsLogger",
     "MixtureDiagnostics",
+    "ModeMeasures",
     "NonFiniteGuard",
 ]

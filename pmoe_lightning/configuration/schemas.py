@@ -297,6 +297,16 @@ class MixtureDiagnosticsSchema:
 
 
 @dataclass
+class ModeMeasuresSchema:
+    _target_: str = MISSING
+    make_env: Any = MISSING
+    points: int = _at_least(1)
+    episodes: int = _at_least(1)
+    seed: int = _between(0, 2**31 - 1)
+    max_episode_steps: int = _at_least(1)
+
+
+@dataclass
 class EstimatorVarianceSchema:
     _target_: str = MISSING
     every_frames: int = _at_least(1)
@@ -394,6 +404,7 @@ SCHEMAS = {
         "final_policy": FinalPolicySchema,
         "metrics": MetricsLoggerSchema,
         "mixture": MixtureDiagnosticsSchema,
+        "modes": ModeMeasuresSchema,
         "nonfinite": NonFiniteGuardSchema,
         "trajectories": ActionTrajectoriesSchema,
     },

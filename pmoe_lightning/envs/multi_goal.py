@@ -32,7 +32,7 @@ class MultiGoal(gymnasium.Env):
     ends. The ways to them are truly longer: these goals do not tie with the others. (After the world ``Obstacle`` of
     DrAC 2025, arXiv 2511.01374, scaled to this plane.)
 
-    The goals are the modes, in the order above, and ``first_actions`` leads straight to each; with walls there are none.
+    The goals are the modes, in the order above, and ``first_actions`` leads straight to each; none do with walls.
 
     Args:
         start_deviation, action_cost, distance_cost, goal_reward, walls: see above.

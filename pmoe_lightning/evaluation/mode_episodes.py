@@ -34,7 +34,7 @@ class ModeReport:
         counts: of them, those that ended in each mode, [N].
         measures: ``kept``, ``score``, ``success``, ``balance``, ``removal_success``, ``blocked_success``, ``price``,
             ``return_sampled``, ``alpha``, ``gap`` and ``gap_over_alpha``, as in ``evaluation.modes``; those that can be
-            told here.
+            told here. The balance is nan where no episode succeeded.
         left_out: why the others cannot, by their names.
         warning: what makes the measures doubtful; empty where nothing does.
     """
@@ -98,7 +98,7 @@ def measure_modes(
         "price": modes.price(drawn.returns, ruled.returns),
         "return_sampled": drawn.mean,
     }
-    left_out = {} if any(counts) else {"balance": "no episode succeeded"}
+    left_out = {}
     if named.can_be_blocked:
         blocked = _blocked_episodes(policy, make_env, named, arguments)
         measures["blocked_success"] = modes.blocked_success(sum(m >= 0 for m in blocked.modes) / episodes)
@@ -117,7 +117,6 @@ def measure_modes(
         actions = 2 * (torch.as_tensor(named.first_actions) - low) / (high - low) - 1
         measures["gap"] = modes.gap(_first_values(policy, critics, starts[:1], actions))
         measures |= {} if alpha is None else {"gap_over_alpha": measures["gap"] / alpha}
-    measures = {key: value for key, value in measures.items() if key not in left_out}
     same = (starts["observation"] == starts["observation"][:1]).all()
     warning = "" if same else f"the starts of {name} differ, and noise of the start alone reaches many modes"
     return ModeReport(episodes, counts, measures, left_out, warning)
@@ -168,7 +167,9 @@ def drawn_paths(
 
 
 @torch.no_grad()
-def first_action_density(policy: TensorDictModuleBase, start: TensorDictBase, resolution: int = 64) -> np.ndarray | None:
+def first_action_density(
+    policy: TensorDictModuleBase, start: TensorDictBase, resolution: int = 64
+) -> np.ndarray | None:
     """pi(a|s_0) [G, G] at the centres of G x G equal cells of the action box; rows are action dimension 1.
 
     The density of the mixture, before a transform evolves what is drawn from it. None where the policy has none, or the
@@ -207,13 +208,13 @@ def draw_ways(
     try:
         start = env.reset()[:1]
         picture, bounds = env.picture(), env.action_spec.space
-        drawn, ended_in = drawn_paths(policy, env, seed=seed)
         density = first_action_density(policy, start)
-        ends = {"low": bounds.low[0].tolist(), "high": bounds.high[0].tolist()}
-        title = f"Where drawn actions lead in {env.name}"
+        drawn, ended_in = drawn_paths(policy, env, seed=seed)
+        arguments = {"low": bounds.low[0].tolist(), "high": bounds.high[0].tolist(), "num_modes": named.number}
+        arguments["title"] = f"Where drawn actions lead in {env.name}"
     finally:
         env.close()
-    return drawn_ways(picture, named.plane, drawn, ended_in, num_modes=named.number, density=density, title=title, **ends)
+    return drawn_ways(picture, named.plane, drawn, ended_in, density=density, **arguments)
 
 
 def _count(drawn: EpisodeResults, named: NamedModes, name: str) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def drawn_ways(
     left, right, bottom, top = plane
     panels = 1 if density is None else 2
     width = 4.6 * (right - left) / (top - bottom)
-    figure = Figure(figsize=(width + 4.4 * (panels - 1) + 1.6, 5.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width + 4.6 * (panels - 1) + 0.4, 5.6), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     if density is not None:
@@ -52,7 +52,7 @@ def drawn_ways(
     names = [f"mode {mode}: {count}" for mode, count in enumerate(counts)]
     if missed := len(ended_in) - sum(counts):
         lines, names = [*lines, Line2D([], [], color=GREY, linewidth=2.0)], [*names, f"none: {missed}"]
-    figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize=9, title=f"{len(paths)} paths")
+    figure.legend(lines, names, loc="outside lower center", ncols=5 if panels > 1 else 3, frameon=False, fontsize=9)
     return figure
 
 
@@ -99,6 +99,8 @@ def _draw_density(axes: Axes, density: np.ndarray, low: Sequence[float], high: S
     extent = (low[0], high[0], low[1], high[1])
     axes.imshow(np.sqrt(density), origin="lower", extent=extent, cmap="viridis", vmin=0.0)
     axes.set_title("density of the first action (square root)", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("action dimension 0")
     axes.set_ylabel("action dimension 1")
 
@@ -115,9 +117,9 @@ def _draw_paths(
     colors = component_colors(num_modes)
     for path, mode in zip(paths, ended_in, strict=True):
         axes.plot(*path.T, color=colors[mode] if mode >= 0 else GREY, linewidth=0.9, alpha=0.75)
-    axes.scatter(*paths[0][0], s=36, color="black", zorder=3)
+    axes.scatter(*paths[0][0], s=110, color="black", zorder=3)
     axes.set_xlim(plane[0], plane[1])
     axes.set_ylim(plane[2], plane[3])
-    axes.set_title("paths of drawn actions (dot: start)", fontsize=10)
+    axes.set_title(f"{len(paths)} paths of drawn actions (dot: start)", fontsize=10)
     axes.set_xlabel("x")
     axes.set_ylabel("y")

@@ -59,7 +59,7 @@ def balance(counts: Sequence[int]) -> float:
     _check(counts, max(total, 1))
     if not total:
         return math.nan
-    return -sum(n / total * math.log(n / total) for n in counts if n) / math.log(len(counts))
+    return sum(n / total * math.log(total / n) for n in counts if n) / math.log(len(counts))
 
 
 def removal_success(
