@@ -19,7 +19,7 @@ REWARD = 100.0
 _SPEED_BOUND = (TOP_SPEED + TIME_STEP * FORCE / MASS) / (1 + TIME_STEP / MASS)
 _COLORS = {"#": (70, 70, 70), "x": (190, 190, 190), "G": (160, 215, 190), ".": (255, 255, 255)}
 _POINT = (0, 114, 178)
-_PIXELS = 24  # of the side of a cell
+_PIXELS = 40  # of the side of a cell
 
 
 class PointMaze(gymnasium.Env):
@@ -54,6 +54,7 @@ class PointMaze(gymnasium.Env):
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
     num_modes: int
+    _STATE: ClassVar[tuple[str, ...]] = ("_x", "_y", "_vx", "_vy", "_time")
 
     def __init__(
         self, cells: Sequence[str], *, horizon: int, frame_skip: int, blocked: bool, render_mode: str | None
@@ -129,6 +130,15 @@ class PointMaze(gymnasium.Env):
     def _observation(self) -> np.ndarray:
         return np.array((self._x, self._y, self._vx, self._vy), np.float32)
 
+    def get_state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, see ``envs.simulator_state``."""
+        return {name: getattr(self, name) for name in self._STATE}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`get_state` was called."""
+        for name in self._STATE:
+            setattr(self, name, state[name])
+
     def render(self) -> np.ndarray | None:
         if self.render_mode != "rgb_array":
             return None
@@ -138,7 +148,7 @@ class PointMaze(gymnasium.Env):
         left, _, _, top = self.plane
         row, column = np.indices(picture.shape[:2])
         x, y = left + (column + 0.5) / _PIXELS, top - (row + 0.5) / _PIXELS
-        picture[(x - self._x) ** 2 + (y - self._y) ** 2 < (2 * RADIUS) ** 2] = _POINT  # twice as large as it is
+        picture[(x - self._x) ** 2 + (y - self._y) ** 2 < RADIUS**2] = _POINT
         return picture
 
 

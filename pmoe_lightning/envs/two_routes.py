@@ -33,6 +33,7 @@ class TwoRoutes(PointMaze):
     """
 
     num_modes = 2
+    _STATE = (*PointMaze._STATE, "_side")
 
     def __init__(self, *, frame_skip: int = 1, blocked: bool = False, render_mode: str | None = None) -> None:
         super().__init__(MAP, horizon=HORIZON, frame_skip=frame_skip, blocked=blocked, render_mode=render_mode)

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from pmoe_lightning.evaluation.figures import GREY, PALETTE, component_colors
@@ -117,7 +118,7 @@ def _draw_paths(
     colors = component_colors(num_modes)
     for path, mode in zip(paths, ended_in, strict=True):
         axes.plot(*path.T, color=colors[mode] if mode >= 0 else GREY, linewidth=0.9, alpha=0.75)
-    axes.scatter(*paths[0][0], s=110, color="black", zorder=3)
+    axes.add_artist(Circle(tuple(paths[0][0]), 0.025 * (plane[1] - plane[0]), color="black", zorder=3))
     axes.set_xlim(plane[0], plane[1])
     axes.set_ylim(plane[2], plane[3])
     axes.set_title(f"{len(paths)} paths of drawn actions (dot: start)", fontsize=10)
