@@ -72,7 +72,7 @@ class ModeMeasures(Callback):
         self._interval.every_frames = max(1, math.ceil(data.total_frames / self.points))
         self._interval.start(data.env_frames)
         if trainer.is_global_zero:
-            with isolate_rng():
+            with isolate_rng(), warn_on_failure("the modes are not measured"):
                 self._named = modes_of(with_memory(self.make_env, pl_module.policy))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -84,7 +84,7 @@ class ModeMeasures(Callback):
             self._measure(trainer, pl_module)
         self._draw(trainer)
         if self._named is not None and self._named.plane is not None:
-            with warn_on_failure("the drawn ways were not logged"):
+            with isolate_rng(), warn_on_failure("the drawn ways were not logged"):
                 log_figure(trainer, "drawn_ways", partial(self._draw_ways, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -98,20 +98,23 @@ class ModeMeasures(Callback):
         self.history, self._interval.frames = state_dict["history"].tolist(), state_dict["frames"]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        frames = trainer.datamodule.env_frames
-        if self._named is not None:
-            stop = find_callback(trainer, StopAfterIteration)
+        last, frames = self._interval.frames, trainer.datamodule.env_frames
+        self._interval.mark(frames)
+        if self._named is None:
+            return
+        stop = find_callback(trainer, StopAfterIteration)
+        # In this order: after an error isolate_rng would leave the random states as they are.
+        with isolate_rng(), warn_on_failure("the modes were not measured"):
             try:
-                with isolate_rng():
-                    report = self._report(pl_module, lambda: stop is not None and stop.is_asked)
+                report = self._report(pl_module, lambda: stop is not None and stop.is_asked)
             except EvaluationStopped:
+                self._interval.mark(last)
                 return
             measures = report.measures
             finite = {f"eval/modes/{name}": value for name, value in measures.items() if math.isfinite(value)}
             log_metrics(trainer, finite, frames)
             self.history.append([float(frames), *(measures.get(name, math.nan) for name in _DRAWN)])
             self._tell(report)
-        self._interval.mark(frames)
 
     def _report(self, pl_module: LightningModule, should_stop: Callable[[], bool]) -> ModeReport:
         critics = []
@@ -146,6 +149,5 @@ class ModeMeasures(Callback):
             log_figure(trainer, "modes_over_frames", draw)
 
     def _draw_ways(self, pl_module: LightningModule) -> Figure | None:
-        with isolate_rng():
-            policy = Evaluation.judged_policy(pl_module)
-            return draw_ways(policy, with_memory(self.make_env, policy), seed=self.seed)
+        policy = Evaluation.judged_policy(pl_module)
+        return draw_ways(policy, with_memory(self.make_env, policy), seed=self.seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers import TimeLimit
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -36,6 +37,7 @@ from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from pmoe_lightning.data.off_policy import OffPolicyData
 from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.envs import GymnasiumEnv, make_env
+from pmoe_lightning.envs.multi_goal import MultiGoal
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation import figures
 from pmoe_lightning.evaluation.episodes import evaluate_policy, follow_episode
@@ -522,6 +524,23 @@ def test_modes_are_measured_at_equal_distances_and_training_does_not_notice(tmp_
     other = ModeMeasures(make)
     other.load_state_dict(modes.state_dict())
     np.testing.assert_array_equal(other.history, modes.history)
+
+
+def test_what_cannot_be_measured_of_modes_is_a_line_and_the_run_goes_on(tmp_path, caplog):
+    class Left(MultiGoal):
+        def step(self, action):
+            return *super().step(action)[:4], {"mode": "left"}
+
+    def make(num_envs, seed, start_deviation=0.1):
+        return GymnasiumEnv([TimeLimit(Left(), 10) for _ in range(num_envs)], seed=seed)
+
+    logger, ends = Recorder(), []
+    for callbacks in ([], [ModeMeasures(make, points=2, episodes=3)]):
+        trainer = two_dimensional(tmp_path, callbacks, logger, None)
+        ends.append([*(p.detach().clone() for p in trainer.lightning_module.parameters()), torch.rand(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    said = [record.getMessage() for record in caplog.records if "modes were not measured" in record.getMessage()]
+    assert len(said) == 2 and all("info['mode']='left'" in line for line in said)
 
 
 def test_an_environment_without_modes_is_left_alone(tmp_path):

@@ -1,7 +1,8 @@
 """A policy from the data of a checkpoint.
 
 A checkpoint's entry ``"policy"`` holds ``description`` (which actor, its arguments, the action bounds, the
-environment), ``state_dict`` and, where the algorithm has critics of actions, their state dicts as ``action_values``.
+environment), ``state_dict`` and, where the algorithm has them, the state dicts of its critics of actions as
+``action_values`` and its temperature as ``alpha``.
 The description is data: it selects among the factories below and every value of it is checked, so a file can neither
 name code to run nor ask for a network of absurd size.
 """
@@ -78,6 +79,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     entry = _get(checkpoint, "policy", dict, where)
     description = _get(entry, "description", dict, f"{where}, policy")
     _get(entry, "state_dict", Mapping, f"{where}, policy")
+    if not isinstance(entry.get("alpha"), float | None):
+        raise RunError(f"{where}, policy: alpha {entry['alpha']!r} is not a number")
     place = f"{where}, policy.description"
     if description.get("format") != FORMAT:
         raise RunError(f"{place}: format {description.get('format')!r} is not {FORMAT}, the one this version reads")

@@ -1,7 +1,7 @@
 """What an environment says of its modes: the ways in which an episode can succeed.
 
-An environment names them with two things: ``num_modes``, their number N, and ``info["mode"]`` at the last step of an
-episode, an int from 0 to N - 1, or -1 where the episode succeeded in none. Everything else is optional:
+An environment names them with two things: ``num_modes``, their number N, at least 2, and ``info["mode"]`` at the last
+step of an episode, an int from 0 to N - 1, or -1 where the episode succeeded in none. Everything else is optional:
 
 * ``blocked``: whether some passages are closed; also an argument of the environment, which is trained open;
 * ``start_deviation``: the noise of the start; also an argument, measured at 0, because noise alone reaches many modes;
@@ -29,10 +29,10 @@ class NamedModes:
 
 
 def named_modes(env: EnvBase) -> NamedModes | None:
-    """What the task of an ``AbstractEnvironment`` says of its modes; None where it names none, as others do."""
+    """What the task of an ``AbstractEnvironment`` says of its modes; None where it does not name two or more."""
     task = getattr(env, "task", None)
     number = getattr(task, "num_modes", None)
-    if number is None:
+    if not isinstance(number, int | np.integer) or number < 2:
         return None
     return NamedModes(
         number=int(number),

@@ -85,7 +85,7 @@ def measure_modes(
         drawn = evaluate_policy(policy, env, sample=True, **arguments)
         ruled = evaluate_policy(policy, env, **arguments | {"episodes": env.batch_size[0]})
         env.set_seed(seed)
-        starts, bounds, name = env.reset(), env.action_spec.space, env.name
+        starts, name, first_actions = env.reset(), env.name, _normalised_first_actions(env, named)
     finally:
         env.close()
     counts = _count(drawn, named, name)
@@ -108,15 +108,13 @@ def measure_modes(
         left_out["alpha"] = "the policy has no temperature"
     else:
         measures["alpha"] = alpha
-    if named.first_actions is None:
+    if first_actions is None:
         left_out["gap"] = f"{name} names no first actions of equally good ways"
     elif not critics:
         left_out["gap"] = "the policy has no critics of actions"
     else:
-        low, high = bounds.low[0], bounds.high[0]
-        actions = 2 * (torch.as_tensor(named.first_actions) - low) / (high - low) - 1
-        measures["gap"] = modes.gap(_first_values(policy, critics, starts[:1], actions))
-        measures |= {} if alpha is None else {"gap_over_alpha": measures["gap"] / alpha}
+        measures["gap"] = modes.gap(_first_values(policy, critics, starts[:1], first_actions))
+        measures |= {"gap_over_alpha": measures["gap"] / alpha} if alpha else {}
     same = (starts["observation"] == starts["observation"][:1]).all()
     warning = "" if same else f"the starts of {name} differ, and noise of the start alone reaches many modes"
     return ModeReport(episodes, counts, measures, left_out, warning)
@@ -219,7 +217,7 @@ def draw_ways(
 
 def _count(drawn: EpisodeResults, named: NamedModes, name: str) -> tuple[int, ...]:
     for mode in drawn.modes:
-        if type(mode) is not int or not -1 <= mode < named.number:
+        if not isinstance(mode, int | np.integer) or not -1 <= mode < named.number:
             raise ConfigurationError(
                 f"environment {name!r} ended an episode with info['mode']={mode!r}: it must be an int from 0 to "
                 f"num_modes - 1 = {named.number - 1}, or -1 for none"
@@ -236,6 +234,13 @@ def _blocked_episodes(
         return evaluate_policy(policy, env, sample=True, **arguments)
     finally:
         env.close()
+
+
+def _normalised_first_actions(env: EnvBase, named: NamedModes) -> Tensor | None:
+    if named.first_actions is None:
+        return None
+    low, high = env.action_spec.space.low[0], env.action_spec.space.high[0]
+    return 2 * (torch.as_tensor(named.first_actions) - low) / (high - low) - 1
 
 
 @torch.no_grad()
