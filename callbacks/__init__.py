@@ -13,6 +13,7 @@ from .last_checkpoint import LastCheckpoint
 from .learning_curve import LearningCurve
 from .metrics import MetricsLogger
 from .mixture import MixtureDiagnostics
+from .modes import ModeMeasures
 from .nonfinite import NonFiniteGuard
 from .progress import FramesProgressBar
 from .trajectories import ActionTrajectories
@@ -28,5 +29,6 @@ __all__ = [
     "LearningCurve",
     "MetricsLogger",
     "MixtureDiagnostics",
+    "ModeMeasures",
     "NonFiniteGuard",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.envs import with_memory
-from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy
+from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EpisodeResults, EvaluationStopped, evaluate_policy
 from pmoe_lightning.limits import PositiveInt, Seed, checked
 from pmoe_lightning.processes.stop_after_iteration import StopAfterIteration
 from pmoe_lightning.tracking.references import load_policy
@@ -25,20 +26,25 @@ if TYPE_CHECKING:
     from .contract import AbstractAlgorithm, Trainer
 
 _MAX_ENVS = 16
+_DRAWN_PART = 5  # of the judged episodes, in all evaluations but the last
 
 
 class Evaluation(Callback):
-    """Run whole episodes with the deterministic policy, before training and after epochs.
+    """Run whole episodes with the deterministic policy, and some with drawn actions, before training and after epochs.
 
     The policy is what ``load_policy`` would make of a checkpoint saved now, because that is what a user will act with.
     An algorithm without a ``policy_description`` is judged by its ``policy`` itself.
 
     Logs against environment frames: ``eval/episode_return`` (mean undiscounted return),
     ``eval/episode_return_low`` and ``eval/episode_return_high`` (its 95 % interval), ``eval/episode_length`` and
-    ``train/time/evaluation_seconds``; ``eval/cut_short``, the number of episodes that did not end by themselves, where
-    there are any; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
+    ``train/time/evaluation_seconds``; ``eval/episode_return_sampled``, the mean return where the actions are drawn,
+    which no deterministic rule distorts; ``eval/cut_short``, the number of judged episodes that did not end by
+    themselves, where there are any; where the environment writes a cost, also ``eval/episode_cost`` (mean) and
     ``eval/violations`` (mean number of steps with a cost). ``ModelCheckpoint(monitor="eval/episode_return",
     mode="max")`` keeps the best policy; the evaluation before training is not offered to it.
+
+    The drawn episodes have the seeds that follow those of the judged ones. At the last evaluation there are as many of
+    them, at the others a fifth, so that they add a fifth to the time: ``ceil(episodes / 5)``.
 
     Training does not notice: the environments are separate, and the policy's mode and the global random states of
     Python, NumPy and torch are put back afterwards. Every evaluation starts from the same seed, so
@@ -75,7 +81,7 @@ class Evaluation(Callback):
         self._stopped_at: int | None = None  # the frames of an evaluation that is to be made up for
         self.history: list[list[float]] = []
         self.made_up: float | None = None
-        self._env: EnvBase | None = None
+        self._envs: dict[int, EnvBase] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
@@ -113,29 +119,24 @@ class Evaluation(Callback):
         return trainer.strategy.broadcast(mean)
 
     def _run_episodes(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> float | None:
-        start, stop = time.monotonic(), find_callback(trainer, StopAfterIteration)
+        start, data = time.monotonic(), trainer.datamodule
+        is_last, part = data.env_frames >= data.total_frames, math.ceil(self.episodes / _DRAWN_PART)
         with isolate_rng():
-            if self._env is None:
-                make_env = with_memory(self.make_env, pl_module.policy)
-                self._env = make_env(num_envs=min(self.episodes, _MAX_ENVS), seed=self.seed)
+            policy = self.judged_policy(pl_module)
+            run = partial(self._run, policy, find_callback(trainer, StopAfterIteration))
             try:
-                result = evaluate_policy(
-                    self.judged_policy(pl_module),
-                    self._env,
-                    episodes=self.episodes,
-                    seed=self.seed,
-                    max_episode_steps=self.max_episode_steps,
-                    should_stop=lambda: stop is not None and stop.is_asked,
-                )
+                result = run(self._env_of(pl_module, self.episodes), self.episodes, seed=self.seed)
+                number = self.episodes if is_last else part
+                drawn = run(self._env_of(pl_module, number), number, seed=self.seed + self.episodes, sample=True)
             except EvaluationStopped:  # in here, because an error would leave the random states as they are
                 return None
         mean, (low, high) = float(result.mean), result.interval
-        frames = trainer.datamodule.env_frames
-        self.history.append([float(frames), mean, float(low), float(high)])
+        self.history.append([float(data.env_frames), mean, float(low), float(high)])
         metrics = {
             "eval/episode_return": mean,
             "eval/episode_return_low": float(low),
             "eval/episode_return_high": float(high),
+            "eval/episode_return_sampled": float(drawn.mean),
             "eval/episode_length": sum(result.lengths) / len(result.lengths),
             "train/time/evaluation_seconds": time.monotonic() - start,
         }
@@ -144,8 +145,28 @@ class Evaluation(Callback):
         if result.costs:
             metrics["eval/episode_cost"] = sum(result.costs) / len(result.costs)
             metrics["eval/violations"] = sum(result.violations) / len(result.violations)
-        log_metrics(trainer, {name: value for name, value in metrics.items() if math.isfinite(value)}, frames)
+        log_metrics(trainer, {name: value for name, value in metrics.items() if math.isfinite(value)}, data.env_frames)
         return mean
+
+    def _run(
+        self,
+        policy: TensorDictModuleBase,
+        stop: StopAfterIteration | None,
+        env: EnvBase,
+        episodes: int,
+        *,
+        seed: int,
+        sample: bool = False,
+    ) -> EpisodeResults:
+        return evaluate_policy(
+            policy,
+            env,
+            episodes=episodes,
+            seed=seed,
+            sample=sample,
+            max_episode_steps=self.max_episode_steps,
+            should_stop=lambda: stop is not None and stop.is_asked,
+        )
 
     @staticmethod
     def judged_policy(pl_module: AbstractAlgorithm) -> TensorDictModuleBase:
@@ -154,7 +175,14 @@ class Evaluation(Callback):
             return pl_module.policy
         return load_policy({"policy": pl_module.policy_state()}, device=pl_module.device, parts=pl_module.parts)
 
+    def _env_of(self, pl_module: AbstractAlgorithm, episodes: int) -> EnvBase:
+        """Environments for so many episodes, made at their first use: few have a small batch, for all of it steps."""
+        num_envs = min(episodes, _MAX_ENVS)
+        if num_envs not in self._envs:
+            make_env = with_memory(self.make_env, pl_module.policy)
+            self._envs[num_envs] = make_env(num_envs=num_envs, seed=self.seed)
+        return self._envs[num_envs]
+
     def _close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-            self._env = None
+        while self._envs:
+            self._envs.popitem()[1].close()

@@ -31,11 +31,10 @@ def loggers_with(trainer: Trainer, method: str) -> list[Any]:
     return [logger for logger in trainer.loggers if hasattr(logger, method)] if trainer.is_global_zero else []
 
 
-def log_figure(trainer: Trainer, name: str, draw: Callable[[], Figure], env_frames: int | None = None) -> None:
-    """Draw a figure and send it to the loggers that take figures; where none does, it is not drawn."""
+def log_figure(trainer: Trainer, name: str, draw: Callable[[], Figure | None], env_frames: int | None = None) -> None:
+    """Draw a figure and send it to the loggers that take figures, where there is any of each."""
     loggers = loggers_with(trainer, "log_figure")
-    if loggers:
-        figure = draw()
+    if loggers and (figure := draw()) is not None:
         for logger in loggers:
             logger.log_figure(name, figure, env_frames)
 

@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from pmoe_lightning.checkpoints.loaded import LoadedPolicy
     from pmoe_lightning.envs import AbstractEnvironment
     from pmoe_lightning.evaluation.episodes import EpisodeResults
+    from pmoe_lightning.evaluation.mode_episodes import ModeReport
 
 _MAX_ENVS = 16
-_RULES = ("trained", "best_value", "max_weight", "sample_component", "sample")
+_RULES = ("trained", "best_value", "max_weight", "mean", "sample_component", "sample")
 _ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
 _CHOSEN_HERE = ("num_envs", "seed", "render_mode", "carry")  # arguments of make_env that are not the environment's
 
@@ -41,6 +43,8 @@ class Request:
     seed: int = 0
     rule: str = "trained"
     env: str = ""
+    modes: bool = False
+    mode_episodes: int = 400
     video: bool = False
     output: str = "evaluation"
     json: bool = False
@@ -58,6 +62,13 @@ class Judged:
     env_kwargs: dict[str, Any]
     rule: str
     result: "EpisodeResults"
+    modes: "ModeReport | None" = None
+
+    def make_again(self) -> Callable[..., "AbstractEnvironment"]:
+        """What makes such environments, called with ``num_envs``, ``seed`` and what is to be different."""
+        from pmoe_lightning.envs import with_memory
+
+        return partial(with_memory(self.make_env, self.policy), **{"id": self.env_id, **self.env_kwargs})
 
 
 _HELP = {
@@ -66,11 +77,14 @@ _HELP = {
     "max_episode_steps": "an episode that has not ended by then is cut short",
     "seed": "episode i is seeded with seed + i",
     "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
-    "sample_component (of a drawn one), sample, or trained (actor.deterministic of its training)",
+    "mean (of all, by weight), sample_component (of a drawn one), sample, or trained (actor.deterministic of its "
+    "training)",
     "env": "Gymnasium id; the environment of the checkpoint when empty",
     "+env.KEY": "an argument of the environment, as for the train command, such as +env.max_episode_steps=200",
+    "modes": "also count the equally good ways that drawn actions take, and draw them; the environment must name them",
+    "mode_episodes": "number of drawn episodes for modes=true",
     "video": "also film the first episode",
-    "output": "folder of the video",
+    "output": "folder of the video and of the figure of modes=true",
     "config_dir": "the folder that --config-dir was in training, where the policy or environment is of your own",
     "json": "print one JSON object and nothing else on standard output",
 }
@@ -97,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(request: Request) -> None:
-    """Evaluate and say how it went, then film one episode if asked: however that ends, the result is there.
+    """Evaluate and say how it went, then draw and film if asked: however that ends, the result is there.
 
     Raises:
         RunError: the checkpoint cannot be used.
@@ -108,20 +122,21 @@ def run(request: Request) -> None:
         judged = evaluate(request)
     if not request.json:
         print(_table(request, judged), flush=True)
-    video = None
+    video = figure = None
     try:
-        if request.video:
-            with printing():
-                video = _video(request, judged)
+        with printing():
+            figure = _figure(request, judged) if request.modes else None
+            video = _video(request, judged) if request.video else None
     finally:
         summary = _summary(request, judged, video)
         if request.json:
             print(json.dumps(summary))
-        elif video is not None:
-            print(_row("video", str(video)))
+        for name, path in {"figure": figure, "video": video}.items():
+            if path is not None and not request.json:
+                print(_row(name, str(path)))
         if os.environ.get("MLFLOW_RUN_ID"):
             with printing():
-                _log(summary, video)
+                _log(summary, {"videos": video, "figures": figure})
 
 
 @contextmanager
@@ -258,6 +273,7 @@ def evaluate(request: Request) -> Judged:
     from pmoe_lightning.checkpoints.files import read_checkpoint
     from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
     from pmoe_lightning.envs import with_memory
+    from pmoe_lightning.envs.modes import named_modes
     from pmoe_lightning.evaluation.episodes import evaluate_policy
     from pmoe_lightning.tracking.references import resolve_checkpoint
 
@@ -272,11 +288,32 @@ def evaluate(request: Request) -> Judged:
     env = with_memory(make, policy)(id=env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
         _check_fit(entry["description"], env_id, env)
+        if request.modes and named_modes(env) is None:
+            raise ConfigurationError(
+                f"modes=true needs an environment that names its modes, and {env_id} does not: see docs/many_ways.md"
+            )
         limits: dict[str, Any] = {"episodes": request.episodes, "max_episode_steps": request.max_episode_steps}
         result = evaluate_policy(policy, env, seed=request.seed, sample=sample, **limits)
     finally:
         env.close()
-    return Judged(policy, make, env_id, env_kwargs, rule, result)
+    judged = Judged(policy, make, env_id, env_kwargs, rule, result)
+    return replace(judged, modes=_measure_modes(request, judged, entry)) if request.modes else judged
+
+
+def _measure_modes(request: Request, judged: Judged, entry: Mapping[str, Any]) -> "ModeReport | None":
+    """The ways that drawn actions take; the price is that of drawing instead of the deterministic rule."""
+    from pmoe_lightning.checkpoints.policy import build_critics
+    from pmoe_lightning.evaluation.mode_episodes import measure_modes
+
+    return measure_modes(
+        judged.policy,
+        judged.make_again(),
+        episodes=request.mode_episodes,
+        seed=request.seed,
+        max_episode_steps=request.max_episode_steps,
+        critics=build_critics(entry) if entry.get("action_values") else (),
+        alpha=entry.get("alpha"),
+    )
 
 
 def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
@@ -357,13 +394,34 @@ def _video(request: Request, judged: Judged) -> Path | None:
     from pmoe_lightning.evaluation.film import record_video
 
     env_id, sample = judged.env_id, judged.rule == "sample"
-    path = Path(request.output, f"{env_id.replace(':', '-').replace('/', '-')}-seed{request.seed}.mp4")
+    path = Path(request.output, f"{_file_name(env_id)}-seed{request.seed}.mp4")
     try:
         arguments: dict[str, Any] = {"seed": request.seed, "env_kwargs": judged.env_kwargs, "make": judged.make_env}
         return record_video(judged.policy, env_id, path, sample=sample, **arguments)
     except Exception as error:  # of the environment, its renderer, the encoder: none is worth the result
         print(f"warning: no video: {error_line(error)}", file=sys.stderr)
         return None
+
+
+def _figure(request: Request, judged: Judged) -> Path | None:
+    from pmoe_lightning.evaluation.mode_episodes import draw_ways
+
+    path = Path(request.output, f"{_file_name(judged.env_id)}-seed{request.seed}-ways.png")
+    try:
+        figure = draw_ways(judged.policy, judged.make_again(), seed=request.seed)
+        if figure is None:
+            print(f"no figure: {judged.env_id} is not a task on a plane", file=sys.stderr)
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except Exception as error:  # of the environment, or of the disk: none is worth the result
+        print(f"warning: no figure: {error_line(error)}", file=sys.stderr)
+        return None
+    return path
+
+
+def _file_name(env_id: str) -> str:
+    return env_id.replace(":", "-").replace("/", "-")
 
 
 def _summary(request: Request, judged: Judged, video: Path | None = None) -> dict[str, Any]:
@@ -383,7 +441,18 @@ def _summary(request: Request, judged: Judged, video: Path | None = None) -> dic
         "lengths": list(result.lengths),
         "cut_short": result.cut_short,
         **({"costs": list(result.costs), "violations": list(result.violations)} if result.costs else {}),
+        **({"modes": _mode_summary(judged.modes)} if judged.modes is not None else {}),
         "video": None if video is None else str(video),
+    }
+
+
+def _mode_summary(report: "ModeReport") -> dict[str, Any]:
+    return {
+        "episodes": report.episodes,
+        "counts": list(report.counts),
+        **{name: _finite(value) for name, value in report.measures.items()},
+        "left_out": report.left_out,
+        "warning": report.warning,
     }
 
 
@@ -409,14 +478,38 @@ def _table(request: Request, judged: Judged) -> str:
     if result.costs:
         count, steps = sum(result.violations), sum(lengths)
         rows["cost"] = f"mean {sum(result.costs) / len(result.costs):.1f}, {count} of {steps} steps with a cost"
+    if judged.modes is not None:
+        rows |= _mode_rows(judged.modes)
     return "\n".join(_row(name, text) for name, text in rows.items())
+
+
+def _mode_rows(report: "ModeReport") -> dict[str, str]:
+    measures, counts = report.measures, ", ".join(map(str, report.counts))
+
+    def told(*names: str) -> str:
+        known = [name for name in names if math.isfinite(measures.get(name, math.nan))]
+        return ", ".join(f"{name.replace('_', ' ')} {measures[name]:.3g}" for name in known)
+
+    rows = {
+        "modes": f"kept {measures['kept']:.0f} of {len(report.counts)}, {report.episodes} drawn episodes: {counts}",
+        "drawn": f"mean {measures['return_sampled']:.2f}, price {measures['price']:.2f} beside the rule",
+        "ways": told("score", "success", "balance", "removal_success", "blocked_success"),
+    }
+    if start := told("alpha", "gap", "gap_over_alpha"):
+        rows["start"] = start
+    if report.left_out:
+        rows["left out"] = "; ".join(f"{name}: {why}" for name, why in report.left_out.items())
+    if report.warning:
+        rows["warning"] = report.warning
+    return rows
 
 
 def _row(name: str, text: str) -> str:
     return f"{name:<12}{text}"
 
 
-def _log(summary: dict[str, Any], video: Path | None) -> None:
+def _log(summary: dict[str, Any], files: Mapping[str, Path | None]) -> None:
+    """Add the result, and files by their artifact folders, to the MLflow run that this is part of."""
     import mlflow
 
     from pmoe_lightning.tracking.address import store_line
@@ -430,8 +523,9 @@ def _log(summary: dict[str, Any], video: Path | None) -> None:
             if value is not None:
                 client.log_metric(run_id, f"eval/episode_return{name}", value)
         client.log_dict(run_id, summary, "evaluation.json")
-        if video is not None:
-            client.log_artifact(run_id, str(video), "videos")
+        for folder, path in files.items():
+            if path is not None:
+                client.log_artifact(run_id, str(path), folder)
     except (RunError, mlflow.MlflowException) as error:
         print(f"warning: not added to MLflow run {run_id}: {store_line(error)}", file=sys.stderr)
 

@@ -21,6 +21,7 @@ SPACES = {
     "Hopper-v5": (11, [-1.0] * 3, [1.0] * 3),
     "probe_envs:Forgetful-v0": (11, [-1.0] * 3, [1.0] * 3),
     "HalfCheetah-v5": (17, [-1.0] * 6, [1.0] * 6),
+    "TwoRoutes-v0": (4, [-1.0] * 2, [1.0] * 2),
 }
 
 
@@ -54,10 +55,16 @@ def make_policy(
 
 
 def make_sac_policy(
-    actor: str = "pmoe", *, rule: str = "best_value", force: str | None = None, safe: bool = False, **arguments: Any
+    actor: str = "pmoe",
+    *,
+    env_id: str = "Hopper-v5",
+    rule: str = "best_value",
+    force: str | None = None,
+    safe: bool = False,
+    **arguments: Any,
 ) -> tuple[SAC, dict[str, Any]]:
-    """SAC on Hopper-v5's spaces, and the checkpoint of its policy, which is judged by a rule."""
-    observation_dim, low, high = SPACES["Hopper-v5"]
+    """SAC on the spaces of an environment, and the checkpoint of its policy, which is judged by a rule."""
+    observation_dim, low, high = SPACES[env_id]
     arguments = {"hidden_sizes": [16, 16], **arguments}
     sizes = {"observation_dim": observation_dim, "action_dim": len(low)}
     transform = {"force": force, "step_size": 0.3, "used_in": ["acting", "actor_loss"]} if force else None
@@ -73,7 +80,7 @@ def make_sac_policy(
         "action_transform": transform,
         "safe": constraint,
         "critic": {"hidden_sizes": [16, 16], "activation": "relu"},
-        "env": {"id": "Hopper-v5", "kwargs": {"max_episode_steps": 20}},
+        "env": {"id": env_id, "kwargs": {"max_episode_steps": 20}},
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

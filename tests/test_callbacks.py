@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers import TimeLimit
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -29,15 +30,18 @@ from pmoe_lightning.callbacks import (
     LearningCurve,
     MetricsLogger,
     MixtureDiagnostics,
+    ModeMeasures,
 )
 from pmoe_lightning.callbacks.mixture import mixture_metrics
 from pmoe_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from pmoe_lightning.data.off_policy import OffPolicyData
 from pmoe_lightning.data.on_policy import OnPolicyData
 from pmoe_lightning.envs import GymnasiumEnv, make_env
+from pmoe_lightning.envs.multi_goal import MultiGoal
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation import figures
 from pmoe_lightning.evaluation.episodes import evaluate_policy, follow_episode
+from pmoe_lightning.evaluation.mode_episodes import measure_modes
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.modules.actors import make_pmoe_actor
 from pmoe_lightning.modules.distributions import TanhGaussianMixture
@@ -292,6 +296,10 @@ def test_evaluation_runs_before_training_and_after_every_epoch(complete):
     assert logger.values("eval/episode_length") == [EPISODE] * 4
     assert [row[0] for row in evaluation.history] == [0, 100, 200, 300]
     assert [row[1] for row in evaluation.history] == logger.values("eval/episode_return")
+    # Drawn actions beside the rule: in the last evaluation as many episodes, before it a fifth of them.
+    assert logger.steps("eval/episode_return_sampled") == [0, 100, 200, 300]
+    drawn = evaluate_policy(complete.algorithm.policy, pendulum(num_envs=2), episodes=2, seed=1002, sample=True)
+    assert logger.values("eval/episode_return_sampled")[-1] == drawn.mean != direct.mean
 
 
 def test_the_last_epoch_is_always_evaluated(tmp_path):
@@ -493,6 +501,52 @@ def two_dimensional(folder, callbacks, logger, transform, estimator=None) -> Tra
     trainer = make_trainer(callbacks, folder, logger)
     trainer.fit(algorithm, datamodule=data)
     return trainer
+
+
+def test_modes_are_measured_at_equal_distances_and_training_does_not_notice(tmp_path, caplog):
+    caplog.set_level("INFO", "pmoe_lightning.callbacks.modes")
+    logger, modes, ends = Recorder(), ModeMeasures(partial(make_env, "MultiGoal-v0"), points=3, episodes=5), []
+    for callbacks in ([], [modes]):
+        trainer = two_dimensional(tmp_path, callbacks, logger, None)
+        ends.append([*(p.detach().clone() for p in trainer.lightning_module.parameters()), torch.rand(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    algorithm, due = trainer.lightning_module, [40, 80, 120]
+    for name in ("kept", "score", "success", "removal_success", "price", "return_sampled", "alpha"):
+        assert logger.steps(f"eval/modes/{name}") == due
+    assert not logger.steps("eval/modes/gap") and not logger.steps("eval/modes/blocked_success")
+    assert "without gap: the policy has no critics of actions" in caplog.text  # without a description, none are rebuilt
+    assert caplog.text.count("modes are measured without") == 2
+    make = partial(make_env, "MultiGoal-v0")
+    direct = measure_modes(algorithm.policy, make, episodes=5, seed=2_000_000, alpha=algorithm.alpha)
+    assert logger.values("eval/modes/return_sampled")[-1] == direct.measures["return_sampled"]
+    assert [row[0] for row in modes.history] == due and modes.history[-1][1] == direct.measures["kept"]
+    assert [name for name, _ in logger.figures] == ["modes_over_frames", "drawn_ways"]
+    other = ModeMeasures(make)
+    other.load_state_dict(modes.state_dict())
+    np.testing.assert_array_equal(other.history, modes.history)
+
+
+def test_what_cannot_be_measured_of_modes_is_a_line_and_the_run_goes_on(tmp_path, caplog):
+    class Left(MultiGoal):
+        def step(self, action):
+            return *super().step(action)[:4], {"mode": "left"}
+
+    def make(num_envs, seed, start_deviation=0.1):
+        return GymnasiumEnv([TimeLimit(Left(), 10) for _ in range(num_envs)], seed=seed)
+
+    logger, ends = Recorder(), []
+    for callbacks in ([], [ModeMeasures(make, points=2, episodes=3)]):
+        trainer = two_dimensional(tmp_path, callbacks, logger, None)
+        ends.append([*(p.detach().clone() for p in trainer.lightning_module.parameters()), torch.rand(3)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    said = [record.getMessage() for record in caplog.records if "modes were not measured" in record.getMessage()]
+    assert len(said) == 2 and all("info['mode']='left'" in line for line in said)
+
+
+def test_an_environment_without_modes_is_left_alone(tmp_path):
+    logger = Recorder()
+    fit([ModeMeasures(pendulum, points=3)], tmp_path, logger=logger)
+    assert not any(name.startswith("eval/") for _, metrics in logger.rows for name in metrics) and not logger.figures
 
 
 def test_a_transform_has_its_gradient_compared_with_finite_differences(tmp_path):

@@ -79,7 +79,7 @@ def test_rule_replaces_the_trained_one() -> None:
 
 
 VARIANTS = [(actor, "best_value") for actor in ("gaussian", "pmoe", "additive_moe", "mcp")]
-VARIANTS += [("pmoe", rule) for rule in ("max_weight", "sample_component")]
+VARIANTS += [("pmoe", rule) for rule in ("max_weight", "mean", "sample_component")]
 
 
 @pytest.mark.parametrize("safe", [False, True])

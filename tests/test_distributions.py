@@ -365,6 +365,19 @@ def test_max_weight_takes_the_mean_of_the_heaviest_component():
     torch.testing.assert_close(mixture.component_modes, mixture.squash(mixture.loc), rtol=0, atol=0)
 
 
+def test_mean_takes_the_mean_of_the_squashed_means_by_weight():
+    mixture = random_mixture(50, deterministic="mean")
+    expected = (mixture.weights.unsqueeze(-1) * mixture.component_modes).sum(-2)
+    torch.testing.assert_close(mixture.deterministic_sample, expected)
+    far = TanhGaussianMixture(torch.zeros(1, 2), torch.full((1, 2, 1), 30.0), torch.ones(1, 2, 1), deterministic="mean")
+    assert far.deterministic_unsquashed().isfinite().all()  # both means at the bound
+    torch.testing.assert_close(far.deterministic_sample, torch.ones(1, 1))
+    single = TanhGaussianMixture(
+        torch.zeros(1, 1), torch.full((1, 1, 1), 30.0), torch.ones(1, 1, 1), deterministic="mean"
+    )
+    assert single.deterministic_unsquashed().item() == 30.0  # of one component it is the mode itself
+
+
 def test_sample_component_takes_the_means_as_often_as_their_weights():
     weights = torch.tensor([0.6, 0.3, 0.1])
     loc = torch.tensor([[-1.0], [0.0], [1.0]])
@@ -481,7 +494,7 @@ def test_shapes_that_do_not_fit_are_refused(monkeypatch, logits, loc, scale):
 
 def test_unknown_deterministic_rule_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="best_value.*max_weight.*sample_component"):
+    with pytest.raises(ValueError, match="best_value.*max_weight.*mean.*sample_component"):
         random_mixture(deterministic="best_value")
 
 

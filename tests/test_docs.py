@@ -243,6 +243,8 @@ def shortened(words: tuple[str, ...], folder: Path) -> list[str]:
         extra.append("data.init_random_frames=100")
     if "evaluation" in cfg.callbacks:
         extra.append("callbacks.evaluation.episodes=1")
+    if "modes" in cfg.callbacks:
+        extra.append("callbacks.modes.episodes=1")
     if "final_policy" in cfg.callbacks:
         extra.append("callbacks.final_policy.video=false")
     return [*words, *extra]
@@ -259,17 +261,19 @@ def test_a_train_command_runs(words, run_module, tmp_path):
 
 @pytest.mark.docs
 def test_evaluate_commands_run_and_print_the_table_of_the_page(run_module, tmp_path):
-    short = ["algo=ppo", "env=Pendulum-v1", *SHORT, "total_frames=300", "callbacks.final_policy.video=false"]
-    done = run_module("pmoe_lightning.train", *short, "hydra.run.dir=run")
-    assert done.returncode == 0, done.stderr
+    short = ["algo=ppo", *SHORT, "total_frames=300", "callbacks.final_policy.video=false", "callbacks.modes.episodes=5"]
+    for env in ("Pendulum-v1", "TwoRoutes-v0"):
+        done = run_module("pmoe_lightning.train", *short, f"env={env}", f"hydra.run.dir={env}")
+        assert done.returncode == 0, done.stderr
     (tmp_path / "mine").mkdir()  # the folder of --config-dir, which this policy needs nothing of
-    checkpoint = f"checkpoint={tmp_path / 'run/checkpoints/last.ckpt'}"
     seen = set()
     for *_, name, words in PROGRAMS:
         key = tuple(word for word in words if not word.startswith("checkpoint="))
         if name != "evaluate" or key in seen:
             continue
         seen.add(key)
+        trained = "TwoRoutes-v0" if "modes=true" in key else "Pendulum-v1"
+        checkpoint = f"checkpoint={tmp_path / trained / 'checkpoints/last.ckpt'}"
         done = run_module("pmoe_lightning.evaluate", checkpoint, "episodes=2", *key)
         assert done.returncode == 0, done.stderr
         printed = done.stdout
@@ -288,6 +292,8 @@ def test_the_results_page_lists_what_runs_log_and_nothing_else(run_module, tmp_p
         ["algo=dac"],
         ["algo=sac", "estimator=frequency"],
         ["algo=sac", "safe=velocity", "env=Hopper-v5", "action_transform=hamiltonian_gated"],
+        # Of a hundred episodes of random actions a few reach a goal, so that there is a balance.
+        ["algo=sac", "env=MultiGoalMaze-v0", "+env.frame_skip=5", "callbacks.modes.episodes=100"],
     ]
     for words in kinds:
         done = run_module("pmoe_lightning.train", "debug=default", "callbacks.final_policy.video=false", *words)

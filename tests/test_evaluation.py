@@ -28,6 +28,7 @@ from waiting import HANG_SECONDS
 
 import pmoe_lightning
 from pmoe_lightning.checkpoints.files import write_checkpoint
+from pmoe_lightning.checkpoints.policy import build_critics
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.evaluate import Request, _environment, main, parse
@@ -459,10 +460,10 @@ def test_one_episode_has_no_interval(checkpoint: Path, capfd: pytest.CaptureFixt
 
 def test_rules_act_differently(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     means = set()
-    for rule in ("max_weight", "sample_component", "sample"):
+    for rule in ("max_weight", "mean", "sample_component", "sample"):
         assert main([f"checkpoint={checkpoint}", "episodes=2", f"rule={rule}", "--json"]) == 0
         means.add(json.loads(capfd.readouterr().out)["mean"])
-    assert len(means) == 3
+    assert len(means) == 4
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -582,6 +583,7 @@ def test_the_result_is_there_however_the_film_ends(
         (["checkpoint={}", "~env.g"], 2, "unknown argument '~env.g'"),
         (["checkpoint={}", "+env.g"], 2, "+env.g needs a value"),
         (["checkpoint={}", "env=Pendulum-v7"], 2, "Pendulum-v1"),
+        (["checkpoint={}", "modes=true"], 2, "an environment that names its modes, and Pendulum-v1 does not"),
         (["checkpoint={}", "env=InvertedPendulum-v5"], 2, "3 observations to 1 actions, but InvertedPendulum-v5 has 4"),
         (["checkpoint=nowhere.ckpt"], 1, "nowhere.ckpt does not exist"),
         (["checkpoint=" + __file__], 1, "is not a checkpoint"),
@@ -610,6 +612,39 @@ def test_a_checkpoint_cannot_choose_what_is_imported(
     assert not (tmp_path / "mark").exists()
     assert main([f"checkpoint={checkpoint}", "env=chosen_by_file:Pendulum-v1", "episodes=1"]) == 0
     assert (tmp_path / "mark").exists()
+
+
+def test_the_modes_of_a_checkpoint_are_counted_and_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    algorithm, content = make_sac_policy("pmoe", env_id="TwoRoutes-v0")
+    content["policy"]["description"]["env"]["kwargs"] = {"frame_skip": 50}
+    write_checkpoint(content, tmp_path / "last.ckpt")
+    words = [f"checkpoint={tmp_path / 'last.ckpt'}", "modes=true", "episodes=2", "mode_episodes=8"]
+    words += [f"output={tmp_path / 'out'}"]
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)["modes"]
+    assert result["episodes"] == 8 and sum(result["counts"]) / 8 == result["success"] and len(result["counts"]) == 2
+    assert result["alpha"] == algorithm.alpha and result["left_out"] == {}
+    policy = load_policy(content)
+    start = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(2, 4)
+    north_south = TensorDict(observation=start, action=torch.tensor([[0.0, 1.0], [0.0, -1.0]]), batch_size=2)
+    values = [critic(north_south.copy())["state_action_value"] for critic in build_critics(content["policy"])]
+    gap = torch.stack(values).min(0).values.flatten().diff().abs().item()
+    assert result["gap"] == pytest.approx(gap, rel=1e-5) and result["gap_over_alpha"] == gap / algorithm.alpha
+    env = make_env("TwoRoutes-v0", num_envs=8, seed=0, frame_skip=50)
+    drawn, ruled = (evaluate_policy(policy, env, episodes=8, seed=0, sample=sample) for sample in (True, False))
+    assert (result["return_sampled"], result["price"]) == (drawn.mean, drawn.mean - ruled.mean)
+    assert main(words) == 0
+    said = capfd.readouterr().out
+    path = tmp_path / "out" / "TwoRoutes-v0-seed0-ways.png"
+    for piece in (
+        f"of 2, 8 drawn episodes: {result['counts'][0]}",
+        "price",
+        "removal success",
+        "gap over alpha",
+        str(path),
+    ):
+        assert piece in said
+    assert path.read_bytes()[1:4] == b"PNG"
 
 
 def test_help_comes_at_once() -> None:

@@ -38,7 +38,39 @@ def test_reward_and_dynamics_by_hand():
     assert terminated and reward == pytest.approx(-2.0 * 0.25 - 0.5 * (0.25 + 0.16) + 10.0)
 
 
-def test_the_plane_has_walls_and_the_start_is_seeded():
+def test_the_goal_is_the_mode():
+    for mode, goal in enumerate(GOALS / 5):
+        env = MultiGoal(start_deviation=0.0)
+        env.reset()
+        infos = [env.step(goal)[-1] for _ in range(5)]
+        assert [info["mode"] for info in infos] == [-1, -1, -1, -1, mode]
+        np.testing.assert_array_equal(env.first_actions[mode], goal)
+
+
+def test_walls_stand_before_two_of_the_goals():
+    for x, y, stops in ((1, 0, True), (-1, 0, True), (0, 1, False), (0, -1, False)):
+        env = MultiGoal(start_deviation=0.0, walls=True)
+        env.reset()
+        for _ in range(5):
+            observation, _, terminated, _, info = env.step(np.array([x, y], np.float32))
+        assert terminated != stops and (info["mode"] < 0) == stops
+        if stops:
+            assert observation.tolist() == pytest.approx([2.499 * x, 0.0])
+    env = MultiGoal(start_deviation=0.0, walls=True)
+    env.reset()
+    for action in [(0.9, 1.0), (0.9, 1.0)]:
+        observation, *_ = env.step(np.array(action, np.float32))
+    observation, *_ = env.step(np.array([1.0, -0.5], np.float32))  # from (1.8, 2) it would cross x = 2.5 at y = 1.65
+    assert observation.tolist() == pytest.approx([2.499, 1.65])
+    observation, *_ = env.step(np.array([-1.0, 0.0], np.float32))  # and back, where nothing stands
+    assert observation.tolist() == pytest.approx([1.499, 1.65])
+    env.step(np.array([0.5, 1.0], np.float32))
+    observation, *_ = env.step(np.array([1.0, 0.0], np.float32))  # past the end of the wall
+    assert observation.tolist() == pytest.approx([2.999, 2.65])
+    assert env.first_actions is None  # the ways to these two are longer
+
+
+def test_the_plane_has_borders_and_the_start_is_seeded():
     env = MultiGoal(start_deviation=0.1)
     first, second = (env.reset(seed=3)[0].tolist() for _ in range(2))
     assert first == second and np.abs(first).max() < 0.6

@@ -10,7 +10,7 @@ import zoo
 from gymnasium.spaces.utils import flatten
 from test_resume import differing
 
-import pmoe_lightning.envs  # noqa: F401  (registers MultiGoal-v0)
+import pmoe_lightning.envs  # noqa: F401  (registers the tasks of many ways)
 from pmoe_lightning.checkpoints.random_states import capture_random_states, restore_random_states
 from pmoe_lightning.envs import GymnasiumEnv
 from pmoe_lightning.envs.object_parts import NotCaptured
@@ -19,6 +19,7 @@ from pmoe_lightning.envs.simulator_state import capture, restore
 MUJOCO = ["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum", "InvertedPendulum"]
 MUJOCO += ["Pusher", "Reacher", "Swimmer", "Walker2d"]
 IDS = [f"{name}-v5" for name in MUJOCO] + ["Pendulum-v1", "MountainCarContinuous-v0", "MultiGoal-v0"]
+IDS += ["MultiGoalMaze-v0", "TwoRoutes-v0"]
 IDS += [f"{kind.__name__}-v0" for kind in zoo.EXACT]
 
 

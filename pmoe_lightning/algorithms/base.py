@@ -173,13 +173,19 @@ class AbstractAlgorithm(LightningModule, ABC):
         """The state dict of every action-value network, for acting by the best value; none where there is none."""
         return []
 
+    @property
+    def alpha(self) -> float | None:
+        """The temperature, by which the entropy is weighed against the return; None for an algorithm without one."""
+        return None
+
     def policy_state(self) -> dict[str, Any]:
-        """What ``load_policy`` reads: the policy's description, its weights and its action values."""
+        """What ``load_policy`` reads: the policy's description, its weights, its action values and its temperature."""
         return {
             # The units are what the critics read, and so what whoever acts by them must hand them.
             "description": {**self.policy_description, "action_units": "normalized"},
             "state_dict": dict(self.policy.state_dict()),
             "action_values": self.action_values(),
+            "alpha": self.alpha,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

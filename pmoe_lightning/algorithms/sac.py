@@ -75,6 +75,10 @@ class SAC(AbstractAlgorithm):
         rates = {"lr_actor": self.lr_actor, "lr_qvalue": self.lr_qvalue, "lr_alpha": self.lr_alpha}
         return torch.optim.Adam(self.loss.parameter_groups(**rates), fused=True)
 
+    @property
+    def alpha(self) -> float:
+        return self.loss.log_alpha.exp().item()
+
     def action_values(self) -> list[dict[str, Tensor]]:
         stacked = self.loss.qvalue_network_params.data.flatten_keys(".")
         return [dict(stacked[i].clone().items()) for i in range(self.loss.num_qvalue_nets)]

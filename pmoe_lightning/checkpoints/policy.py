@@ -1,7 +1,8 @@
 """A policy from the data of a checkpoint.
 
 A checkpoint's entry ``"policy"`` holds ``description`` (which actor, its arguments, the action bounds, the
-environment), ``state_dict`` and, where the algorithm has critics of actions, their state dicts as ``action_values``.
+environment), ``state_dict`` and, where the algorithm has them, the state dicts of its critics of actions as
+``action_values`` and its temperature as ``alpha``.
 The description is data: it selects among the factories below, and every value of it must be what their signatures allow
 (``limits``), so a file can neither name code to run nor ask for a network of absurd size.
 """
@@ -55,6 +56,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     entry = _get(checkpoint, "policy", dict, where)
     description = _get(entry, "description", dict, f"{where}, policy")
     _get(entry, "state_dict", Mapping, f"{where}, policy")
+    if not isinstance(entry.get("alpha"), float | None):
+        raise RunError(f"{where}, policy: alpha {entry['alpha']!r} is not a number")
     place = f"{where}, policy.description"
     if description.get("format") != FORMAT:
         raise RunError(f"{place}: format {description.get('format')!r} is not {FORMAT}, the one this version reads")
@@ -150,7 +153,7 @@ def build_policy(
         reason = textwrap.shorten(str(error), 300)
         raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
     if rule == "best_value":
-        best = BestValueActor(actor, _build_critics(entry, where))
+        best = BestValueActor(actor, build_critics(entry, where))
         modules = [best if module is actor else module for module in modules]
         policy = safe(_sequence(modules))
     for module in policy.modules():
@@ -208,8 +211,13 @@ def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:
     return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
 
 
-def _build_critics(entry: Mapping[str, Any], where: str) -> list[TensorDictModule]:
-    """The action-value networks of a checked entry, for the rule ``best_value``."""
+def build_critics(entry: Mapping[str, Any], where: str = "the checkpoint") -> list[TensorDictModule]:
+    """The action-value networks of a checked entry: what the actor reads and the action normalised to [-1, 1] make
+    ``state_action_value``.
+
+    Raises:
+        RunError: the entry holds none, or they do not fit their description.
+    """
     state_dicts = entry.get("action_values")
     if not state_dicts:
         raise RunError(f"{where} holds no action values to rank components by: use rule=max_weight")

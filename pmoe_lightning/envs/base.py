@@ -70,6 +70,8 @@ class AbstractEnvironment(EnvBase):
         name: what messages call it.
         entries: of every root, by key.
         is_mujoco: whether MuJoCo simulates, whose breakdowns never end a run.
+        ended_in: of every environment, the mode in which its last episode ended, -1 for none (``envs.modes``); a
+            simulator that names modes writes it.
 
     Args:
         num_envs: N.
@@ -103,6 +105,7 @@ class AbstractEnvironment(EnvBase):
         self._action_low, self._action_high = low, high
         self._returns, self._lengths, self._costs = [0.0] * num_envs, [0] * num_envs, [0.0] * num_envs
         self._has_cost = has_cost
+        self.ended_in = [-1] * num_envs
         self.carry = tuple(carry)
         self._carried = {name: f"{name}{_PREVIOUS}" for name in carry}
         number, count, flag = (Entry((1,), dtype) for dtype in (torch.float32, torch.int64, torch.bool))
@@ -146,6 +149,11 @@ class AbstractEnvironment(EnvBase):
             NotCaptured: that is not possible here.
         """
         raise NotCaptured("does not say its state", self.name)
+
+    @property
+    def task(self) -> Any:
+        """What may name its modes, see ``envs.modes``."""
+        return self
 
     @property
     def seconds_per_step(self) -> float:
@@ -330,6 +338,7 @@ class AbstractEnvironment(EnvBase):
         for i in np.flatnonzero(broken):
             steps = self._lengths[i]
             _log.warning("the simulator of %s broke down after %d steps: the episode is truncated", self.name, steps)
+            self.ended_in[i] = -1
         outcome["observation"][broken] = np.nan_to_num(outcome["observation"][broken], nan=0.0, posinf=0.0, neginf=0.0)
         outcome["terminated"][broken], outcome["truncated"][broken], outcome["done"][broken] = False, True, True
         outcome["reward"][broken] = np.nan

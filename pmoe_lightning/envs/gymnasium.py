@@ -122,6 +122,7 @@ class GymnasiumEnv(AbstractEnvironment):
                 outcome["cost"][i, 0], outcome["episode_cost"][i, 0] = cost, self._costs[i]
             if ends or is_cut:
                 ended.append(i)
+                self.ended_in[i] = info.get("mode", -1)
         return ended
 
     def _may_have_broken_down(self, outcome: Arrays) -> bool:
@@ -156,6 +157,10 @@ class GymnasiumEnv(AbstractEnvironment):
     def is_mujoco(self) -> bool:  # type: ignore[override]  # nobody sets it
         """Whether MuJoCo simulates all of the environments."""
         return all(is_mujoco(env) for env in self.envs)
+
+    @property
+    def task(self) -> gymnasium.Env:
+        return self.envs[0].unwrapped
 
     def _capture(self) -> Any:
         return capture(self.envs)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from pmoe_lightning.envs import AbstractEnvironment, carried_entries
+from pmoe_lightning.envs.modes import named_modes
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.evaluation.statistics import student_t_interval
 
@@ -32,7 +33,8 @@ class EpisodeResults:
     """Undiscounted returns and lengths of whole episodes; episode i was seeded with ``seed + i``.
 
     ``costs`` are their undiscounted costs, and ``violations`` their numbers of steps with a cost; empty where the
-    environment writes no cost. ``cut_short`` counts the episodes that did not end by themselves: their returns and
+    environment writes no cost. ``modes`` are the modes in which they ended, -1 for none; empty where the environment
+    names no modes (``envs.modes``). ``cut_short`` counts the episodes that did not end by themselves: their returns and
     lengths are those of their first ``max_episode_steps``.
     """
 
@@ -41,6 +43,7 @@ class EpisodeResults:
     costs: tuple[float, ...] = ()
     violations: tuple[int, ...] = ()
     cut_short: int = 0
+    modes: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -93,12 +96,14 @@ def evaluate_policy(
         if value < 1:
             raise ConfigurationError(f"{name} must be at least 1, not {value}")
     outcomes: list[tuple[float, ...]] = []
+    modes: list[int] = []
     cut_short = 0
     with acting(policy, seed, sample) as act:
         for first in range(0, episodes, env.batch_size[0]):
             count = min(env.batch_size[0], episodes - first)
-            finished, unfinished = _run_round(act, env, count, seed + first, max_episode_steps, should_stop)
+            finished, ended_in, unfinished = _run_round(act, env, count, seed + first, max_episode_steps, should_stop)
             outcomes += finished
+            modes += ended_in
             cut_short += unfinished
     if cut_short:
         _log.warning(
@@ -108,7 +113,7 @@ def evaluate_policy(
     # Without a cost an outcome is (return, length).
     names = ("returns", "lengths", "costs", "violations")
     columns: dict[str, Any] = dict(zip(names, zip(*outcomes, strict=True), strict=False))
-    return EpisodeResults(**columns, cut_short=cut_short)
+    return EpisodeResults(**columns, cut_short=cut_short, modes=tuple(modes))
 
 
 @contextmanager
@@ -148,16 +153,17 @@ def _padded(values: Tensor, rows: int) -> Tensor:
 
 def _run_round(
     act: Any, env: AbstractEnvironment, count: int, seed: int, max_steps: int, should_stop: Callable[[], bool]
-) -> tuple[list[tuple[float, ...]], int]:
+) -> tuple[list[tuple[float, ...]], list[int], int]:
     """The first episodes of the first ``count`` environments, seeded with ``seed``, ``seed + 1``, ...
 
     Returns:
-        of each the entries of ``EpisodeResults``, and how many were cut short.
+        of each the entries of ``EpisodeResults``, the mode in which it ended, and how many were cut short.
     """
     env.set_seed(seed)
     root = env.reset()
     outcomes: list[tuple[float, ...]] = [()] * count
     running, violations = set(range(count)), [0] * count
+    modes = [] if named_modes(env) is None else [-1] * count
     for _ in range(max_steps):
         if should_stop():
             raise EvaluationStopped
@@ -170,10 +176,12 @@ def _run_round(
             outcomes[i] = following.get("episode_return")[i].item(), int(following.get("episode_length")[i])
             if cost is not None:
                 outcomes[i] += following.get("episode_cost")[i].item(), violations[i]
+        if modes:
+            modes = [env.ended_in[i] if i in running and done[i] else mode for i, mode in enumerate(modes)]
         running = {i for i in running if not done[i]}
         if not running:
             break
-    return outcomes, len(running)
+    return outcomes, modes, len(running)
 
 
 def episode_of(act: Any, env: AbstractEnvironment, seed: int) -> Iterator[tuple[TensorDictBase, float]]:

@@ -29,15 +29,20 @@ def find_actor(policy: TensorDictModuleBase) -> Actor | None:
     return next((module for module in policy.modules() if isinstance(module, Actor)), None)
 
 
-def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Distribution | OptionPolicies:
-    """What the actor of a policy draws from at states that hold what the policy reads, before its normaliser."""
+def states_of_actor(policy: TensorDictModuleBase, states: TensorDictBase) -> TensorDictBase:
+    """States that hold what a policy reads, with what its actor and its critics read behind the normaliser."""
     for module in policy.modules():
         if isinstance(module, ObservationNormalizer):
             states = module(states)
+    return states
+
+
+def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Distribution | OptionPolicies:
+    """What the actor of a policy draws from at states that hold what the policy reads, before its normaliser."""
     actor = find_actor(policy)
     if actor is None:
         raise ValueError("the policy has no actor")
-    return actor.get_dist(states)
+    return actor.get_dist(states_of_actor(policy, states))
 
 
 @torch.no_grad()
@@ -59,7 +64,8 @@ def acting_component(mixture: MixtureDistribution, states: TensorDictBase) -> In
     """The component behind every action of ``states`` [*B], int64 [*B].
 
     That is the option that a policy with options wrote, the component whose mode the action is, or otherwise (the
-    action was drawn, or evolved by a transform) the one that is likeliest given the action.
+    action was drawn, is the mean of several modes, or evolved by a transform) the one that is likeliest given the
+    action.
     """
     option = states.get("option", None)
     if option is not None:

@@ -26,7 +26,7 @@ from torch.distributions.kl import kl_divergence, register_kl
 
 from pmoe_lightning.modules.mixture import Offer
 
-DeterministicRule = Literal["max_weight", "sample_component"]
+DeterministicRule = Literal["max_weight", "mean", "sample_component"]
 _LOG_2 = math.log(2.0)
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -85,9 +85,11 @@ class TanhGaussianMixture(TanhBounds, Distribution):
         scale: component standard deviations of the unsquashed action, positive [*B, K, A].
         low, high: action bounds, numbers or tensors that broadcast to [A], in the units of the environment.
         deterministic: the action taken when no exploration is wanted. ``max_weight`` squashes the mean of the
-            component with the largest weight; ``sample_component`` draws the component from the weights and squashes
-            its mean (what the authors' code does). A third rule, ``best_value``, needs critics and is an actor of its
-            own (``actors.BestValueActor``). The mean of the modes is never used: it lies between them.
+            component with the largest weight; ``mean`` is the mean of the squashed means by weight, sum_k w_k a(mu_k),
+            which is right where the components surround one way and wrong where they are several, between which it
+            lies; ``sample_component`` draws the component from the weights and squashes its mean (what the authors'
+            code does). A fourth rule, ``best_value``, needs critics and is an actor of its own
+            (``actors.BestValueActor``).
         validate_args: check parameters here and actions where they are scored, as ``torch.distributions`` do. ``None``
             means no, because a policy is built anew in every update and a check waits for the device.
 
@@ -373,6 +375,8 @@ class TanhGaussianMixture(TanhBounds, Distribution):
         """The unsquashed action of the deterministic rule."""
         if self.deterministic == "max_weight":
             return self.mode_unsquashed()
+        if self.deterministic == "mean":
+            return self.mean_of_modes_unsquashed()
         return self.take_component(self.loc, self.sample_component())
 
     @property
@@ -388,6 +392,12 @@ class TanhGaussianMixture(TanhBounds, Distribution):
     def mode_unsquashed(self) -> Float[Tensor, "*B A"]:
         """The mean of the heaviest component."""
         return self.take_component(self.loc, self.log_weights.argmax(-1))
+
+    def mean_of_modes_unsquashed(self) -> Float[Tensor, "*B A"]:
+        """The u whose action is sum_k w_k a(mu_k), finite at the bounds; exactly mu of a single component."""
+        if self.num_components == 1:
+            return self.loc.squeeze(-2)
+        return TanhBounds.normalized(self.loc).unsquash((self.weights.unsqueeze(-1) * self.loc.tanh()).sum(-2))
 
     # --- entropy -----------------------------------------------------------------------------------------------------
 

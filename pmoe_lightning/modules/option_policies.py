@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,11 @@ from torch import Tensor, nn
 
 from pmoe_lightning.limits import MAX_WIDTH, Limit, checked
 from pmoe_lightning.modules.actors import MixtureNetwork, Scale, action_bounds
-from pmoe_lightning.modules.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
+from pmoe_lightning.modules.distributions import TanhBounds, TanhGaussianMixture
 from pmoe_lightning.modules.networks import Activation, HiddenSizes, Initialization, initialize
 
+#: An option is one of them, never a mean of several.
+OptionRule = Literal["max_weight", "sample_component"]
 _HALF_LOG_2PIE = 0.5 * math.log(2 * math.pi * math.e)
 
 
@@ -133,7 +135,7 @@ class OptionActor(TensorDictModuleBase):
         low: Tensor,
         high: Tensor,
         *,
-        deterministic: DeterministicRule,
+        deterministic: OptionRule,
         observation_key: str,
         return_log_prob: bool,
     ) -> None:
@@ -182,7 +184,7 @@ def make_option_actor(
     activation: Activation = "tanh",
     scale: Scale = "state_independent",
     initialization: Initialization = "orthogonal",
-    deterministic: DeterministicRule = "max_weight",
+    deterministic: OptionRule = "max_weight",
     return_log_prob: bool = False,
     observation_key: str = "observation",
 ) -> OptionActor:

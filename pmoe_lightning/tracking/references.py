@@ -42,8 +42,8 @@ def load_policy(
         checkpoint: a file, an MLflow run id, ``models:/<name>@<alias>`` (see ``resolve_checkpoint``), or a checkpoint
             already read.
         device: where the policy is to act.
-        rule: the deterministic rule, ``max_weight``, ``sample_component`` or ``best_value`` (the component that the
-            checkpoint's own critics prefer); :func:`trained_rule` when ``None``.
+        rule: the deterministic rule, ``max_weight``, ``mean``, ``sample_component`` or ``best_value`` (the component
+            that the checkpoint's own critics prefer); :func:`trained_rule` when ``None``.
         parts: the factories of parts that are not this package's, by group and option: ``{"actor/mine": make_mine}``
             for a policy trained with ``actor=mine``. A checkpoint only says their names.
 
