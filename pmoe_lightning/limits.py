@@ -81,7 +81,7 @@ Width = Annotated[int, Limit(low=1, high=MAX_WIDTH)]
 class Of:
     """In the annotation of ``**arguments``: they are those of another class or function.
 
-        def make_sac(actor, *, gamma: UnitInterval = 0.99, **arguments: Annotated[Any, Of(SAC)]) -> SAC: ...
+        def make_sac(actor, **arguments: Annotated[Any, Of(SAC)]) -> SAC: ...
 
     Args:
         target: the class or function.
