@@ -155,7 +155,7 @@ def updated(update: AbstractUpdate, batch: TensorDictBase) -> None:
         tensors = [absent(tensor) for tensor in (*update._module.tensors, *memory, *annealed)]
         tensors += [absent(columns[key]) for key in update._layout.columns] + [absent(factors)]
         with torch.no_grad(), OneDevice():
-            (values,) = update.update(*(tensor.detach() for tensor in tensors))
+            (values,) = update.update(0, *(tensor.detach() for tensor in tensors))
     assert values.device.type == DEVICE
 
 

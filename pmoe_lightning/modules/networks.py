@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Initialization = Literal["default", "orthogonal"]
+Initialization = Literal["default", "orthogonal", "lecun_normal"]
 MatmulPrecision = Literal["float32", "bf16-hidden", "tf32"]
+_STD_OF_CUT_NORMAL = 0.87962566103423978  # of a standard normal number between -2 and 2
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _hidden_products_in_bfloat16 = False
 
@@ -111,9 +112,17 @@ def make_mlp(
 
 
 def initialize(layer: nn.Linear, initialization: Initialization, gain: float) -> None:
-    """``default`` leaves PyTorch's uniform fan-in weights; ``orthogonal`` scales by ``gain`` and zeroes the bias."""
+    """``default`` leaves PyTorch's uniform fan-in weights; the others zero the bias.
+
+    ``orthogonal`` scales by ``gain``. ``lecun_normal`` (LeCun et al. 1998) has the variance 1 / fan-in whatever the
+    gain, cut off at two deviations.
+    """
     if initialization not in get_args(Initialization):
         raise ValueError(f"initialization must be one of {get_args(Initialization)}, not {initialization!r}")
     if initialization == "orthogonal":
         nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    if initialization == "lecun_normal":
+        std = layer.in_features**-0.5 / _STD_OF_CUT_NORMAL
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(layer.bias)
