@@ -96,8 +96,10 @@ class SACSchema:
     lr_actor: float = _positive()
     lr_qvalue: float = _positive()
     lr_alpha: float = _positive()
+    betas: list[float] = _between(0, 1)
     gamma: float = _between(0, 1)
     tau: float = _between(0, 1)
+    policy_delay: int = _at_least(1)
     alpha_init: float = _positive()
     target_entropy: Optional[float] = _finite()  # noqa: UP045  (OmegaConf reads typing.Optional)
     hidden_sizes: list[int] = _at_least(1)
@@ -126,6 +128,35 @@ class DACSchema:
 @dataclass
 class PPOSchema(DACSchema):
     qvalue_coeff: float = _at_least(0)
+
+
+# -- critic ------------------------------------------------------------------------------------------------------------
+@dataclass
+class CriticSuggestions:
+    """What critics hand to the algorithm, which takes it by interpolation unless it is told otherwise."""
+
+    lr: float = _positive()
+    betas: list[float] = _between(0, 1)
+    policy_delay: int = _at_least(1)
+
+
+@dataclass
+class CriticSchema:
+    _target_: str = MISSING
+    hidden_sizes: list[int] = _at_least(1)
+    activation: str = _one_of("relu", "tanh")
+    suggests: CriticSuggestions = field(default_factory=CriticSuggestions)
+
+
+@dataclass
+class PlainCriticSchema(CriticSchema):
+    """Its own type tells it from the others."""
+
+
+@dataclass
+class CrossQSchema(CriticSchema):
+    momentum: float = _between(0, 1)
+    warm_up: int = _at_least(0)
 
 
 # -- actor, estimator, action_transform --------------------------------------------------------------------------------
@@ -250,6 +281,8 @@ class OffPolicySchema(DataSchema):
     buffer_size: int = _at_least(1)
     batch_size: int = _at_least(1)
     utd_ratio: float = _positive()
+    n_step: int = _at_least(1)
+    normalize_observation: bool = MISSING
 
 
 @dataclass
@@ -347,6 +380,7 @@ class Configuration:
     algo: Any = MISSING
     actor: Any = MISSING
     estimator: Any = MISSING
+    critic: Any = None
     action_transform: Any = None
     safe: Any = None
     env: Any = MISSING
@@ -364,6 +398,7 @@ class Configuration:
 
 SCHEMAS = {
     "algo": {"dac": DACSchema, "ppo": PPOSchema, "sac": SACSchema},
+    "critic": {"crossq": CrossQSchema, "layer_norm": CriticSchema, "plain": PlainCriticSchema},
     "actor": {
         "additive_moe": ExpertsSchema,
         "gaussian": GaussianSchema,

@@ -13,12 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pmoe_lightning.configuration.composition import nearest
 from pmoe_lightning.configuration.schemas import (
+    CrossQSchema,
     DACSchema,
     Limit,
     OffPolicySchema,
     OnPolicySchema,
     OptionsSchema,
     PathwiseSchema,
+    PlainCriticSchema,
     PMOESchema,
     PPOSchema,
     SACSchema,
@@ -33,6 +35,8 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ConfigurationError: one line that names the key, its value and what is expected.
     """
+    if OmegaConf.get_type(cfg.algo) is SACSchema and not cfg.critic:  # which its learning rate is taken from
+        raise ConfigurationError("algo=sac learns from critics: use critic=plain, not critic=none")
     for path, value, limit in _leaves(cfg):
         if limit is not None and not limit.accepts(value):
             kind = "a list, each element " if isinstance(value, list) else ""
@@ -47,6 +51,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_data(cfg)
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
+    _check_critic(cfg)
     _check_action_transform(cfg)
     _check_safe(cfg)
 
@@ -165,6 +170,23 @@ def _check_estimator_and_actor(cfg: DictConfig) -> None:
             f"estimator.baseline={cfg.estimator.baseline} needs estimator.num_samples of at least 2: "
             "use more samples or estimator.baseline=none"
         )
+
+
+def _check_critic(cfg: DictConfig) -> None:
+    algo, critic = OmegaConf.get_type(cfg.algo), cfg.critic
+    if algo is SACSchema and (len(cfg.algo.betas) != 2 or max(cfg.algo.betas) >= 1):
+        shown = _shown(list(cfg.algo.betas))
+        raise ConfigurationError(f"algo.betas={shown} must be two numbers below 1, such as [0.9,0.999]")
+    if algo in (DACSchema, PPOSchema) and critic:
+        name, schema = ("dac" if algo is DACSchema else "ppo"), OmegaConf.get_type(critic)
+        own = all(critic.get(key) == cfg.algo[key] for key in ("hidden_sizes", "activation"))
+        if schema is not PlainCriticSchema or not own:
+            raise ConfigurationError(
+                f"critic=... chooses the critics of sac; those of {name} are plain, of the sizes algo.hidden_sizes: "
+                "use algo=sac or critic=none"
+            )
+    if OmegaConf.get_type(critic) is CrossQSchema and critic.momentum == 1:
+        raise ConfigurationError("critic.momentum=1 keeps the first statistics for ever: use a number below 1")
 
 
 def _check_action_transform(cfg: DictConfig) -> None:
