@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -214,10 +216,7 @@ def test_the_actor_has_its_turn_in_every_third_update(double_precision):
 def by_lightning(batches: list[TensorDict], **arguments):
     torch.manual_seed(0)
     actor = make_pmoe_actor(OBSERVATION_DIM, [-1.0] * A, [1.0] * A, num_components=2, hidden_sizes=SIZES)
-    settings = {
-        "lr": 1e-3,
-        "make_critic": lambda *sizes, **keys: make_crossq_network(*sizes, hidden_sizes=SIZES, **keys),
-    }
+    settings = {"lr": 1e-3, "make_critic": partial(make_crossq_network, hidden_sizes=SIZES)}
     sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": A, "hidden_sizes": SIZES}
     algorithm = make_sac(actor, Marginalized(), **sizes, **settings, **arguments)
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
@@ -232,10 +231,8 @@ def test_an_observation_that_is_not_a_number_changes_no_weight_and_no_statistic(
     sick = minibatches(2)
     sick.get(where)[1, 3, 2] = torch.nan
     runs = [by_lightning([batch], policy_delay=3) for batch in (minibatches(2)[:1], sick)]
-    for (name, first), second in zip(
-        runs[0].loss.state_dict().items(), runs[1].loss.state_dict().values(), strict=True
-    ):
-        assert torch.equal(first, second), name
+    first, second = (run.loss.state_dict() for run in runs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
     loss, optimizer = make(critic="crossq")
     update = SACUpdate(loss, optimizer, tau=TAU, policy_delay=3, compile=False)
     update(sick[:1])
