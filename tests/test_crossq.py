@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -261,6 +262,30 @@ def test_lightning_takes_the_updates_of_the_graph_in_the_same_turns(double_preci
     assert readable.updates == 8
     for name, value in compiled.loss.state_dict().items():
         torch.testing.assert_close(readable.loss.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("stop", [7, 8])
+def test_a_run_that_stops_between_two_turns_goes_on_to_the_last_bit(stop, double_precision):
+    """Seven or eight of twelve updates, then a state dict of the loss and of the optimizer, and their number."""
+
+    def begin():
+        loss, optimizer = make(critic="crossq")
+        return loss, optimizer, SACUpdate(loss, optimizer, tau=TAU, policy_delay=3, compile=False)
+
+    first, optimizer, update = begin()
+    torch.manual_seed(0)
+    update(minibatches(12)[:stop])
+    drawn = torch.get_rng_state()
+    resumed, its_optimizer, update = begin()
+    resumed.load_state_dict(first.state_dict())
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    torch.set_rng_state(drawn)
+    update(minibatches(12)[stop:], stop)
+    torch.manual_seed(0)
+    whole, _, update = begin()
+    update(minibatches(12))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 # -- layer normalisation -----------------------------------------------------------------------------------------------
