@@ -76,7 +76,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         scaled = cfg.data.normalize_reward
         of_data = {"reward_scaler": RewardScaler(environments, gamma=cfg.algo.gamma) if scaled else None}
     elif cfg.data.get("n_step", 1) > 1:
-        of_data = {"gamma": cfg.algo.gamma} | ({"cost_gamma": cfg.safe.gamma} if cfg.safe else {})
+        of_data = {"gamma": cfg.algo.gamma} | ({"cost_gamma": cfg.safe.get("gamma")} if cfg.safe else {})
     if of_rollouts or normalizer is not None:  # an algorithm of replayed transitions need not know of it
         normalizing = {"normalizer": normalizer}
     algorithm = _make_algorithm(cfg, spaces, described, normalizing)

@@ -314,7 +314,8 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
     if not complete or "experience" not in checkpoint:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
     _check_units(checkpoint["policy"]["description"], path)
-    now, then = describe(cfg), _with_later_keys(run["configuration"])
+    now = describe(cfg)
+    then = _with_later_keys(run["configuration"], now)
     differing = [key for key in {**then, **now} if _compared(now.get(key)) != _compared(then.get(key))]
     if differing:
         words = " ".join(f"{key}={then[key]}" for key in differing[:5] if key in then)
@@ -324,14 +325,12 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
         )
 
 
-def _with_later_keys(then: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a run, with the values of keys that were not there yet."""
-    if "algo.tau" not in then or "critic._target_" in then:
-        return then
+def _with_later_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, with what it did where today's has keys that were not there yet."""
     plain = {"critic._target_": "make_qvalue_network", "critic.suggests.lr": 3e-4}
     plain |= {"critic.suggests.betas": _LATER["algo.betas"], "critic.suggests.policy_delay": 1}
     plain |= {f"critic.{key}": then.get(f"algo.{key}") for key in ("hidden_sizes", "activation")}
-    return _LATER | plain | then
+    return {key: value for key, value in (_LATER | plain).items() if key in now} | then
 
 
 def _check_units(description: dict[str, Any], path: Path) -> None:
