@@ -123,7 +123,7 @@ def stepped(algorithm: Any, batch: TensorDictBase) -> None:
     with OneDevice():
         out = algorithm.loss(batch)
         sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-    assert {value.device.type for value in out.values()} == {DEVICE}, dict(out.items())
+    assert {value.device.type for value in out.values(True, True)} == {DEVICE}, dict(out.items())
 
 
 def acted(algorithm: Any, batch: TensorDictBase) -> None:
