@@ -129,7 +129,7 @@ class ModeMeasures(Callback):
         critics = []
         if pl_module.policy_description and pl_module.action_values():
             entry = policy_entry({"policy": pl_module.policy_state()})
-            critics = [critic.to(pl_module.device) for critic in build_critics(entry)]
+            critics = [critic.to(pl_module.device) for critic in build_critics(entry, pl_module.parts)]
         return measure_modes(
             Evaluation.judged_policy(pl_module),
             with_memory(self.make_env, pl_module.policy),

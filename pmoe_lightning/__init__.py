@@ -56,6 +56,8 @@ _HOMES = {
     "make_option_actor": "modules.option_policies",
     "make_option_value_network": "modules.critics",
     "make_qvalue_network": "modules.critics",
+    "make_layer_norm_network": "modules.critics",
+    "make_crossq_network": "modules.crossq",
     "make_value_network": "modules.critics",
     "Frequency": "estimators",
     "GumbelSoftmax": "estimators",

@@ -22,6 +22,8 @@ from pmoe_lightning.errors import ConfigurationError, RunError, error_line
 from pmoe_lightning.processes.output import lost_result, outlive_output
 
 if TYPE_CHECKING:
+    from tensordict.nn import TensorDictModule
+
     from pmoe_lightning.checkpoints.loaded import LoadedPolicy
     from pmoe_lightning.envs import AbstractEnvironment
     from pmoe_lightning.evaluation.episodes import EpisodeResults
@@ -271,7 +273,7 @@ def evaluate(request: Request) -> Judged:
         ConfigurationError: the environment cannot be made, or does not fit the policy.
     """
     from pmoe_lightning.checkpoints.files import read_checkpoint
-    from pmoe_lightning.checkpoints.policy import build_policy, policy_entry, trained_rule
+    from pmoe_lightning.checkpoints.policy import build_critics, build_policy, policy_entry, trained_rule
     from pmoe_lightning.envs import with_memory
     from pmoe_lightning.envs.modes import named_modes
     from pmoe_lightning.evaluation.episodes import evaluate_policy
@@ -297,12 +299,16 @@ def evaluate(request: Request) -> Judged:
     finally:
         env.close()
     judged = Judged(policy, make, env_id, env_kwargs, rule, result)
-    return replace(judged, modes=_measure_modes(request, judged, entry)) if request.modes else judged
+    if not request.modes:
+        return judged
+    critics = build_critics(entry, parts, where) if entry.get("action_values") else []
+    return replace(judged, modes=_measure_modes(request, judged, critics, entry.get("alpha")))
 
 
-def _measure_modes(request: Request, judged: Judged, entry: Mapping[str, Any]) -> "ModeReport | None":
+def _measure_modes(
+    request: Request, judged: Judged, critics: "list[TensorDictModule]", alpha: float | None
+) -> "ModeReport | None":
     """The ways that drawn actions take; the price is that of drawing instead of the deterministic rule."""
-    from pmoe_lightning.checkpoints.policy import build_critics
     from pmoe_lightning.evaluation.mode_episodes import measure_modes
 
     return measure_modes(
@@ -311,8 +317,8 @@ def _measure_modes(request: Request, judged: Judged, entry: Mapping[str, Any]) -
         episodes=request.mode_episodes,
         seed=request.seed,
         max_episode_steps=request.max_episode_steps,
-        critics=build_critics(entry) if entry.get("action_values") else (),
-        alpha=entry.get("alpha"),
+        critics=critics,
+        alpha=alpha,
     )
 
 

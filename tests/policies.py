@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.algorithms.sac import SAC
-from pmoe_lightning.checkpoints.policy import ACTORS
+from pmoe_lightning.checkpoints.policy import ACTORS, CRITICS
 from pmoe_lightning.estimators import Marginalized
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.modules.normalization import ObservationNormalizer
@@ -61,11 +62,14 @@ def make_sac_policy(
     rule: str = "best_value",
     force: str | None = None,
     safe: bool = False,
+    critic: str = "plain",
+    normalize: bool = False,
     **arguments: Any,
 ) -> tuple[SAC, dict[str, Any]]:
     """SAC on the spaces of an environment, and the checkpoint of its policy, which is judged by a rule."""
     observation_dim, low, high = SPACES[env_id]
     arguments = {"hidden_sizes": [16, 16], **arguments}
+    arguments |= {"observation_key": "observation_normalized"} if normalize else {}
     sizes = {"observation_dim": observation_dim, "action_dim": len(low)}
     transform = {"force": force, "step_size": 0.3, "used_in": ["acting", "actor_loss"]} if force else None
     constraint = {"num_candidates": 5, "cost_limit": 0.0} if safe else None
@@ -76,10 +80,10 @@ def make_sac_policy(
         "observation_dim": observation_dim,
         "action_low": low,
         "action_high": high,
-        "normalize_observation": False,
+        "normalize_observation": normalize,
         "action_transform": transform,
         "safe": constraint,
-        "critic": {"hidden_sizes": [16, 16], "activation": "relu"},
+        "critic": {"kind": critic, "hidden_sizes": [16, 16], "activation": "relu"},
         "env": {"id": env_id, "kwargs": {"max_episode_steps": 20}},
     }
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +91,8 @@ def make_sac_policy(
         algorithm = make_sac(
             ACTORS[actor](observation_dim, low, high, **arguments),
             Marginalized(),
-            hidden_sizes=(16, 16),
+            make_critic=partial(CRITICS[critic], hidden_sizes=(16, 16)),
+            normalizer=ObservationNormalizer(observation_dim) if normalize else None,
             action_transform=make_hamiltonian_transform(**sizes, **transform) if transform else None,
             constraint=CostConstraint(**constraint) if constraint else None,
             policy_description=description,

@@ -102,6 +102,52 @@ def test_a_loaded_policy_explores_as_it_did_in_training_whatever_its_rule(
     torch.testing.assert_close(mixture.loc, algorithm.actor.get_dist(TensorDict(observation=observation)).loc)
 
 
+@pytest.mark.parametrize("critic", ["crossq", "layer_norm"])
+@pytest.mark.parametrize(("force", "safe"), [(None, False), ("raw", False), ("raw", True)])
+def test_a_policy_acts_again_with_critics_of_its_kind(critic: str, force: str | None, safe: bool) -> None:
+    """Whatever their statistics, gains and those of the observations have become."""
+    algorithm, _ = make_sac_policy(force=force, safe=safe, critic=critic, normalize=True)
+    torch.manual_seed(2)
+    for name, value in algorithm.state_dict().items():
+        if "norms" in name and ("weight" in name or "var" in name):
+            value.uniform_(0.5, 2.0)
+        elif "norms" in name:
+            value.normal_()
+    algorithm.policy[0].update(torch.randn(100, 11) * 3 + 1)
+    checkpoint = {"policy": algorithm.policy_state()}
+    observation, actions = torch.randn(50, 11) * 3, []
+    for policy in (algorithm.policy, load_policy(checkpoint, rule="max_weight")):
+        torch.manual_seed(1)
+        actions.append(act(policy, observation, ExplorationType.RANDOM))
+    torch.testing.assert_close(*actions, rtol=0, atol=0)
+    loss, states = algorithm.loss, algorithm.policy[0](TensorDict(observation=observation, batch_size=50))
+    if force is None:  # judged by the best value, which its own critics tell
+        best = act(load_policy(checkpoint), observation)
+        modes = algorithm.actor.get_dist(states).component_modes.movedim(-2, 0)
+        values = loss.qvalues(states, modes, loss.qvalue_network_params).min(0).values
+        torch.testing.assert_close(best, modes[values.argmax(0), torch.arange(50)])
+
+
+@pytest.mark.parametrize(
+    ("critic", "message"),
+    [
+        (
+            {"kind": "os.system"},
+            "unknown kind 'os.system'; known: crossq, layer_norm, plain",
+        ),
+        ({"kind": ["plain"]}, "unknown kind"),
+        ({"kind": "plain"}, "action_values do not fit"),
+        ({"kind": "crossq", "hidden_sizes": [65536, 65536]}, "more than 500000000 parameters"),
+        ({"kind": "crossq", "hidden_sizes": [16]}, "action_values do not fit"),
+    ],
+)
+def test_a_described_critic_is_checked(critic: dict, message: str) -> None:
+    _, checkpoint = make_sac_policy(critic="crossq")
+    checkpoint["policy"]["description"]["critic"] |= critic
+    with pytest.raises(RunError, match=message):
+        load_policy(checkpoint)
+
+
 @pytest.mark.parametrize("force", [None, "raw"])
 def test_by_best_value_a_loaded_policy_is_deterministic_until_it_explores(force: str | None) -> None:
     algorithm, checkpoint = make_sac_policy(force=force, num_components=8)

@@ -97,7 +97,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
             if (group, option) == ("estimator", "none"):
                 continue  # for an algorithm of one's own; those of the program refuse it
             needs = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"], "options": ["algo=dac"]}
-            needs["velocity"] = ["algo=sac"]
+            needs |= dict.fromkeys(["velocity", "crossq", "layer_norm"], ["algo=sac"])
             words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
             schema = schemas().get(group, {}).get(option)
@@ -134,6 +134,17 @@ def test_one_learning_rate_or_three():
     assert configure("algo=sac", "algo.lr=1e-3").algo.lr_alpha == 1e-3
     cfg = configure("algo=sac", "algo.lr_qvalue=1e-3")
     assert (cfg.algo.lr_actor, cfg.algo.lr_qvalue) == (3e-4, 1e-3)
+
+
+def test_the_critic_brings_what_goes_with_it_and_a_word_wins():
+    plain, crossq = configure("algo=sac"), configure("algo=sac", "critic=crossq")
+    for cfg, expected in ((plain, (3e-4, [0.9, 0.999], 1)), (crossq, (1e-3, [0.5, 0.999], 3))):
+        assert (cfg.algo.lr_alpha, list(cfg.algo.betas), cfg.algo.policy_delay) == expected
+    own = configure("algo=sac", "critic=crossq", "algo.lr=2e-4", "algo.policy_delay=2", "critic.hidden_sizes=[512]")
+    assert (own.algo.lr_qvalue, list(own.algo.betas), own.algo.policy_delay) == (2e-4, [0.5, 0.999], 2)
+    assert list(own.critic.hidden_sizes) == [512] and list(own.actor.hidden_sizes) == [256, 256]
+    assert configure("experiment=sac_2018").critic == plain.critic == configure("experiment=paper").critic
+    assert not configure("algo=ppo").critic and configure("algo=ppo", "critic=plain")
 
 
 @pytest.mark.parametrize("words", [["env=Walker2d-v5"], ["env.id=Walker2d-v5"], ["--env", "Walker2d-v5"]])
@@ -220,6 +231,16 @@ def test_the_help_of_a_choice_says_what_each_of_its_keys_is_and_may_be():
         (["actor=gaussian", "actor.num_components=4"], "actor=gaussian has no num_components, actor=pmoe has"),
         (["data.batch_size=64"], "the chosen data has no batch_size, data=off_policy has"),
         (["algo=sca"], "algo=sca is not one of dac, ppo, sac; did you mean sac?"),
+        (["critic=crossq"], "critic=... chooses the critics of sac; those of ppo are plain"),
+        (["algo=dac", "critic=layer_norm"], "those of dac are plain, of the sizes algo.hidden_sizes: use algo=sac"),
+        (["critic=plain", "critic.hidden_sizes=[8]"], "those of ppo are plain"),
+        (["algo=sac", "critic=none"], "algo=sac learns from critics: use critic=plain"),
+        (["algo=sac", "algo.betas=[0.9]"], "algo.betas=[0.9] must be two numbers"),
+        (
+            ["algo=sac", "algo.betas=[0.9,1]"],
+            "algo.betas=[0.9,1.0] must be a list, each element a finite number >= 0 and < 1",
+        ),
+        (["algo=sac", "critic=crossq", "critic.momentum=1"], "critic.momentum=1"),
         (["estimator=frequenzy"], "did you mean frequency?"),
         (["experiment=papr"], "did you mean paper?"),
         # wrong types

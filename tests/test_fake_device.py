@@ -28,6 +28,7 @@ from pmoe_lightning import make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import make_dac, make_ppo, make_sac
 from pmoe_lightning.estimators import AbstractEstimator, Frequency, GumbelSoftmax
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
+from pmoe_lightning.modules.crossq import make_crossq_network
 from pmoe_lightning.modules.option_policies import make_option_actor
 from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import OnPolicyUpdate, SACUpdate
@@ -86,11 +87,12 @@ def actor_for(estimator: AbstractEstimator, **arguments: Any):
     return (make_gaussian_actor if estimator.most_components == 1 else make_pmoe_actor)(*SPACES, **arguments)
 
 
-def sac(name: str, *, force: str | None = None, safe: bool = False):
+def sac(name: str, *, force: str | None = None, safe: bool = False, critic: Callable | None = None):
     estimator = ESTIMATORS[name]()
     transform = None if force is None else make_hamiltonian_transform(O, A, force=force, hidden_size=8)
     constraint = CostConstraint(num_candidates=3) if safe else None
-    return make_sac(actor_for(estimator), estimator, **DIMS, action_transform=transform, constraint=constraint)
+    parts = {"action_transform": transform, "constraint": constraint, "make_critic": critic}
+    return make_sac(actor_for(estimator), estimator, **DIMS, **parts)
 
 
 def ppo(name: str):
@@ -121,7 +123,7 @@ def stepped(algorithm: Any, batch: TensorDictBase) -> None:
     with OneDevice():
         out = algorithm.loss(batch)
         sum(value for name, value in out.items() if name.startswith("loss_")).backward()
-    assert {value.device.type for value in out.values()} == {DEVICE}, dict(out.items())
+    assert {value.device.type for value in out.values(True, True)} == {DEVICE}, dict(out.items())
 
 
 def acted(algorithm: Any, batch: TensorDictBase) -> None:
@@ -155,7 +157,7 @@ def updated(update: AbstractUpdate, batch: TensorDictBase) -> None:
         tensors = [absent(tensor) for tensor in (*update._module.tensors, *memory, *annealed)]
         tensors += [absent(columns[key]) for key in update._layout.columns] + [absent(factors)]
         with torch.no_grad(), OneDevice():
-            (values,) = update.update(*(tensor.detach() for tensor in tensors))
+            (values,) = update.update(0, *(tensor.detach() for tensor in tensors))
     assert values.device.type == DEVICE
 
 
@@ -186,6 +188,8 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"update-sac-{name}"] = lambda name=name: sac_update(sac(name))
         found[f"update-ppo-{name}"] = lambda name=name: on_policy_update(ppo(name))
     found["update-sac-safe"] = lambda: sac_update(sac("Frequency", force="gated", safe=True))
+    found["sac-crossq"] = lambda: moved(stepped, sac("Frequency", critic=make_crossq_network), minibatch(B))
+    found["update-sac-crossq"] = lambda: sac_update(sac("Frequency", critic=make_crossq_network))
     found["update-dac"] = lambda: on_policy_update(dac())
     return found
 

@@ -22,6 +22,7 @@ from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.estimators import Frequency, Marginalized
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.modules.actors import make_pmoe_actor
+from pmoe_lightning.modules.crossq import make_crossq_network
 from pmoe_lightning.processes.collectives import (
     average_over_processes,
     gather_objects,
@@ -80,6 +81,28 @@ def sac_by_lightning(rank: int = 0, parts: int = 1, *, force: str | None = None)
     return dict(algorithm.loss.state_dict())
 
 
+def crossq_by_lightning(rank: int, parts: int) -> dict[str, torch.Tensor]:
+    """Fifty updates, an actor's turn in every third."""
+    torch.manual_seed(0)
+    actor = make_pmoe_actor(sac.OBSERVATION_DIM, sac.LOW, sac.HIGH, hidden_sizes=(12, 8))
+    sizes = {"observation_dim": sac.OBSERVATION_DIM, "action_dim": sac.A, "hidden_sizes": (12, 8)}
+    critic = {"make_critic": partial(make_crossq_network, hidden_sizes=(12, 8)), "policy_delay": 3}
+    algorithm = make_sac(actor, Marginalized(), lr=1e-3, **critic, **sizes)
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = Trainer(accelerator="cpu", devices=parts, max_epochs=1, use_distributed_sampler=False, **quiet)
+    batches = part(sac.minibatches(50), rank, parts).split(10)
+    trainer.fit(algorithm, DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))
+    return dict(algorithm.loss.state_dict())
+
+
+def crossq_update(rank: int, parts: int) -> dict[str, torch.Tensor]:
+    loss, optimizer = sac.make(critic="crossq")
+    update = SACUpdate(loss, optimizer, tau=sac.TAU, policy_delay=3, compile=False)
+    torch.manual_seed(rank)
+    update(part(sac.minibatches(50), rank, parts))
+    return dict(loss.state_dict())
+
+
 def sac_update(rank: int = 0, parts: int = 1, *, force: str | None = None) -> dict[str, torch.Tensor]:
     loss, optimizer = sac.make(force=force)
     update = SACUpdate(loss, optimizer, tau=sac.TAU, compile=False)
@@ -111,6 +134,10 @@ TRAININGS = {
 }
 
 
+#: A batch of half the size has other statistics, so these only agree with each other.
+OF_BATCHES = {"crossq-by-lightning": crossq_by_lightning, "crossq": crossq_update}
+
+
 def in_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -123,7 +150,7 @@ def in_process(rank: int, folder: Path) -> None:
             "means": tensors,
             "largest": largest_over_processes(3 - rank, None),
             "gathered": gather_objects({"rank": rank}),
-            **{name: training(rank, 2) for name, training in TRAININGS.items()},
+            **{name: training(rank, 2) for name, training in (TRAININGS | OF_BATCHES).items()},
         },
         folder / f"{rank}.pt",
     )
@@ -156,3 +183,13 @@ def test_two_processes_learn_what_one_does_from_all_the_data(name, processes):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             assert torch.equal(first[key], second[key]), key
             torch.testing.assert_close(first[key], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OF_BATCHES)
+def test_two_processes_hold_the_same_parameters_and_statistics(name, processes):
+    first, second = (found[name] for found in processes)
+    assert any("running_var" in key for key in first)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+    (counter,) = (value for key, value in first.items() if "num_updates" in key)
+    assert counter.tolist() == [50, 50]

@@ -39,6 +39,8 @@ from pmoe_lightning.run.resume import command
 SAC = ["algo=sac", "data.init_random_frames=64", "data.batch_size=16", "data.frames_per_epoch=160"]
 PPO = ["data.frames_per_batch=64", "data.frames_per_epoch=128", "algo.num_epochs=2", "algo.minibatch_size=32"]
 SAFE = ["safe=velocity", "env.velocity_limit=0.1"]
+#: Stopped after 19 updates, one after a turn of the actor.
+CROSSQ = ["critic=crossq", "data.utd_ratio=0.1", "data.n_step=3", "data.normalize_observation=true"]
 QUIET = ["algo.hidden_sizes=[16]", "data.num_envs=2", "logger=none", "callbacks=minimal"]
 LAST, BEST = Path("checkpoints", "last.ckpt"), Path("checkpoints", "best.ckpt")
 # Counted by Lightning, and other where a run ended in the middle of an epoch before it was extended.
@@ -71,8 +73,9 @@ def state_of(folder: Path) -> dict[str, Any]:
         [*PPO, "env=Pendulum-v1", "algo=dac", "env.max_episode_steps=50"],
         [*SAC, "env=Walker2d-v5", "action_transform=hamiltonian_raw", "data.utd_ratio=0.1"],
         [*SAC, *SAFE, "env=Hopper-v5", "action_transform=hamiltonian_gated", "data.utd_ratio=0.1"],
+        [*SAC, *CROSSQ, "env=Hopper-v5", "actor=pmoe"],
     ],
-    ids=["sac", "ppo", "dac", "hamiltonian", "safe"],
+    ids=["sac", "ppo", "dac", "hamiltonian", "safe", "crossq"],
 )
 def test_a_run_that_is_extended_is_the_run_that_was_longer(words, train, tmp_path):
     words = ["+" + word if word.startswith("env.max") else word for word in [*words, *QUIET]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from pmoe_lightning.estimators import (
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
 from pmoe_lightning.modules.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
-from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.modules.critics import make_layer_norm_network, make_qvalue_network
+from pmoe_lightning.modules.crossq import make_crossq_network
 from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
@@ -42,6 +44,14 @@ ESTIMATORS: dict[str, Callable[[], AbstractEstimator]] = {
 ACTORS = {"additive_moe": make_additive_moe_actor, "gaussian": make_gaussian_actor, "mcp": make_mcp_actor}
 
 
+#: CrossQ's correction by the running statistics begins within the test.
+CRITICS = {
+    "plain": make_qvalue_network,
+    "layer_norm": make_layer_norm_network,
+    "crossq": partial(make_crossq_network, warm_up=12, momentum=0.8),
+}
+
+
 def make(
     make_actor=make_pmoe_actor,
     estimator: AbstractEstimator | None = None,
@@ -49,13 +59,14 @@ def make(
     fixed_alpha: bool = False,
     force: str | None = None,
     constraint: CostConstraint | None = None,
+    critic: str = "plain",
 ):
     """A loss and its optimizer, the same at every call."""
     sizes = {"hidden_sizes": (12, 8)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         actor = make_actor(OBSERVATION_DIM, LOW, HIGH, **sizes)
-        critics = [make_qvalue_network(OBSERVATION_DIM, A, **sizes) for _ in range(2 if constraint is None else 4)]
+        critics = [CRITICS[critic](OBSERVATION_DIM, A, **sizes) for _ in range(2 if constraint is None else 4)]
         transform = None
         if force is not None:
             transform = make_hamiltonian_transform(OBSERVATION_DIM, A, force=force, step_size=0.2, learn_step_size=True)
@@ -93,18 +104,23 @@ def minibatches(updates: int) -> TensorDict:
 class Readable:
     """What ``SACUpdate`` must equal: loss module, one summed backward pass, ``torch.optim.Adam``, ``SoftUpdate``."""
 
-    def __init__(self, loss: PMOESACLoss, optimizer: torch.optim.Adam) -> None:
-        self.loss, self.optimizer, self.target = loss, optimizer, SoftUpdate(loss, tau=TAU)
+    def __init__(self, loss: PMOESACLoss, optimizer: torch.optim.Adam, policy_delay: int = 1) -> None:
+        self.loss, self.optimizer, self.policy_delay = loss, optimizer, policy_delay
+        self.target = SoftUpdate(loss, tau=TAU) if loss.delay_qvalue else None
 
-    def __call__(self, batch: TensorDict) -> dict[str, torch.Tensor]:
-        outs = []
-        for minibatch in batch.unbind(0):
-            outs.append(self.loss(minibatch))
+    def __call__(self, batch: TensorDict, first: int = 0) -> dict[str, torch.Tensor]:
+        outs: dict[str, list[torch.Tensor]] = {}
+        for i, minibatch in enumerate(batch.unbind(0), first + 1):
+            out = self.loss.critic_losses(minibatch) if i % self.policy_delay else self.loss(minibatch)
             self.optimizer.zero_grad()
-            sum(value for name, value in outs[-1].items() if name.startswith("loss_")).backward()
+            sum(value for name, value in out.items() if name.startswith("loss_")).backward()
             self.optimizer.step()
-            self.target.step()
-        return {name: torch.stack([out[name].detach() for out in outs]) for name in outs[0].keys()}  # noqa: SIM118 (a TensorDict iterates over its batch)
+            self.loss.take_statistics(out.pop("statistics", None))
+            if self.target is not None:
+                self.target.step()
+            for name, value in out.items():
+                outs.setdefault(name, []).append(value.detach())
+        return {name: torch.stack(values) for name, values in outs.items()}
 
 
 def assert_same(first, second) -> None:
@@ -141,19 +157,19 @@ def traces_only(monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph)
 
 
-def run_both(make_pair, updates: int, *, compile: bool) -> None:
+def run_both(make_pair, updates: int, *, compile: bool, policy_delay: int = 1) -> None:
     """The same numbers after every ten updates, draw for draw, without a second compilation."""
     (loss, optimizer), (other_loss, other_optimizer) = pairs = make_pair(), make_pair()
-    readable = Readable(loss, optimizer)
-    update = SACUpdate(other_loss, other_optimizer, tau=TAU, compile=compile)
+    readable = Readable(loss, optimizer, policy_delay)
+    update = SACUpdate(other_loss, other_optimizer, tau=TAU, policy_delay=policy_delay, compile=compile)
     for start in range(0, updates, 10):
         loss.estimator.anneal(start / updates)
         other_loss.estimator.anneal(start / updates)
         batch = minibatches(updates)[start : start + 10]
         with torch.random.fork_rng():
-            expected = readable(batch.clone())
+            expected = readable(batch.clone(), start)
             drawn = torch.get_rng_state()
-        metrics = update(batch)
+        metrics = update(batch, start)
         assert torch.equal(torch.get_rng_state(), drawn)
         assert metrics.keys() == expected.keys() | {"gradient_norm"}
         for name, value in expected.items():
@@ -189,6 +205,34 @@ def test_200_updates_equal_the_readable_form_with_a_transform_or_a_constraint(fo
 
 def test_20_updates_equal_the_readable_form_with_a_transform_under_a_constraint():
     run_both(lambda: make(force="gated", constraint=CONSTRAINT), 20, compile=False)
+
+
+@pytest.mark.parametrize(
+    ("critic", "policy_delay", "arguments"),
+    [
+        ("plain", 3, {}),
+        ("layer_norm", 1, {"force": "raw"}),
+        ("crossq", 3, {"force": "gated"}),
+        ("crossq", 2, {"constraint": CONSTRAINT}),
+    ],
+    ids=["plain-delayed", "layer_norm-raw", "crossq-gated", "crossq-safe"],
+)
+def test_updates_equal_the_readable_form_with_other_critics(critic, policy_delay, arguments):
+    run_both(lambda: make(critic=critic, **arguments), 40, compile=False, policy_delay=policy_delay)
+
+
+@slow
+@pytest.mark.parametrize("critic", ["crossq", "layer_norm"])
+@pytest.mark.parametrize("name", [*ESTIMATORS, *ACTORS])
+def test_200_compiled_updates_equal_the_readable_form_with_other_critics(name, critic):
+    actor, estimator = (make_pmoe_actor, ESTIMATORS[name]) if name in ESTIMATORS else (ACTORS[name], Pathwise)
+    run_both(lambda: make(actor, estimator(), critic=critic), 200, compile=True, policy_delay=3)
+
+
+@slow
+@pytest.mark.parametrize(("force", "constraint"), BEYOND_PLAIN_SAC)
+def test_200_compiled_updates_of_crossq_with_a_transform_or_a_constraint(force, constraint):
+    run_both(lambda: make(force=force, constraint=constraint, critic="crossq"), 200, compile=True, policy_delay=3)
 
 
 OTHER_BATCHES = {

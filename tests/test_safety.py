@@ -176,7 +176,10 @@ def test_the_cost_target_by_hand():
     for parameters in (loss.target_cost_network_params, loss.cost_network_params):
         parameters.data.apply_(lambda x: x.zero_())
     loss.target_cost_network_params.data["module", "layers", "4", "bias"].copy_(torch.tensor([[2.0], [6.0]]))
-    assert loss.cost_target(batch, torch.zeros(4, A)).tolist() == [1 + 0.5 * 6, 0.5 * 6, 1, 0]
+    values = loss.critic_values(batch, torch.zeros(4, A), "cost_network")
+    assert loss.cost_target(batch, values.next).tolist() == [1 + 0.5 * 6, 0.5 * 6, 1, 0]
+    several = batch.clone().set("steps_to_next_obs", torch.tensor([[1], [2], [2], [1]]))
+    assert loss.cost_target(several, values.next).tolist() == [1 + 0.5 * 6, 0.25 * 6, 1, 0]
     # Predictions are zero: two critics, each off by the target of its draw.
     out = loss(batch)
     assert out["loss_cost"].item() == 2 * (16 + 9 + 1 + 0) / 4

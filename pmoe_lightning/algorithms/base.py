@@ -107,11 +107,16 @@ class AbstractAlgorithm(LightningModule, ABC):
         """Every update of one collector iteration."""
 
     def step(self, out: TensorDictBase, *, max_grad_norm: float | None = None) -> None:
-        """One optimizer step on the sum of the ``loss_*`` entries; each reaches only its own parameters."""
-        optimizer = self._optimizer
+        """One optimizer step on the sum of the ``loss_*`` entries; each reaches only its own parameters.
+
+        A loss module whose output has ``statistics`` takes them over with the step (``take_statistics``).
+        """
+        optimizer, statistics = self._optimizer, out.get("statistics", None)
         optimizer.zero_grad()
-        self.manual_backward(sum(value for name, value in out.items() if name.startswith("loss_")))
+        self.differentiate(sum(value for name, value in out.items() if name.startswith("loss_")), statistics)
         norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm or math.inf)
+        if statistics is not None:  # one that is not finite makes the norm not finite
+            norm = norm + 0.0 * torch.stack([value.sum() for value in statistics.values()]).sum()
         self.record({"train/gradient_norm": norm})
         # Where it is not finite, weights and moments stay as they are.
         if optimizer.optimizer.defaults.get("fused"):  # it sees to that itself, and nobody waits for the device
@@ -119,7 +124,13 @@ class AbstractAlgorithm(LightningModule, ABC):
         elif not norm.isfinite():
             optimizer.zero_grad()
         optimizer.step()
+        if statistics is not None:
+            self.loss.take_statistics(statistics, norm.isfinite())
         self.updates += 1
+
+    def differentiate(self, total: Tensor, statistics: TensorDictBase | None) -> None:
+        """Leave the gradient in the parameters, its mean over all processes; ``statistics`` are to be averaged too."""
+        self.manual_backward(total)
 
     def count_updates(self, count: int) -> None:
         """Count optimizer steps that a compiled update has taken without the wrapper by which Lightning counts them."""

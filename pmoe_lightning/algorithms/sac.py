@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import SoftUpdate
@@ -15,10 +16,11 @@ from torchrl.objectives import SoftUpdate
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.hamiltonian import HamiltonianTransform
-from pmoe_lightning.limits import FiniteFloat, Of, PositiveFloat, UnitInterval, checked
+from pmoe_lightning.limits import FiniteFloat, Limit, Of, PositiveFloat, PositiveInt, UnitInterval, checked
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
 from pmoe_lightning.modules.critics import make_qvalue_network
 from pmoe_lightning.modules.networks import Activation, HiddenSizes
+from pmoe_lightning.processes.collectives import average_over_processes
 from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
@@ -34,9 +36,13 @@ class SAC(AbstractAlgorithm):
     Args:
         loss: the loss module, with its value estimator (gamma) set.
         actor: the policy inside ``loss``.
+        normalizer: writes the entry the actor reads, from ``observation``; None where that is the observation.
         lr: learning rate of all three groups.
         lr_actor, lr_qvalue, lr_alpha: that of one group; None is ``lr``.
-        tau: the target critics move by tau (Q - Qbar) after every update.
+        betas: of Adam.
+        tau: the target critics, where there are any, move by tau (Q - Qbar) after every update.
+        policy_delay: updates of the critics for one of the actor and the temperature, which is the last of them.
+            Counted by ``updates``, which is in every checkpoint.
         compile: see above.
         policy_description: see ``AbstractAlgorithm``.
     """
@@ -49,19 +55,26 @@ class SAC(AbstractAlgorithm):
         loss: PMOESACLoss,
         actor: SafeProbabilisticTensorDictSequential,
         *,
+        normalizer: TensorDictModuleBase | None = None,
         lr: PositiveFloat = 3e-4,
         lr_actor: PositiveFloat | None = None,
         lr_qvalue: PositiveFloat | None = None,
         lr_alpha: PositiveFloat | None = None,
+        betas: Sequence[Annotated[float, Limit(low=0, high=1, high_included=False)]] = (0.9, 0.999),
         tau: UnitInterval = 0.005,
+        policy_delay: PositiveInt = 1,
         compile: bool = False,
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(loss, actor, loss.acting_policy(actor), policy_description)
+        policy = loss.acting_policy(actor)
+        policy = policy if normalizer is None else TensorDictSequential(normalizer, policy)
+        super().__init__(loss, actor, policy, policy_description)
         rates = (lr_actor, lr_qvalue, lr_alpha)
         self.lr_actor, self.lr_qvalue, self.lr_alpha = (lr if rate is None else rate for rate in rates)
-        self.tau, self.compiles = tau, compile
-        self.target_updater = SoftUpdate(loss, tau=tau)
+        self.tau, self.policy_delay, self.compiles = tau, policy_delay, compile
+        first, second = betas
+        self.betas = first, second
+        self.target_updater = SoftUpdate(loss, tau=tau) if loss.delay_qvalue else None
         self.update: SACUpdate | None = None
 
     @property
@@ -73,7 +86,7 @@ class SAC(AbstractAlgorithm):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rates = {"lr_actor": self.lr_actor, "lr_qvalue": self.lr_qvalue, "lr_alpha": self.lr_alpha}
-        return torch.optim.Adam(self.loss.parameter_groups(**rates), fused=True)
+        return torch.optim.Adam(self.loss.parameter_groups(**rates), betas=self.betas, fused=True)
 
     @property
     def alpha(self) -> float:
@@ -85,19 +98,33 @@ class SAC(AbstractAlgorithm):
 
     def on_train_start(self) -> None:
         if self.compiles:
-            self.update = SACUpdate(self.loss, self._optimizer.optimizer, tau=self.tau)
+            optimizer = self._optimizer.optimizer
+            self.update = SACUpdate(self.loss, optimizer, tau=self.tau, policy_delay=self.policy_delay)
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         if self.update is not None:
-            self.record_loss(self.update(batch), count=len(batch))
+            for name, values in self.update(batch, self.updates).items():
+                self.record_loss({name: values}, count=len(values))
             self.count_updates(len(batch))
         else:
             for minibatch in batch.unbind(0):
-                out = self.loss(minibatch)
+                acts = (self.updates + 1) % self.policy_delay == 0
+                out = self.loss(minibatch) if acts else self.loss.critic_losses(minibatch)
                 self.step(out)
-                self.target_updater.step()
-                self.record_loss(out)
+                if self.target_updater is not None:
+                    self.target_updater.step()
+                self.record_loss(out.exclude("statistics"))
         self.last_observation = batch.get(self.observation_key)[-1]
+
+    def differentiate(self, total: Tensor, statistics: TensorDictBase | None) -> None:
+        if self.trainer.world_size == 1:
+            return super().differentiate(total, statistics)
+        # Lightning's wrapper would wait for gradients of an actor whose turn it is not, and knows no statistics.
+        model: Any = self.trainer.strategy.model
+        with model.no_sync():
+            self.manual_backward(total)
+        gradients = [parameter.grad for parameter in self._trained_parameters() if parameter.grad is not None]
+        average_over_processes([*gradients, *({} if statistics is None else statistics).values()])
 
 
 @checked
@@ -109,6 +136,7 @@ def make_sac(
     action_dim: int,
     hidden_sizes: HiddenSizes = (256, 256),
     activation: Activation = "relu",
+    make_critic: Callable[..., TensorDictModule] | None = None,
     gamma: UnitInterval = 0.99,
     alpha_init: PositiveFloat = 1.0,
     target_entropy: FiniteFloat | None = None,
@@ -123,22 +151,26 @@ def make_sac(
         actor: the policy.
         estimator: the gradient estimator of the actor loss.
         observation_dim, action_dim: O and A.
-        hidden_sizes, activation: of the critics.
+        hidden_sizes, activation: of the critics, where ``make_critic`` does not know better.
+        make_critic: called with O, A and ``observation_key`` for each of them; None: ``make_qvalue_network``. With
+            ``make_crossq_network`` go lr=1e-3, betas=(0.5, 0.999) and policy_delay=3.
         gamma: discount per environment step.
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
         constraint: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
         policy_description: see ``AbstractAlgorithm``.
-        **arguments: of ``SAC``: lr, lr_actor, lr_qvalue, lr_alpha, tau, compile.
+        **arguments: of ``SAC``: normalizer, lr, lr_actor, lr_qvalue, lr_alpha, betas, tau, policy_delay, compile.
 
     Raises:
         ValueError: the estimator cannot serve the actor's distribution.
     """
 
+    if make_critic is None:
+        make_critic = partial(make_qvalue_network, hidden_sizes=hidden_sizes, activation=activation)
+
     def make_critics() -> list[TensorDictModule]:
-        sizes: dict[str, Any] = {"hidden_sizes": hidden_sizes, "activation": activation}
-        return [make_qvalue_network(observation_dim, action_dim, **sizes) for _ in range(2)]
+        return [make_critic(observation_dim, action_dim, observation_key=actor.in_keys[0]) for _ in range(2)]
 
     of_loss: dict[str, Any] = {
         "estimator": estimator,

@@ -28,7 +28,8 @@ from pmoe_lightning.modules.actors import (
     make_mcp_actor,
     make_pmoe_actor,
 )
-from pmoe_lightning.modules.critics import QValueEnsemble, make_qvalue_network
+from pmoe_lightning.modules.critics import QValueEnsemble, make_layer_norm_network, make_qvalue_network
+from pmoe_lightning.modules.crossq import make_crossq_network
 from pmoe_lightning.modules.networks import make_mlp
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, make_option_actor
@@ -41,6 +42,11 @@ ACTORS: dict[str, Callable[..., TensorDictModule]] = {
     "mcp": make_mcp_actor,
     "options": make_option_actor,
     "pmoe": make_pmoe_actor,
+}
+CRITICS: dict[str, Callable[..., TensorDictModule]] = {
+    "crossq": make_crossq_network,
+    "layer_norm": make_layer_norm_network,
+    "plain": make_qvalue_network,
 }
 FORMAT = 1
 _NUM_CRITICS = 2
@@ -141,21 +147,21 @@ def build_policy(
     factories = _chosen_parts(description, parts or {}, where)
     try:
         actor = factories["actor"](**sizes, **arguments)
-        modules = [ObservationNormalizer(sizes["observation_dim"])] if description["normalize_observation"] else []
-        modules += [actor, *(transform := _make_transform(description, factories, actor, where))]
+        first = [ObservationNormalizer(sizes["observation_dim"])] if description["normalize_observation"] else []
+        modules = [actor, *(transform := _make_transform(description, factories, actor, where))]
         safe = _make_safe(description, factories, actor, transform, where)
     except (TypeError, ValueError) as error:
         raise RunError(f"{where}, policy.description: {first_line(error)}") from error
-    policy = safe(_sequence(modules))
+    policy = _sequence([*first, safe(_sequence(modules))])
     try:
         policy.load_state_dict(entry["state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 300)
         raise RunError(f"{where}, policy.state_dict does not fit its description: {reason}") from error
     if rule == "best_value":
-        best = BestValueActor(actor, build_critics(entry, where))
+        best = BestValueActor(actor, build_critics(entry, parts, where))
         modules = [best if module is actor else module for module in modules]
-        policy = safe(_sequence(modules))
+        policy = _sequence([*first, safe(_sequence(modules))])
     for module in policy.modules():
         if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
@@ -211,9 +217,11 @@ def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:
     return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
 
 
-def build_critics(entry: Mapping[str, Any], where: str = "the checkpoint") -> list[TensorDictModule]:
+def build_critics(
+    entry: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]] | None = None, where: str = "the checkpoint"
+) -> list[TensorDictModule]:
     """The action-value networks of a checked entry: what the actor reads and the action normalised to [-1, 1] make
-    ``state_action_value``.
+    ``state_action_value``. ``parts`` as for :func:`load_policy`.
 
     Raises:
         RunError: the entry holds none, or they do not fit their description.
@@ -221,10 +229,11 @@ def build_critics(entry: Mapping[str, Any], where: str = "the checkpoint") -> li
     state_dicts = entry.get("action_values")
     if not state_dicts:
         raise RunError(f"{where} holds no action values to rank components by: use rule=max_weight")
+    factories = _chosen_parts(entry["description"], parts or {}, where)
     critics = []
     for state_dict in state_dicts:
         try:
-            critic = _make_critic(entry["description"], where)
+            critic = _make_critic(entry["description"], factories, where)
             critic.load_state_dict(state_dict)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 300)
@@ -233,14 +242,22 @@ def build_critics(entry: Mapping[str, Any], where: str = "the checkpoint") -> li
     return critics
 
 
-def _make_critic(description: Mapping[str, Any], where: str) -> TensorDictModule:
-    """A critic of the described sizes, its weights not loaded."""
-    sizes = {key: description.get("critic", {}).get(key) for key in ("hidden_sizes", "activation")}
+def _make_critic(
+    description: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], where: str
+) -> TensorDictModule:
+    """A critic of the described kind and sizes, its weights not loaded."""
+    described, place = description.get("critic", {}), f"{where}, policy.description.critic"
     observations, actions = description["observation_dim"], len(description["action_low"])
-    _check_arguments(make_mlp, sizes, f"{where}, policy.description.critic")
-    _check_size(sizes, observations + actions, 1, f"{where}, policy.description.critic")
     key = description["arguments"].get("observation_key", "observation")
-    return make_qvalue_network(observations, actions, **sizes, observation_key=key)
+    if "critic" in own_parts(description):
+        return parts["critic"](observations, actions, **described, observation_key=key)
+    kind = described.get("kind", "plain")
+    if not isinstance(kind, str) or kind not in CRITICS:
+        raise RunError(f"{place}: unknown kind {kind!r}; known: {', '.join(CRITICS)}")
+    sizes: dict[str, Any] = {key: described.get(key) for key in ("hidden_sizes", "activation")}
+    _check_arguments(make_mlp, sizes, place)
+    _check_size(sizes, observations + actions, 1, place)
+    return CRITICS[kind](observations, actions, **sizes, observation_key=key)
 
 
 def _make_transform(
@@ -250,7 +267,7 @@ def _make_transform(
     arguments = description.get("action_transform")
     if arguments is None or "acting" not in arguments["used_in"]:
         return []
-    values = _make_values(description, where)
+    values = _make_values(description, parts, where)
     sizes = {"observation_dim": description["observation_dim"], "action_dim": len(description["action_low"])}
     transform = parts["action_transform"](**sizes, **arguments)
     bounds = (torch.tensor(description[key]) for key in ("action_low", "action_high"))
@@ -268,16 +285,16 @@ def _make_safe(
     if description.get("safe") is None:
         return lambda policy: policy
     constraint = parts["safe"](**description["safe"])
-    values: Any = transform[0].qvalue if transform else _make_values(description, where)
+    values: Any = transform[0].qvalue if transform else _make_values(description, parts, where)
     bounds = [torch.tensor(description[key]) for key in ("action_low", "action_high")]
     return lambda policy: SafePolicy(policy, values, constraint, *bounds, observation_key=actor.in_keys[0])
 
 
-def _make_values(description: Mapping[str, Any], where: str) -> nn.Module:
+def _make_values(description: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], where: str) -> nn.Module:
     """The critics that a policy acts with, of cost too for a safe one, their weights not loaded."""
 
     def ensemble() -> QValueEnsemble:
-        critics = [_make_critic(description, where) for _ in range(_NUM_CRITICS)]
+        critics = [_make_critic(description, parts, where) for _ in range(_NUM_CRITICS)]
         return QValueEnsemble(critics[0].module, TensorDict.from_modules(*critics, as_module=True))
 
     if description.get("safe") is None:

@@ -55,9 +55,9 @@ def root_schema() -> type:
         "compile": Flag | Literal["auto"],
         "matmul_precision": find("pmoe_lightning.modules.networks.MatmulPrecision"),
     }
-    groups = ("algo", "actor", "estimator", "action_transform", "safe", "env", "data", "trainer", "callbacks", "logger")
+    groups = ("algo", "actor", "estimator", "env", "data", "trainer", "callbacks")
     fields: dict[str, tuple[str, Any, Any]] = {group: (group, Any, MISSING) for group in groups}
-    fields |= {group: (group, Any, None) for group in ("action_transform", "safe", "logger")}
+    fields |= {group: (group, Any, None) for group in ("critic", "action_transform", "safe", "logger")}
     fields["callbacks"] = ("callbacks", dict[str, Any], dataclasses.field(default_factory=dict))
     fields |= {key: _field(key, parameter) for key, parameter in stated(keys).items()}
     return dataclasses.make_dataclass("Configuration", fields.values())

@@ -25,6 +25,8 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ConfigurationError: one line that names the key, its value and what is expected.
     """
+    if _choice(cfg, "algo") == "sac" and not cfg.critic:  # which its learning rate is taken from
+        raise ConfigurationError("algo=sac learns from critics: use critic=plain, not critic=none")
     for path, value, parameter in _leaves(cfg):
         if parameter is not None and not parameter.accepts(value):
             raise ConfigurationError(f"{path}={_shown(value)} must be {parameter}")
@@ -38,6 +40,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_data(cfg)
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
+    _check_critic(cfg)
     _check_action_transform(cfg)
     _check_safe(cfg)
 
@@ -160,6 +163,19 @@ def _check_estimator_and_actor(cfg: DictConfig) -> None:
             f"estimator.baseline={cfg.estimator.baseline} needs estimator.num_samples of at least 2: "
             "use more samples or estimator.baseline=none"
         )
+
+
+def _check_critic(cfg: DictConfig) -> None:
+    algo = _choice(cfg, "algo")
+    if algo == "sac" and len(cfg.algo.betas) != 2:
+        raise ConfigurationError(f"algo.betas={_shown(list(cfg.algo.betas))} must be two numbers, such as [0.9,0.999]")
+    if algo in _ON_POLICY and cfg.critic:
+        own = all(cfg.critic.get(key) == cfg.algo[key] for key in ("hidden_sizes", "activation"))
+        if _choice(cfg, "critic") != "plain" or not own:
+            raise ConfigurationError(
+                f"critic=... chooses the critics of sac; those of {algo} are plain, of the sizes algo.hidden_sizes: "
+                "use algo=sac or critic=none"
+            )
 
 
 def _check_action_transform(cfg: DictConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
@@ -193,6 +194,12 @@ class CollectedData(LightningDataModule, ABC):
         """
         finished, self._finished_episodes = self._finished_episodes, []
         return finished
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """The values of all processes, because every process normalises by the statistics of all."""
+        if self.trainer is None or self.world_size == 1:
+            return values
+        return self.trainer.strategy.all_gather(values.to(self.device))
 
     def _set_aside_breakdowns(self, rollout: TensorDictBase) -> None:
         """Where a simulator broke down, make the numbers harmless and mark them by ``unusable`` [N, T, 1]."""

@@ -12,8 +12,10 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData, Source, round_up
+from pmoe_lightning.data.n_step import NStepTransitions
 from pmoe_lightning.errors import ConfigurationError, NonFiniteError
 from pmoe_lightning.limits import NonNegativeInt, Of, PositiveFloat, PositiveInt, checked
+from pmoe_lightning.modules.normalization import ObservationNormalizer
 
 __all__ = ["OffPolicyData"]
 
@@ -34,14 +36,22 @@ class OffPolicyData(CollectedData):
 
     A minibatch holds observation [O], action [A] and next: observation [O], reward [1], done [1], terminated [1],
     truncated [1], and cost [1] where the environment writes it. ``next.observation`` is the true last observation where
-    an episode ended. The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of
-    the run if that is fewer.
+    an episode ended. With ``n_step`` above 1 it also holds ``steps_to_next_obs`` [1], reward and cost are discounted
+    sums over these steps, and the rest of next is that of the last of them (``n_step.NStepTransitions``). With a
+    ``normalizer``, which the policy must contain, every rollout enters its statistics, and minibatches hold
+    ``observation_normalized`` and next.observation_normalized by the newest ones.
+
+    The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is
+    fewer.
 
     Args: as :class:`pmoe_lightning.data.collection.CollectedData`, and
         init_random_frames: frames of the warm-up.
         buffer_size: capacity of the replay buffer, in transitions.
         batch_size: B, with one process.
         utd_ratio: updates per environment frame after the warm-up.
+        n_step: the most steps of a transition.
+        gamma, cost_gamma: discounts of reward and cost per step, where there are several.
+        normalizer: the one inside ``policy``, or None.
 
     Attributes:
         planned_minibatches: about how many the whole run will draw.
@@ -65,6 +75,10 @@ class OffPolicyData(CollectedData):
         buffer_size: PositiveInt = 1_000_000,
         batch_size: PositiveInt = 256,
         utd_ratio: PositiveFloat = 1.0,
+        n_step: PositiveInt = 1,
+        gamma: float = 0.99,
+        cost_gamma: float | None = None,
+        normalizer: ObservationNormalizer | None = None,
         **arguments: Annotated[Any, Of(CollectedData)],
     ) -> None:
         super().__init__(
@@ -96,6 +110,9 @@ class OffPolicyData(CollectedData):
                 f"and data.frames_per_batch={frames_per_batch}"
             )
         self.capacity, self.batch_size = capacity, batch_size
+        self.n_step = NStepTransitions(n_step, gamma, cost_gamma) if n_step > 1 else None
+        self.normalizer = normalizer
+        OffPolicyData.check_processes(self, 1)
         self.updates_owed = Fraction(0)
         self.buffer: ReplayBuffer | None = None
         self._given = 0  # frames of all processes that were for their buffers, whether or not they could be used
@@ -104,6 +121,12 @@ class OffPolicyData(CollectedData):
         super().check_processes(number)
         if self.batch_size % number:
             raise ConfigurationError(f"data.batch_size={self.batch_size} must be a multiple of the {number} processes")
+        begun = max(self.warm_up, self.frames_per_batch) // (self.environments * number)
+        if self.n_step is not None and self.n_step.n > begun:
+            raise ConfigurationError(
+                f"data.n_step={self.n_step.n} needs as many steps of each environment before the first update, and "
+                f"{begun} are taken: raise data.init_random_frames"
+            )
 
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
         """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
@@ -114,10 +137,9 @@ class OffPolicyData(CollectedData):
             self.updates_owed += frames * self.utd_ratio
         self._given += frames
         keys = (*_KEYS, _COST) if _COST in rollout.keys(include_nested=True) else _KEYS
-        transitions = rollout.select(*keys).reshape(-1)
-        unusable = rollout.get("unusable", None)
-        if unusable is not None:
-            transitions = transitions[~unusable.reshape(-1)]
+        if self.normalizer is not None:
+            self.normalizer.update(self._gather(rollout.get("observation")))
+        transitions = self._transitions(rollout.select(*keys, "unusable", strict=False))
         if len(transitions):
             self.buffer.extend(transitions.to(self.device))
         updates = int(self.updates_owed)
@@ -130,7 +152,19 @@ class OffPolicyData(CollectedData):
             )
         self.updates_owed -= updates
         share = self.batch_size // self.world_size
-        return self.buffer.sample(updates * share).view(updates, share)
+        batch = self.buffer.sample(updates * share).view(updates, share)
+        if self.normalizer is not None:
+            for part in (batch, batch.get("next")):
+                self.normalizer(part)
+        return batch
+
+    def _transitions(self, rollout: TensorDictBase) -> TensorDictBase:
+        """What of a rollout goes into the buffer now, [M]."""
+        if self.n_step is not None:
+            return self.n_step(rollout)
+        unusable = rollout.get("unusable", None)
+        transitions = rollout.exclude("unusable").reshape(-1)
+        return transitions if unusable is None else transitions[~unusable.reshape(-1)]
 
     def _make_collector(self, init_random_frames: int = 0) -> Source:
         # A run that goes on without its experience refills its buffer with the policy it has already learned.
@@ -143,27 +177,35 @@ class OffPolicyData(CollectedData):
     def experience(self) -> dict[str, Any]:
         experience = super().experience()
         if experience and self.buffer is not None:
-            filled = self.buffer.storage.get(slice(0, len(self.buffer))).flatten_keys(".")
+            filled = self.buffer[: len(self.buffer)].flatten_keys(".") if len(self.buffer) else {}
             # As tensors of their own over the same memory: saving a slice would save all that it is a slice of.
             transitions = {key: torch.from_numpy(value.numpy(force=True)) for key, value in filled.items()}
             cursor = self.buffer.writer.state_dict()["_cursor"]
             experience["replay"] = {"transitions": transitions, "cursor": cursor, "given": self._given}
+            if self.n_step is not None:
+                experience["replay"]["waiting"] = self.n_step.state_dict()
         return experience
 
     def _restore(self) -> None:
         replay = (self._experience or {}).get("replay")
         if replay is not None:
             self.buffer = self._make_buffer()
-            _refill(self.buffer, replay["transitions"], replay["cursor"])
+            if replay["transitions"]:  # none where the first are still incomplete
+                _refill(self.buffer, replay["transitions"], replay["cursor"])
             self._given = replay["given"]
+            if self.n_step is not None:
+                self.n_step.load_state_dict(replay.get("waiting", {}))
         super()._restore()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "updates_owed": float(self.updates_owed)}
+        state = {**super().state_dict(), "updates_owed": float(self.updates_owed)}
+        return state if self.normalizer is None else {**state, "normalizer": self.normalizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.updates_owed = Fraction(state_dict["updates_owed"]).limit_denominator(1_000_000)
+        if self.normalizer is not None:
+            self.normalizer.load_state_dict(state_dict["normalizer"])
 
 
 def _refill(buffer: ReplayBuffer, transitions: dict[str, Tensor], cursor: int) -> None:

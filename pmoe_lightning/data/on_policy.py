@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.data.collection import CollectedData
@@ -84,12 +83,6 @@ class OnPolicyData(CollectedData):
             return batch
         self.normalizer.update(self._gather(batch.get("observation")))
         return None if uninitialised else batch
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """The values of all processes, because every process normalises by the statistics of all."""
-        if self.trainer is None or self.world_size == 1:
-            return values
-        return self.trainer.strategy.all_gather(values.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
         modules = {"normalizer": self.normalizer, "reward_scaler": self.reward_scaler}

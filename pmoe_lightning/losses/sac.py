@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
@@ -29,19 +30,31 @@ from pmoe_lightning.modules.critics import (
     stacked_qvalue,
     stacked_qvalue_at,
 )
+from pmoe_lightning.modules.crossq import CrossQNetwork
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.modules.mixture import MixtureDistribution
 
 
-class CriticTarget(NamedTuple):
-    """What the critics learn at the states [*B] of a minibatch, without a gradient."""
+class NextAction(NamedTuple):
+    """What is done in the next states [*B] of a minibatch, without a gradient."""
 
-    value: Float[Tensor, "*B"]
-    """y."""
-    entropy: Float[Tensor, "*B"]
-    """-log pi of the next action, which is a plain draw of the mixture."""
     action: Float[Tensor, "*B A"]
-    """The next action, normalised, and evolved where the target uses a transform."""
+    """Normalised, and evolved where the target uses a transform."""
+    log_prob: Float[Tensor, "*B"]
+    """What the target takes for its log-density."""
+    entropy: Float[Tensor, "*B"]
+    """-log pi of the plain draw of the mixture that it began as."""
+
+
+class CriticValues(NamedTuple):
+    """What n critics say of a minibatch."""
+
+    here: Float[Tensor, "Q *B"]
+    """Q_i(s, a), with a gradient."""
+    next: Float[Tensor, "Q *B"]
+    """What the target is made of: Qbar_i(s', a'), without."""
+    statistics: dict[str, Tensor]
+    """What running statistics become, by their names in ``PMOESACLoss.statistics``."""
 
 
 class PMOESACLoss(SACLoss):
@@ -59,13 +72,18 @@ class PMOESACLoss(SACLoss):
     truncated transition bootstraps, a terminated one does not. With one component the losses and gradients equal
     ``SACLoss`` with ``TanhNormal`` under the same random numbers, where the action bounds are -1 and 1.
 
+    Critics of ``make_crossq_network`` have no targets: (s, a) and (s', a') pass through them together, normalised by
+    the statistics of both, and Qbar_i(s', a') is what that same pass says, held fixed. Everything else asks them with
+    their running statistics. What these become is in the output under ``statistics``; who takes the optimizer's step
+    hands it to ``take_statistics``.
+
     Whatever the bounds in the spec of the actor (or in ``action_spec``), everything here is of the action normalised to
     [-1, 1]: what the critics read, the densities pi(a|s), the entropy and its target, the dynamics of the transform.
     Minibatches hold actions in the units of the environment, in which the actor acts and scores.
 
     Args:
         actor_network: an actor whose distribution offers what the estimator asks for (``modules.mixture``).
-        qvalue_network: a list of critics, stacked with their own initial weights.
+        qvalue_network: a list of critics of one architecture, stacked with their own initial weights.
         estimator: the gradient estimator of the actor; ``estimator.log_prob`` decides whether the mixture's or the
             drawing component's log-density enters the critic target and the temperature loss too.
         action_transform: evolves the drawn actions, in actor loss and critic target as its ``used_in`` says, along the
@@ -76,7 +94,8 @@ class PMOESACLoss(SACLoss):
 
     Raises:
         ValueError: the estimator cannot serve the distribution of the actor, here or, of an actor that is no
-            ``MixtureActor``, where it is first asked; or an argument that is refused.
+            ``MixtureActor``, where it is first asked; or an argument that is refused, such as ``reduction="none"`` for
+            critics with statistics.
 
     Output keys: ``loss_actor``, ``loss_qvalue``, ``loss_alpha``, the estimator's auxiliary losses (such as
     ``loss_frequency``), ``alpha``, ``regulated_entropy``, ``entropy``, and the estimator's diagnostics. The two
@@ -90,6 +109,8 @@ class PMOESACLoss(SACLoss):
         >>> sum(value for name, value in out.items() if name.startswith("loss_")).backward()
     """
 
+    #: The names of all critics, whose parameters are each name's ``..._params``.
+    critics: ClassVar[tuple[str, ...]] = ("qvalue_network",)
     _out_keys: list[str] | None
 
     def __init__(
@@ -111,6 +132,10 @@ class PMOESACLoss(SACLoss):
         if isinstance(qvalue_network, Sequence):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))
+        if _learns_jointly(qvalue_network[0] if isinstance(qvalue_network, list) else qvalue_network):
+            if arguments.get("reduction") == "none":
+                raise ValueError("the critics of CrossQ learn from a whole batch: use reduction='mean'")
+            arguments["delay_qvalue"] = False
         super().__init__(actor_network, qvalue_network, loss_function=loss_function, **arguments)
         for name, bound in zip(("low", "high"), stated_bounds(actor_network, self._action_spec), strict=True):
             self.register_buffer(f"action_{name}", bound.to(self.log_alpha), persistent=False)
@@ -130,6 +155,29 @@ class PMOESACLoss(SACLoss):
         network = self.qvalue_network
         return isinstance(network, ValueOperator) and isinstance(network.module, QValueNetwork)
 
+    @property
+    def learns_jointly(self) -> bool:
+        """Whether the critics see (s, a) and (s', a') in one pass, and have no targets."""
+        return _learns_jointly(self.qvalue_network)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The running statistics of the critics, live; none where critics have none."""
+        if not self.learns_jointly:
+            return {}
+        names = self.qvalue_network.module.statistics
+        return {
+            _statistic(critics, name): getattr(self, f"{critics}_params")["module"][name]
+            for critics in self.critics
+            for name in names
+        }
+
+    @torch.no_grad()
+    def take_statistics(self, new: Mapping[str, Tensor] | TensorDictBase | None, taken: Tensor | bool = True) -> None:
+        """Make the running statistics those of an output (its ``statistics``, if any), where the step was taken."""
+        if new is not None:
+            for name, live in self.statistics().items():
+                live.copy_(torch.where(torch.as_tensor(taken, device=live.device), new[name], live))
+
     def _stacked_qvalue(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> TensorDictBase:
         values = self.qvalues(tensordict, tensordict.get(self.tensor_keys.action), parameters)
         key = self.tensor_keys.state_action_value
@@ -145,9 +193,9 @@ class PMOESACLoss(SACLoss):
         """Q_i(s, a) of every critic at normalised actions [*S, *B, A]; the states [*B] repeat over the samples."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         if self.stacks_qvalues:
-            network = self.qvalue_network.module
-            layers = stacked_layers(network, parameters["module"])
-            return stacked_qvalue(*layers, network.layers[1], tensordict.get(*state_keys), action, linear)
+            network, parameters = self.qvalue_network.module, parameters["module"]
+            layers, norms = stacked_layers(network, parameters), network.layer_norms(parameters)
+            return stacked_qvalue(*layers, network.activation, tensordict.get(*state_keys), action, linear, norms)
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}
         entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}
@@ -158,30 +206,52 @@ class PMOESACLoss(SACLoss):
         """An action of the environment as the critics read it."""
         return TanhBounds(self.action_low, self.action_high).normalize(action)
 
-    def qvalue_v2_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reduced critic loss; ``td_error`` [*B], the largest of the critics, ``entropy`` and ``next_action``."""
-        target, entropy, next_action = self._critic_target(tensordict)
-        action = self.normalize_action(tensordict.get(self.tensor_keys.action))
-        values = self.qvalues(tensordict, action, self.qvalue_network_params)
-        loss = distance_loss(values, target.expand_as(values), loss_function=self.loss_function).sum(0)
+    def qvalue_v2_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Any]]:
+        """The reduced critic loss; ``td_error`` [*B], the largest of the critics, ``entropy``, ``next_action`` and
+        ``statistics``.
+        """
+        following = self._next_action(tensordict.get("next"))
+        values = self.critic_values(tensordict, following.action)
+        target = self._critic_target(tensordict, following, values.next)
+        loss = distance_loss(values.here, target.expand_as(values.here), loss_function=self.loss_function).sum(0)
         weights = self._maybe_get_priority_weight(tensordict)
-        td_error = (values - target).detach().abs().max(0).values
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights), {
-            "td_error": td_error,
-            "entropy": entropy,
-            "next_action": next_action,
+            "td_error": (values.here - target).detach().abs().max(0).values,
+            "entropy": following.entropy,
+            "next_action": following.action,
+            "statistics": values.statistics,
         }
+
+    def critic_values(
+        self, tensordict: TensorDictBase, next_action: Float[Tensor, "*B A"], critics: str = "qvalue_network"
+    ) -> CriticValues:
+        """What these critics say of a minibatch and of the normalised actions that follow."""
+        action, following = self.normalize_action(tensordict.get(self.tensor_keys.action)), tensordict.get("next")
+        parameters = getattr(self, f"{critics}_params")
+        if not self.learns_jointly:
+            here = self.qvalues(tensordict, action, parameters)
+            with torch.no_grad():
+                after = self.qvalues(following, next_action, getattr(self, f"target_{critics}_params"))
+            return CriticValues(here, after, {})
+        network, (key, _) = self.qvalue_network.module, self.qvalue_network.in_keys
+        pairs = [(tensordict.get(key), following.get(key)), (action, next_action)]
+        rows = (torch.cat([value.reshape(-1, value.shape[-1]) for value in pair]) for pair in pairs)
+        values, statistics = network.training_values(parameters["module"], *rows)
+        here, after = (half.unflatten(1, action.shape[:-1]) for half in values.chunk(2, 1))
+        named = {_statistic(critics, name): value for name, value in statistics.items()}
+        return CriticValues(here, after.detach(), named)
 
     def _distribution(self, tensordict: TensorDictBase) -> MixtureDistribution:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network.get_dist(tensordict)
 
+    @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
-        return self._critic_target(tensordict).value
+        following = self._next_action(tensordict.get("next"))
+        return self._critic_target(tensordict, following, self.critic_values(tensordict, following.action).next)
 
     @torch.no_grad()
-    def _critic_target(self, tensordict: TensorDictBase) -> CriticTarget:
-        next_tensordict = tensordict.get("next")
+    def _next_action(self, next_tensordict: TensorDictBase) -> NextAction:
         distribution = self._distribution(next_tensordict)
         u, log_prob, log_prob_of_mixture = _draw(distribution, self.estimator.log_prob)
         bounds = TanhBounds.normalized(u)
@@ -190,15 +260,17 @@ class PMOESACLoss(SACLoss):
         if evolve is not None:
             u, log_prob, *_ = evolve(u, log_prob)
         log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-        action = bounds.squash(u)
-        next_value = self.target_value(next_tensordict, action) - self._alpha * log_prob
+        return NextAction(bounds.squash(u), log_prob, entropy)
+
+    @torch.no_grad()
+    def _critic_target(
+        self, tensordict: TensorDictBase, following: NextAction, next_values: Float[Tensor, "Q *B"]
+    ) -> Float[Tensor, "*B"]:
+        """y: what the critics learn. The minibatch may say ``steps_to_next_obs`` [*B, 1], over which r is summed."""
+        next_value = next_values.min(0).values - self._alpha * following.log_prob
         bootstrapped = tensordict.clone(False)
         bootstrapped.set(("next", self.value_estimator.tensor_keys.value), next_value.unsqueeze(-1))
-        return CriticTarget(self.value_estimator.value_estimate(bootstrapped).squeeze(-1), entropy, action)
-
-    def target_value(self, next_tensordict: TensorDictBase, action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
-        """What the critics learn of the next action, besides its entropy: min_i Qbar_i(s', a')."""
-        return self.qvalues(next_tensordict, action, self.target_qvalue_network_params).min(0).values
+        return self.value_estimator.value_estimate(bootstrapped).squeeze(-1)
 
     def objective(self, tensordict: TensorDictBase, distribution: MixtureDistribution) -> Objective:
         """What the actor minimises at the states of the tensordict: cost = alpha log pi(a|s) - min_i Q_i(s, a).
@@ -281,14 +353,19 @@ class PMOESACLoss(SACLoss):
 
     def parameter_groups(self, *, lr_actor: float, lr_qvalue: float, lr_alpha: float) -> list[dict[str, Any]]:
         """What each loss trains, for one optimizer: the actor with its transform, the critics, the temperature."""
-        acting = list(self.actor_network_params.parameters())
-        if self.action_transform is not None:
-            acting += self.action_transform.parameters()
         groups = [
-            {"params": acting, "lr": lr_actor, "name": "actor"},
+            {"params": self._acting_parameters(), "lr": lr_actor, "name": "actor"},
             {"params": list(self.qvalue_network_params.parameters()), "lr": lr_qvalue, "name": "qvalue"},
         ]
         return groups if self.fixed_alpha else [*groups, {"params": [self.log_alpha], "lr": lr_alpha, "name": "alpha"}]
+
+    def delayed_parameters(self) -> list[nn.Parameter]:
+        """What ``critic_losses`` leaves be: the parameters of the actor, of its transform, and the temperature."""
+        return [*self._acting_parameters(), *([] if self.fixed_alpha else [self.log_alpha])]
+
+    def _acting_parameters(self) -> list[nn.Parameter]:
+        acting = list(self.actor_network_params.parameters())
+        return acting if self.action_transform is None else [*acting, *self.action_transform.parameters()]
 
     def acting_policy(self, actor: TensorDictModuleBase) -> TensorDictModuleBase:
         """The actor, followed by the action transform where that is used in acting, with the live critics.
@@ -337,7 +414,8 @@ class PMOESACLoss(SACLoss):
     def out_keys(self) -> list:
         if self._out_keys is None:
             losses = ["loss_actor", "loss_qvalue", "loss_alpha", *self.estimator.auxiliary_losses]
-            self._out_keys = [*losses, "alpha", "regulated_entropy", "entropy"]
+            statistics = ["statistics"] if self.learns_jointly else []
+            self._out_keys = [*losses, "alpha", "regulated_entropy", "entropy", *statistics]
         return self._out_keys
 
     @out_keys.setter
@@ -346,27 +424,47 @@ class PMOESACLoss(SACLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return self._losses(tensordict)[0]
+        of_critics, _ = self._of_critics(tensordict)
+        return self._output(tensordict, self._of_actor(tensordict) | of_critics)
 
-    def _losses(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Float[Tensor, "*B A"]]:
-        """What ``forward`` returns, and the next action that the critics' target was taken at."""
-        loss_qvalue, qvalue_metadata = self.qvalue_v2_loss(tensordict)
+    def critic_losses(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What ``forward`` says of the critics alone: for updates that leave the actor and the temperature be."""
+        return self._output(tensordict, self._of_critics(tensordict)[0])
+
+    def _of_critics(self, tensordict: TensorDictBase) -> tuple[dict[str, Any], Float[Tensor, "*B A"]]:
+        """Entries of the output, and the next action that the critics' target was taken at."""
+        loss_qvalue, metadata = self.qvalue_v2_loss(tensordict)
+        tensordict.set(self.tensor_keys.priority, metadata["td_error"])
+        entries = {"loss_qvalue": loss_qvalue, "alpha": self._alpha, "entropy": metadata["entropy"].mean()}
+        return entries | {"statistics": metadata["statistics"]}, metadata["next_action"]
+
+    def _of_actor(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
         loss_actor, metadata = self.actor_loss(tensordict)
         weights = self._maybe_get_priority_weight(tensordict)
         loss_alpha = self._alpha_loss(log_prob=metadata["log_prob"])
         loss_alpha = self._reduce_loss(loss_alpha, tensordict=tensordict, weights=weights)
-        tensordict.set(self.tensor_keys.priority, qvalue_metadata["td_error"])
-        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_alpha": loss_alpha}
-        losses |= metadata["auxiliary"]
-        entropies = {"regulated_entropy": -metadata["log_prob"].mean(), "entropy": qvalue_metadata["entropy"].mean()}
-        scalars = {"alpha": self._alpha, **entropies}
+        losses = {"loss_actor": loss_actor, "loss_alpha": loss_alpha, **metadata["auxiliary"]}
+        return {**losses, "regulated_entropy": -metadata["log_prob"].mean(), **metadata["diagnostics"]}
+
+    def _output(self, tensordict: TensorDictBase, entries: dict[str, Any]) -> TensorDictBase:
+        statistics = entries.pop("statistics")
         if self.reduction != "none":
-            return TensorDict({**losses, **scalars, **metadata["diagnostics"]}), qvalue_metadata["next_action"]
+            return TensorDict(entries | ({"statistics": TensorDict(statistics)} if statistics else {}))
+        losses = {name: value for name, value in entries.items() if name.startswith("loss_")}
         out = TensorDict(losses, batch_size=tensordict.batch_size)
         if self.scalar_output_mode == "non_tensor":
-            for name, value in scalars.items():
-                out.set_non_tensor(name, value)
-        return out, qvalue_metadata["next_action"]
+            for name in ("alpha", "regulated_entropy", "entropy"):
+                if name in entries:
+                    out.set_non_tensor(name, entries[name])
+        return out
+
+
+def _learns_jointly(network: TensorDictModule) -> bool:
+    return isinstance(network, ValueOperator) and isinstance(network.module, CrossQNetwork)
+
+
+def _statistic(critics: str, name: NestedKey) -> str:
+    return ".".join([critics, *([name] if isinstance(name, str) else name)])
 
 
 def frozen(parameters: TensorDictParams) -> TensorDictBase:

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
@@ -37,7 +37,7 @@ class SafeSACLoss(PMOESACLoss):
 
     Args:
         actor_network, qvalue_network: as for ``PMOESACLoss``.
-        cost_network: critics of the cost, of the architecture of the critics of the reward.
+        cost_network: critics of the cost, of the architecture of the critics of the reward, CrossQ's too.
         constraint: limit, discount and the multiplier's start.
         **arguments: of ``PMOESACLoss``.
 
@@ -51,6 +51,7 @@ class SafeSACLoss(PMOESACLoss):
     Safe Exploration in Deep Reinforcement Learning") compare such methods.
     """
 
+    critics = ("qvalue_network", "cost_network")
     cost_network: TensorDictModule
     cost_network_params: TensorDictParams
     target_cost_network_params: TensorDictParams
@@ -68,7 +69,7 @@ class SafeSACLoss(PMOESACLoss):
         super().__init__(actor_network, qvalue_network, **arguments)
         self.constraint = constraint
         networks = list(cost_network)
-        self.convert_to_functional(networks, "cost_network", len(networks), create_target_params=True)
+        self.convert_to_functional(networks, "cost_network", len(networks), create_target_params=self.delay_qvalue)
         self.multiplier = nn.Parameter(torch.full_like(self.log_alpha.detach(), constraint.multiplier_init))
         self.out_keys = [*self.out_keys, "loss_cost", "loss_multiplier", "multiplier", "predicted_cost"]
 
@@ -111,24 +112,27 @@ class SafeSACLoss(PMOESACLoss):
         return SafePolicy(policy, values, self.constraint, *bounds, observation_key=self.qvalue_network.in_keys[0])
 
     @torch.no_grad()
-    def cost_target(self, tensordict: TensorDictBase, next_action: Float[Tensor, "*B A"]) -> Float[Tensor, "*B"]:
-        """y_c with the normalised action that follows."""
-        following = tensordict.get("next")
-        value = self.qvalues(following, next_action, self.target_cost_network_params).max(0).values
+    def cost_target(self, tensordict: TensorDictBase, next_values: Float[Tensor, "Q *B"]) -> Float[Tensor, "*B"]:
+        """y_c with the cost values of the action that follows."""
+        following, gamma = tensordict.get("next"), self.constraint.gamma
+        steps = tensordict.get(self.value_estimator.tensor_keys.steps_to_next_obs, None)
+        discount = gamma if steps is None else gamma ** steps.squeeze(-1)
         goes_on = ~following.get("terminated").squeeze(-1)
-        return following.get("cost").squeeze(-1) + self.constraint.gamma * goes_on * value
+        return following.get("cost").squeeze(-1) + discount * goes_on * next_values.max(0).values
 
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        out, next_action = self._losses(tensordict)
-        target = self.cost_target(tensordict, next_action)
-        action = self.normalize_action(tensordict.get(self.tensor_keys.action))
-        predicted = self.qvalues(tensordict, action, self.cost_network_params)
+    def _of_critics(self, tensordict: TensorDictBase) -> tuple[dict[str, Any], Float[Tensor, "*B A"]]:
+        entries, next_action = super()._of_critics(tensordict)
+        values = self.critic_values(tensordict, next_action, "cost_network")
+        target = self.cost_target(tensordict, values.next)
         weights = self._maybe_get_priority_weight(tensordict)
-        loss_cost = (predicted - target).square().sum(0)
-        out.set("loss_cost", self._reduce_loss(loss_cost, tensordict=tensordict, weights=weights))
+        loss_cost = (values.here - target).square().sum(0)
         predicted_cost = (1 - self.constraint.gamma) * target.mean()
         excess = predicted_cost - self.constraint.cost_limit
         moves = (self.multiplier.detach() > 0) | (excess > 0)
-        out.set("loss_multiplier", -self.multiplier * excess * moves)
-        return out.update(TensorDict({"multiplier": self.nu, "predicted_cost": predicted_cost}))
+        of_cost = {
+            "loss_cost": self._reduce_loss(loss_cost, tensordict=tensordict, weights=weights),
+            "loss_multiplier": -self.multiplier * excess * moves,
+            "multiplier": self.nu,
+            "predicted_cost": predicted_cost,
+        }
+        return entries | of_cost | {"statistics": entries["statistics"] | values.statistics}, next_action

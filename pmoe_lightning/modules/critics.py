@@ -13,14 +13,20 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
+from pmoe_lightning.limits import checked
 from pmoe_lightning.modules.networks import (
     Activation,
+    HiddenSizes,
     Initialization,
     hidden_linear,
     hidden_product,
     initialize,
     make_mlp,
 )
+
+Norm = tuple[Float[Tensor, "Q H"], Float[Tensor, "Q H"]]
+"""Gain and offset of a layer normalisation, critics along the first dimension."""
+_LAYER_NORM_EPSILON = 1e-5
 
 
 class QValueNetwork(nn.Module):
@@ -30,7 +36,7 @@ class QValueNetwork(nn.Module):
         self,
         observation_dim: int,
         action_dim: int,
-        hidden_sizes: Sequence[int] = (256, 256),
+        hidden_sizes: HiddenSizes = (256, 256),
         activation: Activation = "relu",
         initialization: Initialization = "default",
     ) -> None:
@@ -40,29 +46,108 @@ class QValueNetwork(nn.Module):
         initialize(output, initialization, gain=1.0)
         self.layers.append(output)
 
+    @property
+    def activation(self) -> nn.Module:
+        """What stands between the layers."""
+        return self.layers[1]
+
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         return self.layers(torch.cat([observation, action], -1))
 
+    def stacked_layers(self, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of all linear layers, first to last, from parameters by name."""
+        linears = [str(i) for i, layer in enumerate(self.layers) if isinstance(layer, nn.Linear)]
+        weights, biases = ([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
+        return weights, biases
 
+    def layer_norms(self, parameters: TensorDictBase) -> list[Norm]:
+        """Gain and offset of every layer normalisation before an activation; none here."""
+        return []
+
+
+class LayerNormNetwork(QValueNetwork):
+    """A ``QValueNetwork`` with layer normalisation (Ba et al. 2016, arXiv 1607.06450) before every activation.
+
+    The same for training and for every other use, row by row. Between its kinks Q is curved in the action, where that
+    of a relu network is linear.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_sizes: HiddenSizes = (256, 256),
+        activation: Activation = "relu",
+        initialization: Initialization = "default",
+    ) -> None:
+        super().__init__(observation_dim, action_dim, hidden_sizes, activation, initialization)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=_LAYER_NORM_EPSILON) for width in hidden_sizes])
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        x, *norms = torch.cat([observation, action], -1), *self.norms
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.Linear) and norms:
+                x = norms.pop(0)(x)
+        return x
+
+    def layer_norms(self, parameters: TensorDictBase) -> list[Norm]:
+        norms = [parameters["norms", str(k)] for k in range(len(self.norms))]
+        return [(norm["weight"], norm["bias"]) for norm in norms]
+
+
+@checked
 def make_qvalue_network(
     observation_dim: int,
     action_dim: int,
     *,
-    hidden_sizes: Sequence[int] = (256, 256),
+    hidden_sizes: HiddenSizes = (256, 256),
     activation: Activation = "relu",
     initialization: Initialization = "default",
     observation_key: NestedKey = "observation",
     action_key: NestedKey = "action",
 ) -> ValueOperator:
-    """``observation, action -> state_action_value`` [*B, 1]. SAC takes a list of two of them."""
+    """``observation, action -> state_action_value`` [*B, 1]. SAC takes a list of two of them.
+
+    Args:
+        observation_dim, action_dim: O and A.
+        hidden_sizes: of the layers between.
+        activation: behind each of them.
+        initialization: of the weights.
+        observation_key, action_key: the entries that are read.
+    """
     network = QValueNetwork(observation_dim, action_dim, hidden_sizes, activation, initialization)
+    return ValueOperator(network, in_keys=[observation_key, action_key], out_keys=["state_action_value"])
+
+
+@checked
+def make_layer_norm_network(
+    observation_dim: int,
+    action_dim: int,
+    *,
+    hidden_sizes: HiddenSizes = (256, 256),
+    activation: Activation = "relu",
+    initialization: Initialization = "default",
+    observation_key: NestedKey = "observation",
+    action_key: NestedKey = "action",
+) -> ValueOperator:
+    """``observation, action -> state_action_value`` [*B, 1] by a ``LayerNormNetwork``.
+
+    Args:
+        observation_dim, action_dim: O and A.
+        hidden_sizes: see ``make_qvalue_network``.
+        activation: see ``make_qvalue_network``.
+        initialization: see ``make_qvalue_network``.
+        observation_key, action_key: the entries that are read.
+    """
+    network = LayerNormNetwork(observation_dim, action_dim, hidden_sizes, activation, initialization)
     return ValueOperator(network, in_keys=[observation_key, action_key], out_keys=["state_action_value"])
 
 
 def make_value_network(
     observation_dim: int,
     *,
-    hidden_sizes: Sequence[int] = (64, 64),
+    hidden_sizes: HiddenSizes = (64, 64),
     activation: Activation = "tanh",
     initialization: Initialization = "orthogonal",
     observation_key: NestedKey = "observation",
@@ -76,7 +161,7 @@ def make_option_value_network(
     observation_dim: int,
     num_options: int,
     *,
-    hidden_sizes: Sequence[int] = (64, 64),
+    hidden_sizes: HiddenSizes = (64, 64),
     activation: Activation = "tanh",
     initialization: Initialization = "orthogonal",
     observation_key: NestedKey = "observation",
@@ -89,7 +174,7 @@ def make_option_value_network(
 def _value_layers(
     observation_dim: int,
     num_values: int,
-    hidden_sizes: Sequence[int],
+    hidden_sizes: HiddenSizes,
     activation: Activation,
     initialization: Initialization,
 ) -> nn.Sequential:
@@ -109,6 +194,7 @@ def stacked_qvalue(
     observation: Float[Tensor, "*B O"],
     action: Float[Tensor, "*S A"],
     linear: Linear | None = None,
+    norms: Sequence[Norm] = (),
 ) -> Float[Tensor, "Q *S"]:
     """Q_1..Q_n(s, a) of n critics of one shape, at actions [*S, *B, A] of the states [*B].
 
@@ -121,6 +207,7 @@ def stacked_qvalue(
         activation: between layers.
         observation, action: the inputs; the sample dimensions of the actions come first.
         linear: how a hidden layer is computed where not by ``hidden_linear``; see ``KnownProducts``.
+        norms: of ``QValueNetwork.layer_norms``, where there are any.
     """
     linear = linear or hidden_linear
     # Matrices throughout: products of tensors with more dimensions would be batched.
@@ -128,14 +215,19 @@ def stacked_qvalue(
     values = []
     for critic in range(len(weights[0])):
         (first, bias), *hidden, (last, offset) = ((w[critic], b[critic]) for w, b in zip(weights, biases, strict=True))
+        own = [(gain[critic], shift[critic]) for gain, shift in norms]
+
+        def activate(x: Tensor, layer: int, own: Sequence[tuple[Tensor, Tensor]] = own) -> Tensor:
+            return activation(F.layer_norm(x, x.shape[-1:], *own[layer], eps=_LAYER_NORM_EPSILON) if own else x)
+
         if len(states) == len(actions):
-            h = activation(F.linear(torch.cat([states, actions], -1), first, bias))
+            h = activate(F.linear(torch.cat([states, actions], -1), first, bias), 0)
         else:
             of_state, of_action = first.split([states.shape[-1], actions.shape[-1]], -1)
             x = F.linear(actions, of_action).unflatten(0, (-1, len(states))) + F.linear(states, of_state, bias)
-            h = activation(x).flatten(0, 1)
-        for layer in hidden:
-            h = activation(linear(h, *layer))
+            h = activate(x, 0).flatten(0, 1)
+        for k, layer in enumerate(hidden, 1):
+            h = activate(linear(h, *layer), k)
         values.append((h * last[0]).sum(-1) + offset[0])
     return torch.stack(values).view(-1, *action.shape[:-1])
 
@@ -190,10 +282,8 @@ class _KnownProduct(torch.autograd.Function):
 
 
 def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases of all linear layers, first to last, from the parameters of a network by name."""
-    linears = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
-    weights, biases = ([parameters["layers", i, kind] for i in linears] for kind in ("weight", "bias"))
-    return weights, biases
+    """Weights and biases of the frozen network's layers, first to last, from its parameters by name."""
+    return network.stacked_layers(parameters)
 
 
 # What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
@@ -218,34 +308,61 @@ def stacked_qvalue_at(
     Returns:
         the map a [*S, *B, A] -> (Q_i [n, *S, *B], pullback), pullback(c [n, *S, *B]) = sum_i c_i dQ_i/da [*S, *B, A].
     """
-    names = [str(i) for i, layer in enumerate(network.layers) if isinstance(layer, nn.Linear)]
-    weights = [parameters["layers", name, "weight"] for name in names]
-    biases = [parameters["layers", name, "bias"].unsqueeze(1) for name in names]
-    activation = network.layers[1]
+    weights, biases = network.stacked_layers(parameters)
+    biases = [bias.unsqueeze(1) for bias in biases]
+    norms = network.layer_norms(parameters)
+    activation = network.activation
     back = _BACKWARD[type(activation)]
     size, (n, width, _) = observation.shape[-1], weights[0].shape
     of_state, of_action = weights[0][..., :size].mT, weights[0][..., size:]
     from_state = (observation.reshape(1, -1, size) @ of_state + biases[0]).view(n, *observation.shape[:-1], width)
+
+    def activate(x: Tensor, layer: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What follows a product [n, rows, H], and what that makes of a slope."""
+        if not norms:
+            y = activation(x)
+            return y, lambda slope: back(slope, y)
+        x, of_norm = _normalize_layer(x, *norms[layer])
+        y = activation(x)
+        return y, lambda slope: of_norm(back(slope, y))
 
     def evaluate(action: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         batch = action.shape[:-1]
         first = (action.reshape(1, -1, action.shape[-1]) @ of_action.mT).view(n, *batch, width)
         missing = first.ndim - from_state.ndim
         first = first + from_state.view(n, *[1] * missing, *from_state.shape[1:])
-        hidden = [activation(first).view(n, -1, width)]
-        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-            hidden.append(activation(hidden_product(hidden[-1], weight.mT) + bias))
-        values = torch.baddbmm(biases[-1], hidden[-1], weights[-1].mT)
+        h, backward = activate(first.view(n, -1, width), 0)
+        backwards = [backward]
+        for k, (weight, bias) in enumerate(zip(weights[1:-1], biases[1:-1], strict=True), 1):
+            h, backward = activate(hidden_product(h, weight.mT) + bias, k)
+            backwards.append(backward)
+        values = torch.baddbmm(biases[-1], h, weights[-1].mT)
 
         def pullback(cotangent: Tensor) -> Tensor:
-            slope = back(cotangent.reshape(n, -1, 1) @ weights[-1], hidden[-1])
-            for weight, y in zip(weights[-2:0:-1], hidden[-2::-1], strict=True):
-                slope = back(hidden_product(slope, weight), y)
+            slope = backwards[-1](cotangent.reshape(n, -1, 1) @ weights[-1])
+            for weight, backward in zip(weights[-2:0:-1], backwards[-2::-1], strict=True):
+                slope = backward(hidden_product(slope, weight))
             return (slope @ of_action).sum(0).view(action.shape)
 
         return values.view(n, *batch), pullback
 
     return evaluate
+
+
+def _normalize_layer(
+    x: Float[Tensor, "Q N H"], gain: Float[Tensor, "Q H"], offset: Float[Tensor, "Q H"]
+) -> tuple[Float[Tensor, "Q N H"], Callable[[Tensor], Tensor]]:
+    """Layer normalisation, and what it makes of a slope."""
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + _LAYER_NORM_EPSILON).rsqrt()
+    unit, gain = centred * scale, gain.unsqueeze(1)
+
+    def backward(slope: Tensor) -> Tensor:
+        slope = slope * gain
+        along = (slope * unit).mean(-1, keepdim=True)
+        return scale * (slope - slope.mean(-1, keepdim=True) - unit * along)
+
+    return unit * gain + offset.unsqueeze(1), backward
 
 
 class QValueEnsemble(nn.Module):

@@ -16,9 +16,10 @@ from pmoe_lightning.limits import Width, checked
 
 Activation = Literal["relu", "tanh"]
 HiddenSizes = Sequence[Width]
-Initialization = Literal["default", "orthogonal"]
+Initialization = Literal["default", "orthogonal", "lecun_normal"]
 MatmulPrecision = Literal["float32", "bf16-hidden", "tf32"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+_STD_OF_CUT_NORMAL = 0.87962566103423978  # of a standard normal number between -2 and 2
 _hidden_products_in_bfloat16 = False
 
 
@@ -112,7 +113,15 @@ def make_mlp(
 
 @checked
 def initialize(layer: nn.Linear, initialization: Initialization, gain: float) -> None:
-    """``default`` leaves PyTorch's uniform fan-in weights; ``orthogonal`` scales by ``gain`` and zeroes the bias."""
+    """``default`` leaves PyTorch's uniform fan-in weights; the others zero the bias.
+
+    ``orthogonal`` scales by ``gain``. ``lecun_normal`` (LeCun et al. 1998) has the variance 1 / fan-in whatever the
+    gain, cut off at two deviations.
+    """
     if initialization == "orthogonal":
         nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    if initialization == "lecun_normal":
+        std = layer.in_features**-0.5 / _STD_OF_CUT_NORMAL
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(layer.bias)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
-from pmoe_lightning.checkpoints.policy import ACTORS
+from pmoe_lightning.checkpoints.policy import ACTORS, CRITICS
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
@@ -65,24 +65,28 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     seed_everything(cfg.seed, verbose=False)
     make_env = bound(cfg.env)
     spaces = inspect_env(make_env)
-    described, of_rollouts, of_data = arguments_of(cfg.actor), {}, {}
+    described, normalizing, of_data = arguments_of(cfg.actor), {}, {}
     environments = cfg.data.num_envs * max(cfg.data.num_workers, 1)
-    if get_object(cfg.data._target_).on_policy:
+    of_rollouts = get_object(cfg.data._target_).on_policy
+    normalizer = ObservationNormalizer(spaces.observation_dim) if cfg.data.get("normalize_observation") else None
+    if normalizer is not None:
+        described["observation_key"] = normalizer.out_keys[0]
+    if of_rollouts:
         described["return_log_prob"] = True
-        normalizer = ObservationNormalizer(spaces.observation_dim) if cfg.data.normalize_observation else None
-        if normalizer is not None:
-            described["observation_key"] = normalizer.out_keys[0]
         scaled = cfg.data.normalize_reward
-        of_rollouts = {"normalizer": normalizer}
         of_data = {"reward_scaler": RewardScaler(environments, gamma=cfg.algo.gamma) if scaled else None}
-    algorithm = _make_algorithm(cfg, spaces, described, of_rollouts)
+    elif cfg.data.get("n_step", 1) > 1:
+        of_data = {"gamma": cfg.algo.gamma} | ({"cost_gamma": cfg.safe.get("gamma")} if cfg.safe else {})
+    if of_rollouts or normalizer is not None:  # an algorithm of replayed transitions need not know of it
+        normalizing = {"normalizer": normalizer}
+    algorithm = _make_algorithm(cfg, spaces, described, normalizing)
     data = call(
         cfg.data,
         make_env=make_env,
         policy=algorithm.policy,
         total_frames=cfg.total_frames,
         seed=cfg.seed + rank * environments,
-        **of_rollouts,
+        **normalizing,
         **of_data,
     )
     if algorithm.on_policy is not data.on_policy:
@@ -97,7 +101,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
 
 
 def _make_algorithm(
-    cfg: DictConfig, spaces: Spaces, described: dict[str, Any], of_rollouts: dict[str, Any]
+    cfg: DictConfig, spaces: Spaces, described: dict[str, Any], normalizing: dict[str, Any]
 ) -> AbstractAlgorithm:
     """The algorithm around an actor made with the arguments that a checkpoint is to describe."""
     actor = call(cfg.actor, **vars(spaces), **described)
@@ -108,13 +112,15 @@ def _make_algorithm(
             options["action_transform"] = call(cfg.action_transform, **sizes)
     if cfg.safe:
         options["constraint"] = call(cfg.safe)
+    if cfg.critic and not get_object(cfg.data._target_).on_policy:
+        options["make_critic"] = bound(cfg.critic)
     algorithm = call(
         cfg.algo,
         actor=actor,
         estimator=call(cfg.estimator) if cfg.estimator else None,
-        policy_description=_describe_policy(cfg, spaces, described, of_rollouts.get("normalizer") is not None),
+        policy_description=_describe_policy(cfg, spaces, described, normalizing.get("normalizer") is not None),
         **sizes,
-        **of_rollouts,
+        **normalizing,
         **options,
     )
     algorithm.parts = own_parts(cfg)
@@ -124,7 +130,7 @@ def _make_algorithm(
 def own_parts(cfg: DictConfig) -> dict[str, Callable[..., Any]]:
     """The factories of the policy and of the environment that are not this package's, under ``group/option``."""
     known = {"actor": ACTORS.values(), "action_transform": [make_hamiltonian_transform], "safe": [CostConstraint]}
-    known["env"] = [make_env]
+    known |= {"critic": CRITICS.values(), "env": [make_env]}
     chosen = {group: get_object(cfg[group]._target_) for group in known if cfg[group]}
     names = HydraConfig.get().runtime.choices
     return {f"{group}/{names[group]}": part for group, part in chosen.items() if part not in known[group]}
@@ -148,7 +154,18 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         "normalize_observation": normalized,
         "action_transform": arguments_of(cfg.action_transform) if cfg.action_transform else None,
         "safe": arguments_of(cfg.safe) if cfg.safe else None,
-        "critic": {key: value for key, value in arguments_of(cfg.algo).items() if key in _OF_CRITICS},
+        "critic": _describe_critic(cfg),
         "own_parts": {group: name for group, name in own.items() if group != "actor"},
         "env": {"id": environment.pop("id"), "kwargs": environment},
     }
+
+
+def _describe_critic(cfg: DictConfig) -> dict[str, Any]:
+    """The kind and the sizes of the action values; of one of the user's own, all of its arguments."""
+    if not cfg.critic:
+        return {key: value for key, value in arguments_of(cfg.algo).items() if key in _OF_CRITICS}
+    arguments, target = arguments_of(cfg.critic), get_object(cfg.critic._target_)
+    kinds = {factory: name for name, factory in CRITICS.items()}
+    if target not in kinds:
+        return arguments
+    return {"kind": kinds[target], **{key: arguments[key] for key in _OF_CRITICS}}

@@ -27,6 +27,8 @@ PREVIOUS = Path("checkpoints", "last.previous.ckpt")
 FREE = ("resume", "total_frames", "num_threads", "compile", "matmul_precision", "trainer", "callbacks", "logger")
 #: Without anything arriving, for what MLflow had not taken of a finished run.
 _DELIVERY_PATIENCE_SECONDS = 30.0
+#: What runs of a replay buffer did before these keys were there.
+_LATER = {"algo.betas": [0.9, 0.999], "algo.policy_delay": 1, "data.n_step": 1, "data.normalize_observation": False}
 _log = logging.getLogger(__name__)
 _read_already: dict[Path, dict[str, Any]] = {}
 
@@ -313,7 +315,8 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
     if not complete or "experience" not in checkpoint:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
     _check_units(checkpoint["policy"]["description"], path)
-    now, then = describe(cfg), run["configuration"]
+    now = describe(cfg)
+    then = _with_later_keys(run["configuration"], now)
     differing = [key for key in {**then, **now} if _compared(now.get(key)) != _compared(then.get(key))]
     if differing:
         words = " ".join(f"{key}={then[key]}" for key in differing[:5] if key in then)
@@ -321,6 +324,15 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
             f"resume={path} is a run with another {', '.join(differing[:5])}"
             f"{' and more' * (len(differing) > 5)}: repeat its command{f', with {words}' * bool(words)}"
         )
+
+
+def _with_later_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, with what it did where today's has keys that were not there yet."""
+    plain = {"critic._target_": "make_qvalue_network", "critic.initialization": "default"}
+    plain |= {"critic.suggests.lr": 3e-4, "critic.suggests.betas": _LATER["algo.betas"]}
+    plain["critic.suggests.policy_delay"] = 1
+    plain |= {f"critic.{key}": then.get(f"algo.{key}") for key in ("hidden_sizes", "activation")}
+    return {key: value for key, value in (_LATER | plain).items() if key in now} | then
 
 
 def _check_units(description: dict[str, Any], path: Path) -> None:

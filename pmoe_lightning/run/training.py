@@ -126,8 +126,9 @@ def _run_name(cfg: DictConfig) -> str:
 def _parameters(cfg: DictConfig) -> dict[str, Any]:
     """What tells runs apart: the options chosen and the numbers of the learning itself, under dotted names."""
     chosen = HydraConfig.get().runtime.choices
-    parameters = {group: chosen[group] for group in ("algo", "actor", "estimator", "action_transform", "safe")}
-    for group in ("algo", "actor", "estimator", "action_transform", "safe", "env", "data", "trainer"):
+    of_method = ("algo", "actor", "estimator", "critic", "action_transform", "safe")
+    parameters = {group: chosen[group] for group in of_method}
+    for group in (*of_method, "env", "data", "trainer"):
         if cfg[group]:
             parameters |= {f"{group}.{key}": value for key, value in arguments_of(cfg[group]).items()}
     for key in ("data.normalize_observation", "data.normalize_reward"):
