@@ -238,13 +238,13 @@ def load_critics(checkpoint: Path) -> tuple[PMOESACLoss, TensorDict]:
 
     from pmoe_lightning import load_policy, make_env
     from pmoe_lightning.checkpoints.files import read_checkpoint
+    from pmoe_lightning.checkpoints.policy import make_critic
 
     saved = read_checkpoint(checkpoint)
     entry = saved["policy"]
     actor = load_policy(saved).actor
     description = entry["description"]
-    sizes = description["observation_dim"], len(description["action_low"])
-    loss = PMOESACLoss(actor, [make_qvalue_network(*sizes, **description["critic"]) for _ in range(2)])
+    loss = PMOESACLoss(actor, [make_critic(description) for _ in range(2)])
     loss.load_state_dict({key.removeprefix("loss."): value for key, value in saved["state_dict"].items()}, strict=False)
     env = make_env(description["env"]["id"], num_envs=16, seed=0)
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ from update import Products, readable_form
 from pmoe_lightning import load_policy, make_env, make_gaussian_actor, make_pmoe_actor
 from pmoe_lightning.algorithms import SAC, make_sac
 from pmoe_lightning.checkpoints import read_checkpoint
-from pmoe_lightning.checkpoints.policy import policy_entry
+from pmoe_lightning.checkpoints.policy import make_critic, policy_entry
 from pmoe_lightning.data.collector import RolloutCollector
 from pmoe_lightning.estimators import Frequency, Pathwise
 from pmoe_lightning.evaluation.statistics import student_t_interval
@@ -162,13 +162,13 @@ def cost(compiled: bool) -> None:
 @torch.no_grad()
 def gain(checkpoint: str, states: int = 1200) -> None:
     """Print what one trajectory of three steps does to actions drawn by a trained SAC policy without a transform."""
-    from pmoe_lightning.modules.critics import make_qvalue_network, stacked_qvalue_at
+    from pmoe_lightning.modules.critics import stacked_qvalue_at
 
     content = read_checkpoint(checkpoint)
     entry, alpha = policy_entry(content), content["state_dict"]["loss.log_alpha"].exp()
     description, policy = entry["description"], load_policy(content)
     sizes = description["observation_dim"], len(description["action_low"])
-    critics = [make_qvalue_network(*sizes, **description["critic"]) for _ in entry["action_values"]]
+    critics = [make_critic(description) for _ in entry["action_values"]]
     for critic, weights in zip(critics, entry["action_values"], strict=True):
         critic.load_state_dict(weights)
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from pmoe_lightning import load_policy, make_env, make_gaussian_actor
 from pmoe_lightning.checkpoints import read_checkpoint
-from pmoe_lightning.checkpoints.policy import policy_entry
+from pmoe_lightning.checkpoints.policy import make_critic, policy_entry
 from pmoe_lightning.estimators import (
     Frequency,
     GumbelSoftmax,
@@ -119,14 +119,15 @@ def of_checkpoint(path: str) -> Situation:
     content = read_checkpoint(path)
     entry, policy = policy_entry(content), load_policy(content)
     description = entry["description"]
-    sizes = description["observation_dim"], len(description["action_low"])
-    critics = [make_qvalue_network(*sizes, **description["critic"]) for _ in entry["action_values"]]
+    critics = [make_critic(description) for _ in entry["action_values"]]
     for critic, weights in zip(critics, entry["action_values"], strict=True):
         critic.load_state_dict(weights)
     torch.manual_seed(0)
     env = make_env(description["env"]["id"], num_envs=8, seed=5)
     with set_exploration_type(ExplorationType.RANDOM):
-        visited = env.rollout(200, policy, break_when_any_done=False)["observation"].reshape(-1, sizes[0])
+        visited = env.rollout(200, policy, break_when_any_done=False)["observation"].reshape(
+            -1, description["observation_dim"]
+        )
     observation = visited[torch.randperm(len(visited))[:STATES]]
     distribution = policy.get_dist(TensorDict({"observation": observation}, [STATES]))
     parts = distribution.log_weights, distribution.loc, distribution.scale

@@ -34,6 +34,7 @@ from pmoe_lightning import (
     make_value_network,
 )
 from pmoe_lightning.checkpoints import read_checkpoint, write_checkpoint
+from pmoe_lightning.checkpoints.policy import make_critic
 from pmoe_lightning.evaluation.episodes import evaluate_policy
 from pmoe_lightning.tracking.references import resolve_checkpoint
 
@@ -70,12 +71,13 @@ def restore(loss: torch.nn.Module) -> None:
     assert not missing, missing
 
 
-def step(loss: torch.nn.Module, optimizer: torch.optim.Optimizer, minibatch: TensorDict) -> None:
+def step(loss: torch.nn.Module, optimizer: torch.optim.Optimizer, minibatch: TensorDict) -> TensorDict:
     out = loss(minibatch)
     optimizer.zero_grad()
     sum(value for name, value in out.items() if name.startswith("loss_")).backward()
     torch.nn.utils.clip_grad_norm_(loss.parameters(), 10.0)
     optimizer.step()
+    return out
 
 
 def rollouts(policy: torch.nn.Module, frames_per_batch: int) -> Collector:
@@ -94,9 +96,11 @@ def critics_of(loss: torch.nn.Module) -> list[dict]:
 
 def train_sac() -> tuple[dict, list[dict]]:
     """An update per frame, of the loss that the policy was trained by."""
+    if description["normalize_observation"]:
+        sys.exit(f"{arguments.model} normalises what it replays: go on with its run, resume=<MLflow run id>")
 
     def pair() -> list:
-        return [make_qvalue_network(*sizes, **critic) for _ in range(2)]
+        return [make_critic(description) for _ in range(2)]
 
     transform, constraint = description["action_transform"], description["safe"]
     options = {"action_transform": make_hamiltonian_transform(*sizes, **transform) if transform else None}
@@ -106,14 +110,16 @@ def train_sac() -> tuple[dict, list[dict]]:
         loss = PMOESACLoss(actor, pair(), **options)
     loss.make_value_estimator(gamma=arguments.gamma)
     restore(loss)
-    policy, targets = loss.acting_policy(actor), SoftUpdate(loss, tau=0.005)
+    policy = loss.acting_policy(actor)
+    targets = SoftUpdate(loss, tau=0.005) if loss.delay_qvalue else None  # critic=crossq has none
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4)
     buffer = ReplayBuffer(storage=LazyTensorStorage(arguments.frames), batch_size=256)
     for rollout in rollouts(policy, 64):
         buffer.extend(rollout.reshape(-1))
         for _ in range(64):
-            step(loss, optimizer, buffer.sample())
-            targets.step()
+            loss.take_statistics(step(loss, optimizer, buffer.sample()).get("statistics", None))
+            if targets is not None:
+                targets.step()
     return dict(policy.state_dict()), critics_of(loss)
 
 

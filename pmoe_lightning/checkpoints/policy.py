@@ -233,7 +233,7 @@ def build_critics(
     critics = []
     for state_dict in state_dicts:
         try:
-            critic = _make_critic(entry["description"], factories, where)
+            critic = make_critic(entry["description"], factories, where)
             critic.load_state_dict(state_dict)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 300)
@@ -242,15 +242,20 @@ def build_critics(
     return critics
 
 
-def _make_critic(
-    description: Mapping[str, Any], parts: Mapping[str, Callable[..., Any]], where: str
+def make_critic(
+    description: Mapping[str, Any],
+    parts: Mapping[str, Callable[..., Any]] | None = None,
+    where: str = "the checkpoint",
 ) -> TensorDictModule:
-    """A critic of the described kind and sizes, its weights not loaded."""
+    """A critic of the kind and the sizes that a checked description says, its weights not loaded.
+
+    One that says no kind is plain. ``parts["critic"]`` makes one of the user's own.
+    """
     described, place = description.get("critic", {}), f"{where}, policy.description.critic"
     observations, actions = description["observation_dim"], len(description["action_low"])
     key = description["arguments"].get("observation_key", "observation")
     if "critic" in own_parts(description):
-        return parts["critic"](observations, actions, **described, observation_key=key)
+        return (parts or {})["critic"](observations, actions, **described, observation_key=key)
     kind = described.get("kind", "plain")
     if not isinstance(kind, str) or kind not in CRITICS:
         raise RunError(f"{place}: unknown kind {kind!r}; known: {', '.join(CRITICS)}")
@@ -294,7 +299,7 @@ def _make_values(description: Mapping[str, Any], parts: Mapping[str, Callable[..
     """The critics that a policy acts with, of cost too for a safe one, their weights not loaded."""
 
     def ensemble() -> QValueEnsemble:
-        critics = [_make_critic(description, parts, where) for _ in range(_NUM_CRITICS)]
+        critics = [make_critic(description, parts, where) for _ in range(_NUM_CRITICS)]
         return QValueEnsemble(critics[0].module, TensorDict.from_modules(*critics, as_module=True))
 
     if description.get("safe") is None:

@@ -161,11 +161,12 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
 
 
 def _describe_critic(cfg: DictConfig) -> dict[str, Any]:
-    """The kind and the sizes of the action values; of one of the user's own, all of its arguments."""
+    """The kind, where it is not the plain one, and the sizes of the action values; of the user's own, all arguments."""
     if not cfg.critic:
         return {key: value for key, value in arguments_of(cfg.algo).items() if key in _OF_CRITICS}
     arguments, target = arguments_of(cfg.critic), get_object(cfg.critic._target_)
     kinds = {factory: name for name, factory in CRITICS.items()}
     if target not in kinds:
         return arguments
-    return {"kind": kinds[target], **{key: arguments[key] for key in _OF_CRITICS}}
+    kind = {} if kinds[target] == "plain" else {"kind": kinds[target]}
+    return kind | {key: arguments[key] for key in _OF_CRITICS}
