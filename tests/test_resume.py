@@ -226,18 +226,18 @@ def test_a_stop_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
     words = [*SAC, "env=Pendulum-v1", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
     words += ["+env.max_episode_steps=50", "logger=none", "callbacks=[evaluation,checkpoint_best,checkpoint_last]"]
     words += ["callbacks.evaluation.episodes=1", f"seed={0 if frames == 320 else 4}"]
-    step, steps = GymnasiumEnv.step_and_maybe_reset, []  # which training has a faster way than
+    step, steps = GymnasiumEnv.step_and_maybe_reset, []  # for training has a faster way; 50 of the rule, 50 drawn
 
     def step_and_stop(self, root):
         steps.append(1)
-        if len(steps) == 50 * evaluations + 10:
+        if len(steps) == 100 * evaluations + 10:
             os.kill(os.getpid(), number)
         return step(self, root)
 
     with monkeypatch.context() as patch:
         patch.setattr(GymnasiumEnv, "step_and_maybe_reset", step_and_stop)
         train(*words, "hydra.run.dir=stopped", code=code)
-    assert len(steps) == 50 * evaluations + 10
+    assert len(steps) == 100 * evaluations + 10
     if frames == 0:
         assert not (tmp_path / "stopped" / LAST).exists(), "there is nothing to go on from"
         return
