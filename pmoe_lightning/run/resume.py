@@ -328,7 +328,7 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
 
 def _with_later_keys(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a run, with what it did where today's has keys that were not there yet."""
-    plain = {"critic._target_": "make_qvalue_network", "critic.initialization": "default"}
+    plain: dict[str, Any] = {"critic._target_": "make_qvalue_network", "critic.initialization": "default"}
     plain |= {"critic.suggests.lr": 3e-4, "critic.suggests.betas": _LATER["algo.betas"]}
     plain["critic.suggests.policy_delay"] = 1
     plain |= {f"critic.{key}": then.get(f"algo.{key}") for key in ("hidden_sizes", "activation")}
