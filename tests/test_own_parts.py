@@ -24,7 +24,7 @@ PACKAGE = '''
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from pmoe_lightning import Marginalized, make_hamiltonian_transform, make_pmoe_actor
+from pmoe_lightning import Marginalized, make_hamiltonian_transform, make_layer_norm_network, make_pmoe_actor
 from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.envs import make_env
 
@@ -54,6 +54,12 @@ def make_my_sac(actor, estimator, **arguments):
     return make_sac(actor, estimator, **arguments)
 
 
+def make_my_critic(observation_dim, action_dim, **arguments):
+    critic = make_layer_norm_network(observation_dim, action_dim, **arguments)
+    critic.module.norms[0].weight.data *= 2
+    return critic
+
+
 def make_my_transform(*, strength, **arguments):
     return make_hamiltonian_transform(force="normalized", magnitude=strength, **arguments)
 
@@ -71,6 +77,7 @@ FILES = {
     "env/other": "_target_: own_package.make_short_env\n_partial_: true\nid: Pendulum-v1\nsteps: 20\n",
     "estimator/mine": "_target_: own_package.MyEstimator\n",
     "algo/mine": "defaults: [sac, _self_]\n_target_: own_package.make_my_sac\nhidden_sizes: [8]\n",
+    "critic/mine": "defaults: [plain, _self_]\n_target_: own_package.make_my_critic\nhidden_sizes: [6]\n",
     "action_transform/mine": "_target_: own_package.make_my_transform\nstrength: 2.0\nused_in: [acting, actor_loss]\n",
     "callbacks/counter": "counter:\n  _target_: own_package.Counter\n",
     "actor/seven": "defaults: [pmoe, _self_]\nnum_components: 7\n",
@@ -98,7 +105,7 @@ def acts(policy) -> torch.Tensor:
 
 
 def test_parts_of_ones_own_go_through_every_command(mine, train, tmp_path, store, capfd):
-    chosen = ["algo=mine", "actor=mine", "estimator=mine", "env=other"]
+    chosen = ["algo=mine", "actor=mine", "estimator=mine", "critic=mine", "env=other"]
     callbacks = ["callbacks=[evaluation,checkpoint_last,final_policy,counter]", "callbacks.final_policy.video=false"]
     words = ["--config-dir", mine, *chosen, *callbacks, *SHORT]
     said = train(*words)
@@ -107,7 +114,8 @@ def test_parts_of_ones_own_go_through_every_command(mine, train, tmp_path, store
 
     with pytest.raises(RunError, match="unknown actor 'mine'.*--config-dir that holds actor/mine.yaml, or load_policy"):
         load_policy(LAST)
-    policy = load_policy(LAST, parts={"actor/mine": sys.modules["own_package"].make_doubling_actor})
+    own = sys.modules["own_package"]
+    policy = load_policy(LAST, parts={"actor/mine": own.make_doubling_actor, "critic/mine": own.make_my_critic})
     client = MlflowClient(f"sqlite:///{store}")
     mlflow.set_tracking_uri(f"sqlite:///{store}")
     (model,) = client.search_logged_models(["1"])

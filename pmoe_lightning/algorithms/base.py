@@ -116,7 +116,8 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.differentiate(sum(value for name, value in out.items() if name.startswith("loss_")), statistics)
         norm = torch.nn.utils.clip_grad_norm_(self._trained_parameters(), max_grad_norm or math.inf)
         if statistics is not None:  # one that is not finite makes the norm not finite
-            norm = norm + 0.0 * torch.stack([value.sum() for value in statistics.values()]).sum()
+            total = torch.stack([value.sum() for value in statistics.values()]).sum()
+            norm = torch.where(total.isfinite(), norm, torch.nan)
         self.record({"train/gradient_norm": norm})
         # Where it is not finite, weights and moments stay as they are.
         if optimizer.optimizer.defaults.get("fused"):  # it sees to that itself, and nobody waits for the device

@@ -121,7 +121,7 @@ class AbstractUpdate(ABC):
         module = [tensor.detach() for tensor in self._module.tensors]
         annealed = [getattr(self.estimator, name).to(module[0].device) for name in self._annealed]
         order = [self.turn_of(first + i) for i in range(len(minibatches))]
-        factors, memories = self._factors(order), {turn: self._memory(turn) for turn in order}
+        factors, memories = self._factors(order), {turn: self._memory(turn) for turn in set(order)}
         rows = zip(*(minibatches.get(key).unbind() for key in layout.columns), strict=True)
         values: dict[int, list[Tensor]] = {turn: [] for turn in order}
         for turn, columns, row in zip(order, rows, factors, strict=True):
@@ -216,7 +216,8 @@ class AbstractUpdate(ABC):
         gradients, statistics = results[:trained], results[trained:]
         norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
         if statistics:  # one that is not finite makes the norm not finite
-            norm = norm + 0.0 * torch.stack([value.sum() for value in statistics]).sum()
+            total = torch.stack([value.sum() for value in statistics]).sum()
+            norm = torch.where(total.isfinite(), norm, torch.nan)
         if self.max_grad_norm is not None:
             scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
             gradients = [gradient * scale for gradient in gradients]
