@@ -40,6 +40,13 @@ class NonFiniteGuard(Callback):
         self.mode, self.patience = mode, patience
         self._skipped = self._in_a_row = self._breakdowns = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self._skipped, "in_a_row": self._in_a_row, "breakdowns": self._breakdowns}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self._breakdowns = state_dict["breakdowns"]
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: AbstractAlgorithm, *_: Any) -> None:
         data = trainer.datamodule
         if data.breakdowns > self._breakdowns:

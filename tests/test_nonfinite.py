@@ -392,6 +392,17 @@ def test_skipping_goes_on_and_gives_up_in_the_end():
         )
 
 
+def test_what_was_left_out_is_counted_on_by_a_resumed_run():
+    algorithm, guard = sac(), NonFiniteGuard("skip")
+    data = data_for(algorithm, partial(sick_env, "reward", np.inf), total_frames=192)
+    fit(algorithm, data, guard, Poison("loss loss_qvalue", np.nan))
+    assert data.breakdowns and guard.state_dict()["skipped"] and guard.state_dict()["in_a_row"]
+    data_again, guard_again = data_for(sac(), pendulum), NonFiniteGuard("skip")
+    data_again.load_state_dict(data.state_dict())
+    guard_again.load_state_dict(guard.state_dict())
+    assert data_again.breakdowns == data.breakdowns and guard_again.state_dict() == guard.state_dict()
+
+
 def test_the_first_culprit_is_named():
     algorithm = sac()
     with pytest.raises(NonFiniteError, match=r"train/loss_qvalue is not finite by update 96 \(frame 96\)"):

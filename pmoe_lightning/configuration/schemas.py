@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -50,7 +50,7 @@ def root_schema() -> type:
     keys = {
         "seed": Seed,
         "total_frames": PositiveInt,
-        "num_threads": PositiveInt,
+        "num_threads": Annotated[int, Limit(low=1, high=1024)],  # a mistyped number would start them all
         "resume": Text | None,
         "compile": Flag | Literal["auto"],
         "matmul_precision": find("pmoe_lightning.modules.networks.MatmulPrecision"),

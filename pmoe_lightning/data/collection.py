@@ -303,11 +303,12 @@ class CollectedData(LightningDataModule, ABC):
         restore_random_states(experience["random_states"])
 
     def state_dict(self) -> dict[str, Any]:
-        counters = {"env_frames": self.env_frames, "episodes": self.episodes}
+        counters = {"env_frames": self.env_frames, "episodes": self.episodes, "breakdowns": self.breakdowns}
         return counters if self.violations is None else counters | {"violations": self.violations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.env_frames, self.episodes = state_dict["env_frames"], state_dict["episodes"]
+        self.breakdowns = state_dict.get("breakdowns", 0)  # of earlier versions
         self.violations = state_dict.get("violations")
 
 
