@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from pmoe_lightning.modules.actors import make_gaussian_actor as make_gaussian_actor
     from pmoe_lightning.modules.actors import make_mcp_actor as make_mcp_actor
     from pmoe_lightning.modules.actors import make_pmoe_actor as make_pmoe_actor
+    from pmoe_lightning.modules.critics import make_layer_norm_network as make_layer_norm_network
     from pmoe_lightning.modules.critics import make_option_value_network as make_option_value_network
     from pmoe_lightning.modules.critics import make_qvalue_network as make_qvalue_network
     from pmoe_lightning.modules.critics import make_value_network as make_value_network
+    from pmoe_lightning.modules.crossq import make_crossq_network as make_crossq_network
     from pmoe_lightning.modules.distributions import TanhGaussianMixture as TanhGaussianMixture
     from pmoe_lightning.modules.option_policies import make_option_actor as make_option_actor
     from pmoe_lightning.safe import CostConstraint as CostConstraint

@@ -247,9 +247,9 @@ def test_no_steps_are_no_transform_to_the_last_bit(force, estimator):
 def test_each_use_of_the_evolved_action_is_switched_on_its_own():
     """Actor loss and critic target change where, and only where, ``used_in`` says so."""
     batch, found = transitions(), {}
-    for used_in in ([], ["actor_loss"], ["critic_target"], ["acting"]):
+    for used_in in (None, ["actor_loss"], ["critic_target"], ["acting"]):
         torch.manual_seed(0)
-        made = HamiltonianTransform(Normalized(magnitude=3.0), step_size=0.3, used_in=used_in)
+        made = used_in and HamiltonianTransform(Normalized(magnitude=3.0), step_size=0.3, used_in=used_in)
         algorithm = sac(made, Pathwise(), num_components=1)
         torch.manual_seed(1)
         target = algorithm.loss._compute_target_v2(batch)
@@ -257,7 +257,7 @@ def test_each_use_of_the_evolved_action_is_switched_on_its_own():
         actor_loss = algorithm.loss.actor_loss(batch)[0]
         torch.manual_seed(3)
         action = algorithm.policy(observations_at(batch))["action"]
-        found[tuple(used_in)] = target.detach(), actor_loss.detach(), action.detach()
+        found[tuple(used_in or ())] = target.detach(), actor_loss.detach(), action.detach()
     plain = found.pop(())
     for (use,), values in found.items():
         changed = [not torch.equal(a, b) for a, b in zip(plain, values, strict=True)]
@@ -556,13 +556,13 @@ def test_a_loaded_policy_acts_with_its_transform(trained, rule):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"force": "os.system"}, "force must be raw, normalized or gated"),
-        ({"num_leapfrog_steps": 10**9}, "out of range"),
-        ({"num_leapfrog_steps": 2.5}, "not a int"),
-        ({"step_size": "0.1"}, "not a float"),
-        ({"step_size": True}, "not a float"),
-        ({"used_in": [1, "acting"]}, "not a list of words"),
-        ({"hidden_size": 10**9}, "out of range"),
+        ({"force": "os.system"}, "force=.* must be one of raw, normalized, gated"),
+        ({"num_leapfrog_steps": 10**9}, "must be a whole number >= 0 and <= 1000"),
+        ({"num_leapfrog_steps": 2.5}, "must be a whole number"),
+        ({"step_size": "0.1"}, "must be a finite number > 0"),
+        ({"step_size": True}, "must be a finite number > 0"),
+        ({"used_in": [1, "acting"]}, "each element one of acting, actor_loss, critic_target"),
+        ({"hidden_size": 10**9}, "must be a whole number >= 1 and <= 65536"),
         ({"hidden_size": 32}, "does not fit"),
         ({"surprise": 1}, "surprise"),
     ],
