@@ -5,6 +5,7 @@ multiplies matrices of the sizes, layouts and number formats that the update its
 Memory is what an update allocates at most at once, beside parameters, optimizer state and minibatch.
 
     python benchmarks/update.py table       # every actor, estimator, transform and precision at HalfCheetah's sizes
+    python benchmarks/update.py critics     # plain critics and CrossQ's, whose actor learns at every third update
     python benchmarks/update.py growth      # with K, the width of the networks and the batch; one figure each
 
 Each row compiles for about a minute the first time. Results: benchmarks/results/update/.
@@ -41,6 +42,7 @@ from pmoe_lightning.estimators import (
 )
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.modules.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
+from pmoe_lightning.modules.crossq import make_crossq_network
 from pmoe_lightning.modules.networks import set_matmul_precision
 from pmoe_lightning.updates import SACUpdate
 
@@ -61,6 +63,11 @@ ESTIMATORS = {
     "marginalized": Marginalized,
     "score_function": ScoreFunction,
 }
+#: With what goes with them by default.
+CRITICS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "crossq": {"make_critic": make_crossq_network, "lr": 1e-3, "betas": (0.5, 0.999), "policy_delay": 3},
+}
 GROWTH = {
     "components": (1, 2, 4, 8, 16, 32),
     "width": (64, 128, 256, 512, 1024),
@@ -78,6 +85,7 @@ class Case(NamedTuple):
     components: int = 4
     width: int = 256
     batch: int = 256
+    critic: str = "plain"
 
 
 def table_cases() -> list[Case]:
@@ -86,6 +94,11 @@ def table_cases() -> list[Case]:
     gaussian = Case("gaussian", "pathwise", components=1)
     others = [{"force": "raw"}, {"force": "normalized"}, {"force": "gated"}, {"precision": "bf16-hidden"}]
     return cases + [case._replace(**other) for other in others for case in (gaussian, Case())]
+
+
+def critic_cases() -> list[Case]:
+    actors = [Case("gaussian", "pathwise", components=1), Case(), Case(estimator="marginalized")]
+    return [case._replace(critic=critic) for case in actors for critic in CRITICS]
 
 
 def make(case: Case) -> SAC:
@@ -97,7 +110,8 @@ def make(case: Case) -> SAC:
     actor = ACTORS[case.actor](OBSERVATION_DIM, *bounds, **sizes, **components)
     dims = {"observation_dim": OBSERVATION_DIM, "action_dim": ACTION_DIM}
     transform = make_hamiltonian_transform(*dims.values(), force=case.force) if case.force else None
-    return make_sac(actor, ESTIMATORS[case.estimator](), action_transform=transform, **dims, **sizes)
+    critic = CRITICS[case.critic]
+    return make_sac(actor, ESTIMATORS[case.estimator](), action_transform=transform, **dims, **sizes, **critic)
 
 
 def minibatches(updates: int, batch: int) -> TensorDict:
@@ -140,12 +154,16 @@ def readable_form(algorithm: SAC) -> Callable[[TensorDict], None]:
     optimizer = algorithm.configure_optimizers()
 
     def update(batch: TensorDict) -> None:
-        for minibatch in batch.unbind(0):
-            out = algorithm.loss(minibatch)
+        for number, minibatch in enumerate(batch.unbind(0), 1):
+            acts = number % algorithm.policy_delay == 0
+            out = algorithm.loss(minibatch) if acts else algorithm.loss.critic_losses(minibatch)
             optimizer.zero_grad()
             sum(value for name, value in out.items() if name.startswith("loss_")).backward()
             optimizer.step()
-            algorithm.target_updater.step()
+            if algorithm.target_updater is None:
+                algorithm.loss.take_statistics(out.get("statistics"))
+            else:
+                algorithm.target_updater.step()
 
     return update
 
@@ -177,17 +195,18 @@ class Timed(NamedTuple):
 
 def prepare(case: Case) -> Timed:
     set_matmul_precision(case.precision)
-    updates = max(1, 16 * 256 // case.batch)
-    batch = minibatches(updates, case.batch)
     algorithm, counted, readable = make(case), make(case), readable_form(make(case))
-    update = SACUpdate(algorithm.loss, algorithm.configure_optimizers(), tau=0.005)
+    turn = algorithm.policy_delay
+    turns = max(1, 16 * 256 // case.batch // turn)
+    batch, delays = minibatches(turns * turn, case.batch), {"tau": 0.005, "policy_delay": turn}
+    update = SACUpdate(algorithm.loss, algorithm.configure_optimizers(), **delays)
     start = time.process_time()
-    update(batch[:1])
+    update(batch[:turn])
     seconds = time.process_time() - start
     with Products() as products:
-        SACUpdate(counted.loss, counted.configure_optimizers(), tau=0.005, compile=False)(batch[:1])
+        SACUpdate(counted.loss, counted.configure_optimizers(), **delays, compile=False)(batch[:turn])
     forms = {"readable": partial(readable, batch), "compiled": partial(update, batch)}
-    return Timed(case, updates, forms | {"floor": partial(products.replay, updates)}, seconds)
+    return Timed(case, turns * turn, forms | {"floor": partial(products.replay, turns)}, seconds)
 
 
 def measure(rows: list[Timed], rounds: int) -> list[dict[str, Any]]:
@@ -249,7 +268,7 @@ def draw(name: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["table", "growth"])
+    parser.add_argument("what", choices=["table", "critics", "growth"])
     parser.add_argument("--over", choices=list(GROWTH), nargs="+", default=list(GROWTH))
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
@@ -257,8 +276,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
-    if arguments.what == "table":
-        run("table", table_cases(), arguments.rounds)
+    if arguments.what != "growth":
+        run(arguments.what, {"table": table_cases, "critics": critic_cases}[arguments.what](), arguments.rounds)
         return
     for name in arguments.over:
         draw(name, run(f"growth_{name}", list(growth_cases(name)), arguments.rounds))
