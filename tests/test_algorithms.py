@@ -187,6 +187,7 @@ def test_an_estimator_anneals_over_the_frames_of_the_run(make, data):
         assert 0.01 < temperature < 1.0  # the mean over the run
 
 
+@pytest.mark.slow
 def test_sac_compiled_learns_what_it_learns_uncompiled(tmp_path, caplog):
     """One program for the whole run, annealing included; Lightning's counters, metrics, and a resume without it."""
     caplog.set_level(logging.INFO, logger="pmoe_lightning.updates.compilation")

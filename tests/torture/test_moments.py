@@ -501,8 +501,8 @@ def test_a_signal_at_any_moment(name, seed, tmp_path_factory, nursery, reference
 
 
 def test_a_few_signals_to_a_short_run(tmp_path, nursery, empty_store):
-    """The short form, in the default suite: one kind of run, forked alone, and six signals."""
+    """The short form, in the default suite: one kind of run, forked alone, and four signals."""
     short = Kind([*KINDS["ppo"].words, "total_frames=256", "data.frames_per_epoch=128"])
     undisturbed = measure_reference(short, sqlite_place(tmp_path / "undisturbed", empty_store), nursery)
     place = sqlite_place(tmp_path / "signalled", empty_store)
-    Torture("short", short, place, nursery, undisturbed, {}, random.Random(0), signals=6, fresh=0.0).run()
+    Torture("short", short, place, nursery, undisturbed, {}, random.Random(0), signals=4, fresh=0.0).run()
