@@ -24,7 +24,7 @@ def stack(num_critics: int, **arguments) -> tuple[QValueNetwork, TensorDict]:
 
 
 def stacked(network, parameters, observation, action, *linear):
-    layers = critics.stacked_layers(network, parameters)
+    layers = network.stacked_layers(parameters)
     return critics.stacked_qvalue(*layers, network.layers[1], observation, action, *linear)
 
 

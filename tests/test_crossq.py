@@ -20,7 +20,6 @@ from pmoe_lightning.modules.critics import (
     LayerNormNetwork,
     QValueNetwork,
     make_layer_norm_network,
-    stacked_layers,
     stacked_qvalue,
     stacked_qvalue_at,
 )
@@ -88,7 +87,7 @@ def test_the_frozen_form_is_batch_normalisation_in_eval_mode():
     x = torch.cat([observation, action], -1)
     expected = torch.stack([as_layers(n, lambda norm: batch_norm(norm).float()).eval()(x) for n in networks])[..., 0]
     alone = torch.stack([network(observation, action) for network in networks])[..., 0]
-    layers = stacked_layers(networks[0], parameters)
+    layers = networks[0].stacked_layers(parameters)
     together = stacked_qvalue(*layers, networks[0].activation, observation, action)
     known, pullback = stacked_qvalue_at(networks[0], parameters, observation)(action)
     for found in (alone, together, known):
@@ -302,7 +301,7 @@ def test_layer_normalised_critics_are_asked_alike_in_every_way():
     actions = torch.stack([action, action / 2, -action]).requires_grad_()
     states = observation.expand(3, *observation.shape)
     expected = torch.stack([network(states, actions) for network in networks])[..., 0]
-    layers, norms = stacked_layers(networks[0], parameters), networks[0].layer_norms(parameters)
+    layers, norms = networks[0].stacked_layers(parameters), networks[0].layer_norms(parameters)
     found = stacked_qvalue(*layers, networks[0].activation, observation, actions, None, norms)
     known, pullback = stacked_qvalue_at(networks[0], parameters, observation)(actions.detach())
     torch.testing.assert_close(found, expected)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pmoe_lightning.hamiltonian import HamiltonianTransform, Normalized, Raw, differentiable, make_hamiltonian_transform
 from pmoe_lightning.hamiltonian.leapfrog import leapfrog
-from pmoe_lightning.modules.critics import QValueNetwork, stacked_layers, stacked_qvalue, stacked_qvalue_at
+from pmoe_lightning.modules.critics import QValueNetwork, stacked_qvalue, stacked_qvalue_at
 from pmoe_lightning.modules.distributions import TanhBounds, TanhGaussianMixture
 
 OBSERVATION_DIM, A, ALPHA = 3, 2, 0.3
@@ -73,7 +73,7 @@ def test_the_critics_derivative_is_that_of_automatic_differentiation(activation,
     values, pullback = stacked_qvalue_at(network, parameters, observation)(action)
 
     def reference(at: Tensor) -> Tensor:
-        return stacked_qvalue(*stacked_layers(network, parameters), network.layers[1], observation, at)
+        return stacked_qvalue(*network.stacked_layers(parameters), network.layers[1], observation, at)
 
     expected, expected_pullback = differentiable(reference)(action)
     torch.testing.assert_close(values, expected)

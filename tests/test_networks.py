@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from pmoe_lightning.hamiltonian import differentiable
-from pmoe_lightning.modules.critics import make_qvalue_network, stacked_layers, stacked_qvalue, stacked_qvalue_at
+from pmoe_lightning.modules.critics import make_qvalue_network, stacked_qvalue, stacked_qvalue_at
 from pmoe_lightning.modules.networks import bfloat16_over_float32, make_mlp, matmul_precision, set_matmul_precision
 
 
@@ -58,7 +58,7 @@ def test_the_critics_written_out_derivative_takes_its_products_in_the_same_preci
 
     def both_forms() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         values, pullback = stacked_qvalue_at(networks[0], parameters, observation)(action)
-        layers = stacked_layers(networks[0], parameters)
+        layers = networks[0].stacked_layers(parameters)
         at = partial(stacked_qvalue, *layers, networks[0].layers[1], observation)
         automatic, automatic_pullback = differentiable(at)(action)
         ones = torch.ones_like(values)

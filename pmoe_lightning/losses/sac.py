@@ -26,7 +26,6 @@ from pmoe_lightning.modules.critics import (
     Linear,
     QValueEnsemble,
     QValueNetwork,
-    stacked_layers,
     stacked_qvalue,
     stacked_qvalue_at,
 )
@@ -194,8 +193,9 @@ class PMOESACLoss(SACLoss):
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         if self.stacks_qvalues:
             network, parameters = self.qvalue_network.module, parameters["module"]
-            layers, norms = stacked_layers(network, parameters), network.layer_norms(parameters)
-            return stacked_qvalue(*layers, network.activation, tensordict.get(*state_keys), action, linear, norms)
+            weights, biases = network.stacked_layers(parameters)
+            observation, norms = tensordict.get(*state_keys), network.layer_norms(parameters)
+            return stacked_qvalue(weights, biases, network.activation, observation, action, linear, norms)
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}
         entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}

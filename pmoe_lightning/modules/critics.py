@@ -281,11 +281,6 @@ class _KnownProduct(torch.autograd.Function):
         return hidden_product(slope, weight), None, None
 
 
-def stacked_layers(network: QValueNetwork, parameters: TensorDictBase) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases of the frozen network's layers, first to last, from its parameters by name."""
-    return network.stacked_layers(parameters)
-
-
 # What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
 _BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
     nn.ReLU: lambda slope, y: torch.ops.aten.threshold_backward(slope, y, 0.0),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunInfo, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
@@ -32,15 +32,15 @@ class NotConfirmed(RunError):
     """The store has not said no, but what was sent cannot be read back: a proxy may have answered in its place."""
 
 
-def runs_of_start(client: MlflowClient, experiment_id: str, start: str) -> list[str]:
-    """The ids of the runs that bear the word of a start (``spool.Identity``), the first that was made first.
+def runs_of_start(client: MlflowClient, experiment_id: str, start: str) -> list[RunInfo]:
+    """The runs that bear the word of a start (``spool.Identity``), the first that was made first.
 
     Where an answer was lost there is more than one. A run uses one of them, and closes the others at its end, because a
     request that was given up may still be served much later.
     """
     condition = f"tags.`{START_TAG}` = '{start}'"
     found = client.search_runs([experiment_id], condition, order_by=["start_time ASC"])
-    return [run.info.run_id for run in found]
+    return [run.info for run in found]
 
 
 def read_run(client: MlflowClient, run_id: str) -> Run:
@@ -265,10 +265,9 @@ class Delivery:
 
     def _close_doubles(self, run: Run) -> None:
         start = run.data.tags.get(START_TAG)
-        doubles = set(runs_of_start(self.client, run.info.experiment_id, start)) - {self.run_id} if start else ()
-        for double in doubles:
-            if self.client.get_run(double).info.status == "RUNNING":
-                self.client.set_terminated(double, "KILLED")
+        for other in runs_of_start(self.client, run.info.experiment_id, start) if start else ():
+            if other.run_id != self.run_id and other.status == "RUNNING":
+                self.client.set_terminated(other.run_id, "KILLED")
 
     # ------------------------------------------------------------------ what an answer means
 

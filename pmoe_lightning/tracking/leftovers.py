@@ -98,7 +98,7 @@ def _send(spool: Spool, patience: float) -> str:
 def _find(client: MlflowClient, identity: Identity) -> str | None:
     if identity.start is None or identity.experiment_id is None:
         return None
-    return next(iter(runs_of_start(client, identity.experiment_id, identity.start)), None)
+    return next((run.run_id for run in runs_of_start(client, identity.experiment_id, identity.start)), None)
 
 
 def _free_name(folder: Path) -> Path:

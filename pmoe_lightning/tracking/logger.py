@@ -251,7 +251,7 @@ class MLflowLogger(MLFlowLogger):
             opened = runs_of_start(client, self._experiment_id, self._start)
             if not opened:
                 raise NotConfirmed("the store has said yes to a run that it does not have")
-        self._run_id = run_id = opened[0]
+        self._run_id = run_id = opened[0].run_id
         spool.identify(self._store, run_id)
         return run_id
 
