@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -22,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from resumable import fill, finished, indented
+from resumable import fill, finished, indented, processor_seconds
 
 from pmoe_lightning.evaluation.statistics import student_t_interval
 
@@ -41,12 +40,6 @@ LEARNERS = {f"{actor}_{critic}": [*ACTORS[actor], *CRITICS[critic]] for actor, c
 def command(module: str, *words: str) -> str:
     """What the command prints."""
     return subprocess.run([sys.executable, "-m", module, *words], check=True, capture_output=True, text=True).stdout
-
-
-def processor_seconds() -> float:
-    """Of all the processes that this one has started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def measure(env: str, learner: str, seed: int, frames: int) -> dict:

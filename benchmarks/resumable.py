@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -31,3 +32,9 @@ def finished(folder: Path, pattern: str = "*.json") -> Iterator[dict]:
     """The finished cells of a folder, in the order of their names."""
     for path in sorted(folder.glob(pattern)):
         yield json.loads(path.read_text())
+
+
+def processor_seconds() -> float:
+    """Of all the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
