@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
@@ -19,6 +19,7 @@ from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.limits import FiniteFloat, Limit, Of, PositiveFloat, PositiveInt, UnitInterval, checked
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
 from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.modules.encoders import PixelEncoder
 from pmoe_lightning.modules.networks import Activation, HiddenSizes
 from pmoe_lightning.processes.collectives import average_over_processes
 from pmoe_lightning.safe.constraint import CostConstraint
@@ -37,6 +38,7 @@ class SAC(AbstractAlgorithm):
         loss: the loss module, with its value estimator (gamma) set.
         actor: the policy inside ``loss``.
         normalizer: writes the entry the actor reads, from ``observation``; None where that is the observation.
+        encoder: the one inside ``loss``, which writes the observation from ``pixels``; None where there is none.
         lr: learning rate of all three groups.
         lr_actor, lr_qvalue, lr_alpha: that of one group; None is ``lr``.
         betas: of Adam.
@@ -56,6 +58,7 @@ class SAC(AbstractAlgorithm):
         actor: SafeProbabilisticTensorDictSequential,
         *,
         normalizer: TensorDictModuleBase | None = None,
+        encoder: PixelEncoder | None = None,
         lr: PositiveFloat = 3e-4,
         lr_actor: PositiveFloat | None = None,
         lr_qvalue: PositiveFloat | None = None,
@@ -67,7 +70,10 @@ class SAC(AbstractAlgorithm):
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
         policy = loss.acting_policy(actor)
-        policy = policy if normalizer is None else TensorDictSequential(normalizer, policy)
+        written, before = policy.out_keys, [part for part in (encoder, normalizer) if part is not None]
+        policy = TensorDictSequential(*before, policy) if before else policy
+        if encoder is not None:  # the observation stays within: it changes with every update
+            policy.select_out_keys(*written)
         super().__init__(loss, actor, policy, policy_description)
         rates = (lr_actor, lr_qvalue, lr_alpha)
         self.lr_actor, self.lr_qvalue, self.lr_alpha = (lr if rate is None else rate for rate in rates)
@@ -76,6 +82,18 @@ class SAC(AbstractAlgorithm):
         self.betas = first, second
         self.target_updater = SoftUpdate(loss, tau=tau) if loss.delay_qvalue else None
         self.update: SACUpdate | None = None
+
+    @property
+    def last_observation(self) -> Tensor | None:  # type: ignore[override]  # an attribute where it is no encoder's
+        """The observations of the last minibatch; those that pixels stand for, as they are encoded now."""
+        if self._last is None or not self.loss.encodes or self._last.ndim == 2:
+            return self._last
+        with torch.no_grad():
+            return self.loss.encoded(TensorDict(pixels=self._last, batch_size=len(self._last))).get("observation")
+
+    @last_observation.setter
+    def last_observation(self, value: Tensor | None) -> None:
+        self._last = value
 
     @property
     def estimator(self) -> AbstractEstimator:
@@ -114,7 +132,7 @@ class SAC(AbstractAlgorithm):
                 if self.target_updater is not None:
                     self.target_updater.step()
                 self.record_loss(out.exclude("statistics"))
-        self.last_observation = batch.get(self.observation_key)[-1]
+        self.last_observation = batch.get("pixels" if self.loss.encodes else self.observation_key)[-1]
 
     def differentiate(self, total: Tensor, statistics: TensorDictBase | None) -> None:
         if self.trainer.world_size == 1:
@@ -142,6 +160,7 @@ def make_sac(
     target_entropy: FiniteFloat | None = None,
     action_transform: HamiltonianTransform | None = None,
     constraint: CostConstraint | None = None,
+    encoder: PixelEncoder | None = None,
     policy_description: Mapping[str, Any] | None = None,
     **arguments: Annotated[Any, Of(SAC)],
 ) -> SAC:
@@ -158,6 +177,7 @@ def make_sac(
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
+        encoder: makes the observation of ``pixels``, see ``PMOESACLoss``; O is then what it makes.
         constraint: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
         policy_description: see ``AbstractAlgorithm``.
         **arguments: of ``SAC``: normalizer, lr, lr_actor, lr_qvalue, lr_alpha, betas, tau, policy_delay, compile.
@@ -175,6 +195,7 @@ def make_sac(
     of_loss: dict[str, Any] = {
         "estimator": estimator,
         "action_transform": action_transform,
+        "encoder": encoder,
         "alpha_init": alpha_init,
         "target_entropy": float(-action_dim if target_entropy is None else target_entropy),
     }
@@ -183,4 +204,4 @@ def make_sac(
     else:
         loss = SafeSACLoss(actor, make_critics(), make_critics(), constraint, **of_loss)
     loss.make_value_estimator(gamma=gamma)
-    return SAC(loss, actor, policy_description=policy_description, **arguments)
+    return SAC(loss, actor, encoder=encoder, policy_description=policy_description, **arguments)

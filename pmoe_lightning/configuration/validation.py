@@ -41,6 +41,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
     _check_critic(cfg)
+    _check_pixels(cfg)
     _check_action_transform(cfg)
     _check_safe(cfg)
 
@@ -176,6 +177,27 @@ def _check_critic(cfg: DictConfig) -> None:
                 f"critic=... chooses the critics of sac; those of {algo} are plain, of the sizes algo.hidden_sizes: "
                 "use algo=sac or critic=none"
             )
+
+
+def _check_pixels(cfg: DictConfig) -> None:
+    seen = cfg.env.get("pixels")
+    size = seen.get("size") if isinstance(seen, DictConfig) else None
+    if size is None:
+        # One of the user's own may show pixels without being asked.
+        if cfg.encoder and isinstance(seen, DictConfig):
+            raise ConfigurationError("encoder=... encodes pixels: set env.pixels.size, such as 84, or encoder=none")
+        return
+    if _choice(cfg, "algo") in _ON_POLICY:
+        raise ConfigurationError(
+            f"env.pixels.size={size}: algo={_choice(cfg, 'algo')} learns from the state alone; use algo=sac, "
+            "or env.pixels.size=null"
+        )
+    if not cfg.encoder:
+        raise ConfigurationError(f"env.pixels.size={size} needs an encoder: use encoder=drq")
+    if cfg.data.get("normalize_observation"):
+        raise ConfigurationError(
+            "data.normalize_observation=true normalises states, and pixels are not: use false with env.pixels.size"
+        )
 
 
 def _check_action_transform(cfg: DictConfig) -> None:

@@ -31,7 +31,10 @@ from pmoe_lightning.modules.critics import (
 )
 from pmoe_lightning.modules.crossq import CrossQNetwork
 from pmoe_lightning.modules.distributions import TanhBounds
+from pmoe_lightning.modules.encoders import PixelEncoder
 from pmoe_lightning.modules.mixture import MixtureDistribution
+
+_PIXELS, _OBSERVATION, _OF_TARGET = "pixels", "observation", "observation_of_target"
 
 
 class NextAction(NamedTuple):
@@ -76,6 +79,11 @@ class PMOESACLoss(SACLoss):
     their running statistics. What these become is in the output under ``statistics``; who takes the optimizer's step
     hands it to ``take_statistics``.
 
+    With an ``encoder`` minibatches hold ``pixels`` in place of the observation z = f(pixels). f learns from the critics'
+    loss alone and at their rate: the actor sees z held fixed, s' is encoded without a gradient. Where the critics have
+    targets, so has the encoder: Qbar_i(s', a') reads fbar(pixels'), while a' is drawn at f(pixels') (Kostrikov et al.
+    2021, arXiv 2004.13649).
+
     Whatever the bounds in the spec of the actor (or in ``action_spec``), everything here is of the action normalised to
     [-1, 1]: what the critics read, the densities pi(a|s), the entropy and its target, the dynamics of the transform.
     Minibatches hold actions in the units of the environment, in which the actor acts and scores.
@@ -87,6 +95,7 @@ class PMOESACLoss(SACLoss):
             drawing component's log-density enters the critic target and the temperature loss too.
         action_transform: evolves the drawn actions, in actor loss and critic target as its ``used_in`` says, along the
             loss's own critics; its parameters learn from the actor loss. ``acting_policy`` acts with it.
+        encoder: writes ``observation`` from ``pixels``, see above; None where minibatches hold the observation.
         loss_function: distance of the critics to their target; ``l2`` here (TorchRL's own default is ``smooth_l1``).
         **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...), but for
             ``value_network`` and ``skip_done_states``, which are refused.
@@ -111,6 +120,9 @@ class PMOESACLoss(SACLoss):
     #: The names of all critics, whose parameters are each name's ``..._params``.
     critics: ClassVar[tuple[str, ...]] = ("qvalue_network",)
     _out_keys: list[str] | None
+    encoder: PixelEncoder
+    encoder_params: TensorDictParams
+    target_encoder_params: TensorDictParams
 
     def __init__(
         self,
@@ -119,6 +131,7 @@ class PMOESACLoss(SACLoss):
         *,
         estimator: AbstractEstimator | None = None,
         action_transform: HamiltonianTransform | None = None,
+        encoder: PixelEncoder | None = None,
         loss_function: str = "l2",
         **arguments: Any,
     ) -> None:
@@ -140,6 +153,10 @@ class PMOESACLoss(SACLoss):
             self.register_buffer(f"action_{name}", bound.to(self.log_alpha), persistent=False)
         self.estimator = estimator
         self.action_transform = action_transform
+        self.encodes = encoder is not None
+        if encoder is not None:
+            self.convert_to_functional(encoder, "encoder", create_target_params=self.delay_qvalue)
+            self._set_in_keys()
         # TorchRL creates this buffer at its first use; a state dict written before would not fit one written after.
         _ = self.target_entropy
 
@@ -147,6 +164,44 @@ class PMOESACLoss(SACLoss):
         super()._make_vmap()
         if self.stacks_qvalues:
             self._vmap_qnetworkN0 = self._stacked_qvalue
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        if getattr(self, "encodes", False):  # TorchRL asks before there is an encoder, too
+            kept = [key for key in self._in_keys if key not in (_OBSERVATION, ("next", _OBSERVATION))]
+            self._in_keys = [*kept, _PIXELS, ("next", _PIXELS)]
+
+    def encoded(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """A minibatch with the observations that its pixels stand for, unless they are there.
+
+        That of s has a gradient, those of s', the encoder's and its target's, have none.
+        """
+        if not self.encodes or _OBSERVATION in tensordict.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
+            return tensordict
+        tensordict = tensordict.copy()
+        tensordict.set(_OBSERVATION, self._encode(tensordict, self.encoder_params))
+        following = tensordict.get("next", None)
+        if following is not None:
+            with torch.no_grad():
+                following.set(_OBSERVATION, self._encode(following, self.encoder_params))
+                if self.delay_qvalue:
+                    following.set(_OF_TARGET, self._encode(following, self.target_encoder_params))
+        return tensordict
+
+    def _encode(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> Float[Tensor, "*B O"]:
+        with parameters.to_module(self.encoder, preserve_module_state=False):
+            return self.encoder.encode(tensordict.get(_PIXELS))
+
+    def _held_fixed(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The minibatch as the actor is to see it: what the critics make of pixels is not its to change."""
+        if not self.encodes:
+            return tensordict
+        tensordict = self.encoded(tensordict).copy()
+        return tensordict.set(_OBSERVATION, tensordict.get(_OBSERVATION).detach())
+
+    def _seen_by_target(self, following: TensorDictBase) -> TensorDictBase:
+        target = following.get(_OF_TARGET, None)
+        return following if target is None else following.copy().set(_OBSERVATION, target)
 
     @property
     def stacks_qvalues(self) -> bool:
@@ -210,6 +265,7 @@ class PMOESACLoss(SACLoss):
         """The reduced critic loss; ``td_error`` [*B], the largest of the critics, ``entropy``, ``next_action`` and
         ``statistics``.
         """
+        tensordict = self.encoded(tensordict)
         following = self._next_action(tensordict.get("next"))
         values = self.critic_values(tensordict, following.action)
         target = self._critic_target(tensordict, following, values.next)
@@ -231,7 +287,7 @@ class PMOESACLoss(SACLoss):
         if not self.learns_jointly:
             here = self.qvalues(tensordict, action, parameters)
             with torch.no_grad():
-                after = self.qvalues(following, next_action, getattr(self, f"target_{critics}_params"))
+                after = self.qvalues(self._seen_by_target(following), next_action, getattr(self, f"target_{critics}_params"))
             return CriticValues(here, after, {})
         network, (key, _) = self.qvalue_network.module, self.qvalue_network.in_keys
         pairs = [(tensordict.get(key), following.get(key)), (action, next_action)]
@@ -247,6 +303,7 @@ class PMOESACLoss(SACLoss):
 
     @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
+        tensordict = self.encoded(tensordict)
         following = self._next_action(tensordict.get("next"))
         return self._critic_target(tensordict, following, self.critic_values(tensordict, following.action).next)
 
@@ -357,6 +414,8 @@ class PMOESACLoss(SACLoss):
             {"params": self._acting_parameters(), "lr": lr_actor, "name": "actor"},
             {"params": list(self.qvalue_network_params.parameters()), "lr": lr_qvalue, "name": "qvalue"},
         ]
+        if self.encodes:
+            groups.append({"params": list(self.encoder_params.parameters()), "lr": lr_qvalue, "name": "encoder"})
         return groups if self.fixed_alpha else [*groups, {"params": [self.log_alpha], "lr": lr_alpha, "name": "alpha"}]
 
     def delayed_parameters(self) -> list[nn.Parameter]:
@@ -394,6 +453,7 @@ class PMOESACLoss(SACLoss):
 
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
         """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
+        tensordict = self._held_fixed(tensordict)
         distribution = self._distribution(tensordict)
         check_pair(self.estimator, type(distribution))
         return self.estimator(distribution, self.objective(tensordict, distribution))
@@ -424,11 +484,13 @@ class PMOESACLoss(SACLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tensordict = self.encoded(tensordict)
         of_critics, _ = self._of_critics(tensordict)
         return self._output(tensordict, self._of_actor(tensordict) | of_critics)
 
     def critic_losses(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What ``forward`` says of the critics alone: for updates that leave the actor and the temperature be."""
+        tensordict = self.encoded(tensordict)
         return self._output(tensordict, self._of_critics(tensordict)[0])
 
     def _of_critics(self, tensordict: TensorDictBase) -> tuple[dict[str, Any], Float[Tensor, "*B A"]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
+from pmoe_lightning.modules.encoders import PixelEncoder
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, OptionPolicies
@@ -30,15 +31,15 @@ def find_actor(policy: TensorDictModuleBase) -> Actor | None:
 
 
 def states_of_actor(policy: TensorDictModuleBase, states: TensorDictBase) -> TensorDictBase:
-    """States that hold what a policy reads, with what its actor and its critics read behind the normaliser."""
+    """States that hold what a policy reads, with what its actor and its critics read behind normaliser or encoder."""
     for module in policy.modules():
-        if isinstance(module, ObservationNormalizer):
+        if isinstance(module, ObservationNormalizer | PixelEncoder):
             states = module(states)
     return states
 
 
 def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Distribution | OptionPolicies:
-    """What the actor of a policy draws from at states that hold what the policy reads, before its normaliser."""
+    """What the actor of a policy draws from at states that hold what the policy reads, before normaliser or encoder."""
     actor = find_actor(policy)
     if actor is None:
         raise ValueError("the policy has no actor")
