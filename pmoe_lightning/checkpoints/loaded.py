@@ -90,7 +90,9 @@ class LoadedPolicy(TensorDictModuleBase):
         try:
             pixels = pixels.numpy(force=True) if isinstance(pixels, Tensor) else pixels
             values = np.asarray(pixels)
-            whole = values.astype(np.uint8) if values.dtype.kind in "biuf" else np.zeros(0)
+            values = values if values.dtype.kind in "biuf" else values.astype(np.float64)
+            with np.errstate(invalid="ignore"):  # what is no byte is said below
+                whole = values.astype(np.uint8)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the pixels are not an array of numbers: {error_line(error)}") from None
         if values.ndim not in (3, 4) or values.shape[-3:] != shape:

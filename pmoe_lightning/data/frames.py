@@ -12,7 +12,7 @@ from torch import Tensor
 from pmoe_lightning.checkpoints.blocks import read_block, write_block
 from pmoe_lightning.errors import ConfigurationError
 
-__all__ = ["FrameStore", "check_memory", "random_shift"]
+__all__ = ["FrameStore", "check_memory", "pictures_of", "random_shift"]
 
 _BLOCK_BYTES = 16 * 2**20
 _GIB = 2**30
@@ -146,6 +146,15 @@ class FrameStore:
         return self._frames[places].cpu()
 
 
+def pictures_of(buffer_size: int, total_frames: int) -> int:
+    """How many pictures a buffer stores: one for each of its transitions, or all that a run of so many frames can show.
+
+    Those are at most two a frame, where every episode is a step long. So a run that is to go on to more frames has lost
+    nothing that it would have kept.
+    """
+    return min(buffer_size, 2 * total_frames)
+
+
 def random_shift(pixels: Tensor, pad: int = 4) -> Tensor:
     """Every observation [M, C, H, W] moved by up to ``pad`` pixels either way, both ways alike in all channels.
 
@@ -163,22 +172,22 @@ def random_shift(pixels: Tensor, pad: int = 4) -> Tensor:
         chosen = (right == shift).nonzero().squeeze(1)
         if len(chosen):
             part, low, high = moved.index_select(0, chosen), max(0, -shift), max(0, shift)
-            left, right_edge = (edge.expand(-1, -1, -1, n) for edge, n in ((part[..., :1], low), (part[..., -1:], high)))
+            left, right_edge = (
+                edge.expand(-1, -1, -1, n) for edge, n in ((part[..., :1], low), (part[..., -1:], high))
+            )
             shifted.index_copy_(0, chosen, torch.cat([left, part[..., high : width - low], right_edge], -1))
     return shifted
 
 
-def check_memory(
-    capacity: int, shape: tuple[int, ...], stack: int, device: torch.device, *, refuse: bool = True
-) -> str:
-    """What the pictures of a buffer take, said in a line, before any is there.
+def check_memory(number: int, shape: tuple[int, ...], stack: int, device: torch.device, *, refuse: bool = True) -> str:
+    """What so many pictures take, said in a line, before any is there.
 
     Raises:
         ConfigurationError: it is more than this device has free; not unless it is to ``refuse``.
     """
-    size = capacity * (shape[0] // stack) * shape[1] * shape[2]
+    size = number * (shape[0] // stack) * shape[1] * shape[2]
     free = free_memory(device)
-    said = f"data.buffer_size: {capacity:,} pictures of {shape[0] // stack} x {shape[1]} x {shape[2]} take"
+    said = f"data.buffer_size: {number:,} pictures of {shape[0] // stack} x {shape[1]} x {shape[2]} take"
     said = f"{said} {size / _GIB:.2f} GiB"
     if refuse and free is not None and size > free:
         raise ConfigurationError(

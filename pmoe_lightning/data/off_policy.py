@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase
 
 from pmoe_lightning.checkpoints.blocks import FOLDER, remove_unnamed
 from pmoe_lightning.data.collection import CollectedData, Source, round_up
-from pmoe_lightning.data.frames import FrameStore, check_memory, random_shift
+from pmoe_lightning.data.frames import FrameStore, check_memory, pictures_of, random_shift
 from pmoe_lightning.data.n_step import NStepTransitions
 from pmoe_lightning.errors import ConfigurationError, NonFiniteError
 from pmoe_lightning.limits import Limit, NonNegativeInt, Of, PositiveFloat, PositiveInt, checked
@@ -59,8 +59,8 @@ class OffPolicyData(CollectedData):
     ``normalizer``, which the policy must contain, every rollout enters its statistics, and minibatches hold
     ``observation_normalized`` and next.observation_normalized by the newest ones.
 
-    With ``pictures`` it holds ``pixels`` [S C, H, W] in place of both observations, each moved by up to ``random_shift``
-    pixels, drawn anew every time. The buffer stores every picture once (``frames.FrameStore``); where an episode ends
+    With ``pictures`` it holds ``pixels`` [S C, H, W] in place of both observations, each moved by up to
+    ``random_shift`` pixels, drawn anew every time. The buffer stores every picture once (``frames.FrameStore``); where an episode ends
     there is one more than transitions, and so many fewer transitions fit.
 
     The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is
@@ -139,7 +139,9 @@ class OffPolicyData(CollectedData):
         self.n_step = NStepTransitions(n_step, gamma, cost_gamma) if n_step > 1 else None
         self.normalizer, self.pictures, self.random_shift = normalizer, pictures, random_shift
         if pictures is not None:
-            _log.info("%s", check_memory(capacity, pictures.shape, pictures.stack, torch.device("cpu"), refuse=False))
+            number = pictures_of(buffer_size, round_up(total_frames, frames_per_batch))
+            _log.info("%s", check_memory(number, pictures.shape, pictures.stack, torch.device("cpu"), refuse=False))
+            self._num_pictures = number
         self.frames: FrameStore | None = None
         OffPolicyData.check_processes(self, 1)
         self.updates_owed = Fraction(0)
@@ -222,7 +224,7 @@ class OffPolicyData(CollectedData):
             shape, stack, _ = self.pictures
             steps = 1 if self.n_step is None else self.n_step.n
             # Beside the transitions' own, those that the oldest of them began with.
-            number = capacity + self.environments * (stack + steps)
+            number = -(-self._num_pictures // self.world_size) + self.environments * (stack + steps)
             check_memory(number, shape, stack, self.device)
             self.frames = FrameStore(number, shape, stack=stack, num_envs=self.environments, device=self.device)
         return ReplayBuffer(storage=LazyTensorStorage(capacity, device=self.device))

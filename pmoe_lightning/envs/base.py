@@ -41,7 +41,8 @@ class AbstractEnvironment(EnvBase):
     """N simulated environments with continuous actions, stepped together: the whole of what other parts ask of them.
 
     Root keys: ``observation`` float32 [N, O], or in its place the entry that ``observed`` names; ``done``,
-    ``terminated``, ``truncated`` bool [N, 1], and the running totals since the start of the episode, ``episode_return`` float32 [N, 1] and ``episode_length`` int64 [N, 1].
+    ``terminated``, ``truncated`` bool [N, 1]; and the running totals since the start of the episode, ``episode_return``
+    float32 [N, 1] and ``episode_length`` int64 [N, 1].
     ``next`` holds the same, the final totals where ``done`` is set, plus ``reward`` float32 [N, 1].
     ``done = terminated | truncated``. Where an episode ends, ``next`` holds its true last observation and the following
     root the first observation of the next episode.

@@ -77,8 +77,8 @@ def vector_size(space: gymnasium.Space, name: str) -> int:
         for part, where in parts:
             if _is_image(part):
                 raise ConfigurationError(
-                    f"environment {name!r} has images as {where}, {_shown(part)}: there is no encoder for them; "
-                    "wrap it so that it observes a flat vector of features"
+                    f"environment {name!r} has images as {where}, {_shown(part)}, of which no vector is made: "
+                    "wrap it so that it observes a flat vector of features; env.pixels.size=84 then shows its pictures"
                 )
         flat = flatten_space(space) if parts else Box(0, 1, (0,))  # it cannot flatten a structure without parts
     except NotImplementedError:

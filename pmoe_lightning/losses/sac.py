@@ -79,10 +79,10 @@ class PMOESACLoss(SACLoss):
     their running statistics. What these become is in the output under ``statistics``; who takes the optimizer's step
     hands it to ``take_statistics``.
 
-    With an ``encoder`` minibatches hold ``pixels`` in place of the observation z = f(pixels). f learns from the critics'
-    loss alone and at their rate: the actor sees z held fixed, s' is encoded without a gradient. Where the critics have
-    targets, so has the encoder: Qbar_i(s', a') reads fbar(pixels'), while a' is drawn at f(pixels') (Kostrikov et al.
-    2021, arXiv 2004.13649).
+    With an ``encoder`` minibatches hold ``pixels`` in place of the observation z = f(pixels). f learns from the loss of
+    the critics alone and at their rate: the actor sees z held fixed, and s' is encoded without a gradient. Where the
+    critics have targets, so has the encoder: Qbar_i(s', a') reads fbar(pixels'), while a' is drawn at f(pixels')
+    (Kostrikov et al. 2021, arXiv 2004.13649).
 
     Whatever the bounds in the spec of the actor (or in ``action_spec``), everything here is of the action normalised to
     [-1, 1]: what the critics read, the densities pi(a|s), the entropy and its target, the dynamics of the transform.
@@ -287,7 +287,9 @@ class PMOESACLoss(SACLoss):
         if not self.learns_jointly:
             here = self.qvalues(tensordict, action, parameters)
             with torch.no_grad():
-                after = self.qvalues(self._seen_by_target(following), next_action, getattr(self, f"target_{critics}_params"))
+                after = self.qvalues(
+                    self._seen_by_target(following), next_action, getattr(self, f"target_{critics}_params")
+                )
             return CriticValues(here, after, {})
         network, (key, _) = self.qvalue_network.module, self.qvalue_network.in_keys
         pairs = [(tensordict.get(key), following.get(key)), (action, next_action)]

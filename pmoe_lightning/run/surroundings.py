@@ -70,16 +70,16 @@ def _check_pixels(cfg: DictConfig, seen: Seen | None) -> None:
         return
     if not cfg.encoder:
         raise ConfigurationError("this environment shows pixels: use encoder=drq")
+    try:
+        with isolate_rng(include_cuda=False):
+            call(cfg.encoder, shape=seen.shape)
+    except ValueError as error:
+        raise ConfigurationError(f"encoder: {first_line(error)}") from error
     if "buffer_size" in cfg.data:
-        from pmoe_lightning.data.frames import check_memory
+        from pmoe_lightning.data.frames import check_memory, pictures_of
 
         device = torch.device(accelerator_of(cfg.trainer.accelerator).replace("gpu", "cuda"))
-        capacity = min(cfg.data.buffer_size, cfg.total_frames) // max(1, _processes(cfg.trainer))
-        check_memory(capacity, seen.shape, seen.stack, device)
-
-
-def _processes(trainer: DictConfig) -> int:
-    return trainer.devices * trainer.num_nodes if isinstance(trainer.devices, int) else 1
+        check_memory(pictures_of(cfg.data.buffer_size, cfg.total_frames), seen.shape, seen.stack, device)
 
 
 def check_matmul_precision(precision: str, accelerator: str) -> None:
