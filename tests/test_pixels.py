@@ -337,6 +337,10 @@ def test_blocks_are_written_once_found_again_and_removed_when_nobody_names_them(
 def test_a_damaged_or_missing_block_is_one_line(tmp_path: Path) -> None:
     name = write_block(torch.arange(50, dtype=torch.uint8), tmp_path / "frames")
     assert torch.equal(read_block(tmp_path / "frames" / name), torch.arange(50, dtype=torch.uint8))
+    assert [path.name for path in (tmp_path / "frames").iterdir()] == [name]
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written: "):
+        write_block(torch.zeros(5, dtype=torch.uint8), tmp_path / "file")
     checkpoint = {"experience": [{"replay": {"frames": {"blocks": {0: name}}}}]}
     path = tmp_path / "last.ckpt"
     locate_blocks(checkpoint, path)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,29 @@ def write_block(content: Tensor, folder: Path) -> str:
     """Write the bytes of a tensor, whole or not at all, where they are not there already; returns the file's name.
 
     Raises:
-        OSError: it cannot be written.
+        RunError: it cannot be written (disk full, no permission); no checkpoint names it yet.
     """
     values = content.contiguous().numpy().reshape(-1).view(np.uint8)
     name = hashlib.sha256(values).hexdigest()
     path = folder / name
     if path.is_file() and path.stat().st_size == values.nbytes:
         return name
-    folder.mkdir(parents=True, exist_ok=True)
     partial = partial_file(path)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(values)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(
+            f"block {path} of the replay buffer cannot be written: {reason}; no checkpoint is lost"
+        ) from error
+    finally:
+        with suppress(OSError):  # where there is no folder
+            partial.unlink(missing_ok=True)
     return name
 
 

@@ -102,7 +102,7 @@ class FrameStore:
         """What a checkpoint holds: the blocks by name, where there is a ``folder`` to write them to, and the rest.
 
         Raises:
-            OSError: a block cannot be written.
+            RunError: a block cannot be written.
         """
         first, blocks = self.oldest, {}
         while folder is not None and first + self.block <= self.count:

@@ -60,8 +60,8 @@ class OffPolicyData(CollectedData):
     ``observation_normalized`` and next.observation_normalized by the newest ones.
 
     With ``pictures`` it holds ``pixels`` [S C, H, W] in place of both observations, each moved by up to
-    ``random_shift`` pixels, drawn anew every time. The buffer stores every picture once (``frames.FrameStore``); where an episode ends
-    there is one more than transitions, and so many fewer transitions fit.
+    ``random_shift`` pixels, drawn anew every time. The buffer stores every picture once (``frames.FrameStore``); where
+    an episode ends there is one more than transitions, and so many fewer transitions fit.
 
     The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is
     fewer.
