@@ -162,6 +162,10 @@ class OffPolicyData(CollectedData):
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
         """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
         if self.buffer is None:
+            if self.pictures is None and "pixels" in rollout.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
+                raise ConfigurationError(
+                    "the environment shows pixels: give OffPolicyData(pictures=Pictures(shape, stack))"
+                )
             self.buffer = self._make_buffer()
         frames = rollout.numel() * self.world_size
         if self._given >= self.warm_up:
