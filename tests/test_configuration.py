@@ -98,6 +98,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
                 continue  # for an algorithm of one's own; those of the program refuse it
             needs = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"], "options": ["algo=dac"]}
             needs |= dict.fromkeys(["velocity", "crossq", "layer_norm"], ["algo=sac"])
+            needs["drq"] = ["algo=sac", "env.pixels.size=84"]
             words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
             schema = schemas().get(group, {}).get(option)
