@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,10 +35,10 @@ def write_block(content: Tensor, folder: Path) -> str:
     Raises:
         RunError: it cannot be written (disk full, no permission); no checkpoint names it yet.
     """
-    values = content.contiguous().numpy().reshape(-1).view(np.uint8)
+    values = content.contiguous().numpy().tobytes()
     name = hashlib.sha256(values).hexdigest()
     path = folder / name
-    if path.is_file() and path.stat().st_size == values.nbytes:
+    if path.is_file() and path.stat().st_size == len(values):
         return name
     partial = partial_file(path)
     try:
