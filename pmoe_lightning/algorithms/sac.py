@@ -84,7 +84,7 @@ class SAC(AbstractAlgorithm):
         self.update: SACUpdate | None = None
 
     @property
-    def last_observation(self) -> Tensor | None:  # type: ignore[override]  # an attribute where it is no encoder's
+    def last_observation(self) -> Tensor | None:
         """The observations of the last minibatch; those that pixels stand for, as they are encoded now."""
         if self._last is None or not self.loss.encodes or self._last.ndim == 2:
             return self._last

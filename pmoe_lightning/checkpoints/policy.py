@@ -278,7 +278,8 @@ def _make_encoder(description: Mapping[str, Any], parts: Mapping[str, Callable])
     described = description.get("encoder")
     if described is None:
         return None
-    factory = parts["encoder"] or ENCODERS[described["kind"]]
+    own: Callable[..., Any] | None = parts["encoder"]
+    factory = ENCODERS[described["kind"]] if own is None else own
     return factory(**{key: value for key, value in described.items() if key != "kind"})
 
 

@@ -120,6 +120,7 @@ class PMOESACLoss(SACLoss):
     #: The names of all critics, whose parameters are each name's ``..._params``.
     critics: ClassVar[tuple[str, ...]] = ("qvalue_network",)
     _out_keys: list[str] | None
+    _in_keys: list[NestedKey]
     encoder: PixelEncoder
     encoder_params: TensorDictParams
     target_encoder_params: TensorDictParams

@@ -71,7 +71,8 @@ def make_run(
     seed_everything(cfg.seed, verbose=False)
     make_env = bound(cfg.env)
     spaces, seen = inspect_env(make_env)
-    described, normalizing, of_data = arguments_of(cfg.actor), {}, {}
+    described, normalizing = arguments_of(cfg.actor), {}
+    of_data: dict[str, Any] = {}
     encoder = None
     if seen is not None:
         with torch.random.fork_rng():  # so that actor and critics start the same with every encoder of so many features
