@@ -245,8 +245,14 @@ def probe_with(**attributes) -> ScriptedEnv:
         (lambda: GymnasiumEnv([probe_with(action_space=box([-1, -1e39], [1, 1e39], "f8"))]), "dimension 1.*too large"),
         (lambda: GymnasiumEnv([probe_with(action_space=box([-3e38] * 2, [3e38] * 2))]), "dimension 0.*too large"),
         (lambda: GymnasiumEnv([probe_with(action_space=box([1e9] * 2, [1e9 + 1] * 2, "f8"))]), "one number in float32"),
-        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84, 3), np.uint8))]), "of which no vector is made"),
-        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84), np.uint8))]), "of which no vector is made"),
+        (
+            lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84, 3), np.uint8))]),
+            "of which no vector is made",
+        ),
+        (
+            lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84), np.uint8))]),
+            "of which no vector is made",
+        ),
         (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 1, (3, 64, 64)))]), "of which no vector is made"),
         (
             lambda: GymnasiumEnv([probe_with(observation_space=Dict(a=Tuple([Box(0, 9, (5, 5, 3), np.uint8)])))]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import sys
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import gymnasium
 import numpy as np
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 #: How much of a picture is drawn: all that the model asks for, or no shadows and one sample of every pixel.
 Look = Literal["default", "fast"]
 _MAX_GEOMS = 10_000  # shapes of a scene, as in mujoco.Renderer
+_opened: WeakSet[SceneRenderer] = WeakSet()
 _CAMERA_ARGUMENTS = {"camera_id", "camera_name", "default_camera_config"}
 
 
@@ -54,6 +57,9 @@ class SceneRenderer:
         if look == "fast":
             scene.model.vis.quality.offsamples = 0  # read when the context is made
         self._gl, self._context = drawn(lambda: _open(scene.model, size), name)
+        _opened.add(self)
+        atexit.unregister(_close_all)  # to be called before what the graphics library has just registered
+        atexit.register(_close_all)
         mujoco = _mujoco()
         self._rectangle = mujoco.MjrRect(0, 0, size, size)
         self._scene, self._option = mujoco.MjvScene(scene.model, maxgeom=_MAX_GEOMS), mujoco.MjvOption()
@@ -72,9 +78,16 @@ class SceneRenderer:
 
     def close(self) -> None:
         """Give back what the graphics library holds."""
+        _opened.discard(self)
         self._gl.make_current()
         self._context.free()
         self._gl.free()
+
+
+def _close_all() -> None:
+    """Of environments that nobody has closed: left to the end of Python, a context complains on its way."""
+    for renderer in list(_opened):
+        renderer.close()
 
 
 def _open(model: Any, size: int) -> tuple[Any, Any]:
