@@ -18,7 +18,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
 
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective, check_pair
+from pmoe_lightning.estimators import AbstractEstimator, Frequency, Marginalized, Objective, ObjectiveValue, check_pair
 from pmoe_lightning.limits import NonNegativeFloat, checked
 from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
 from pmoe_lightning.modules.distributions import TanhBounds
@@ -137,9 +137,9 @@ class PMOEPPOLoss(ClipPPOLoss):
         """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s), of the normalised action."""
         bounds = TanhBounds.normalized(distribution.low)
 
-        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-            return Evaluation(log_prob, log_prob, -log_prob)
+            return ObjectiveValue(log_prob, log_prob, -log_prob)
 
         return objective
 

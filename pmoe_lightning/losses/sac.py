@@ -16,7 +16,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 from torchrl.objectives.utils import distance_loss
 
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate, check_pair
+from pmoe_lightning.estimators import AbstractEstimator, Marginalized, Objective, ObjectiveValue, Surrogate, check_pair
 from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.hamiltonian import ActionValue, Evolution, EvolveAction, HamiltonianTransform, differentiable
 from pmoe_lightning.hamiltonian.transform import Use
@@ -254,7 +254,8 @@ class PMOESACLoss(SACLoss):
 
     def _distribution(self, tensordict: TensorDictBase) -> MixtureDistribution:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            return self.actor_network.get_dist(tensordict)
+            # Of entries of its own, because the actor writes the parameters of the mixture beside what it reads.
+            return self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
 
     @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
@@ -292,14 +293,14 @@ class PMOESACLoss(SACLoss):
         transform, evolve = self.action_transform, self._evolution("actor_loss", tensordict, distribution)
         bounds = TanhBounds.normalized(distribution.low)
 
-        def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor) -> Evaluation:
+        def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor) -> ObjectiveValue:
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
+            return ObjectiveValue(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
-        def of_draws(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def of_draws(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             qvalue, products = self.actor_value_and_products(tensordict, bounds.squash(u))
 
-            def choose(sample: Tensor) -> Evaluation:
+            def choose(sample: Tensor) -> ObjectiveValue:
                 known = {critics: KnownProducts(of_critics, sample) for critics, of_critics in products.items()}
                 chosen = take_sample(u, sample)
                 value, _ = self.actor_value_and_products(tensordict, bounds.squash(chosen), known)
@@ -310,7 +311,7 @@ class PMOESACLoss(SACLoss):
         if evolve is None or transform is None:
             return of_draws
 
-        def of_evolved(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def of_evolved(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             evolution = evolve(u, log_prob.detach())
             # The dynamics know the values that are asked for, unless they climb another reduction of the critics.
             if transform.critic_reduction == "min":
