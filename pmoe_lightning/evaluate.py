@@ -201,9 +201,10 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def _env_argument(key: str, value: str) -> dict[str, Any]:
     """The argument's dotted name below ``env`` and its value, read as the train command reads it."""
-    from pmoe_lightning.configuration.arguments import read_override
+    from pmoe_lightning.configuration.arguments import check_finite, read_override
 
     name, parsed = read_override(f"{key}={value}")
+    check_finite(name, parsed)
     name = name.removeprefix("env.")
     if name.partition(".")[0] in _CHOSEN_HERE:
         raise ConfigurationError(f"{key} is not an argument of the environment: the command itself chooses it")

@@ -255,6 +255,11 @@ def test_the_help_of_a_choice_says_what_each_of_its_keys_is_and_may_be():
         (["env.id=3"], "env.id=3"),
         (["seed"], "write key=value"),
         (["seed=1,2"], "--multirun"),
+        (["resume=run,other"], "resume=run,other has several values: resume continues one run"),
+        (
+            ["hydra.run.dir='two\nlines'"],
+            r"hydra.run.dir='two\nlines' has several lines: give the folder a name of one",
+        ),
         (["~seed"], "~seed leaves out what every run needs: choose a value, seed=..."),
         (["~algo"], "~algo leaves out"),
         (["~env"], "~env leaves out"),

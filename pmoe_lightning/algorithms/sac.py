@@ -99,6 +99,10 @@ class SAC(AbstractAlgorithm):
     def estimator(self) -> AbstractEstimator:
         return self.loss.estimator
 
+    @property
+    def action_transform(self) -> HamiltonianTransform | None:
+        return self.loss.action_transform
+
     def planned_updates(self, data: Any) -> float:
         return data.planned_minibatches
 

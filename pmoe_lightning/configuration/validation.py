@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from importlib.util import find_spec
-from math import isfinite
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pmoe_lightning.configuration.arguments import check_finite
 from pmoe_lightning.configuration.composition import nearest
 from pmoe_lightning.configuration.schemas import parameters_of, schemas
 from pmoe_lightning.errors import ConfigurationError, first_line
@@ -30,8 +30,7 @@ def validate(cfg: DictConfig) -> None:
     for path, value, parameter in _leaves(cfg):
         if parameter is not None and not parameter.accepts(value):
             raise ConfigurationError(f"{path}={_shown(value)} must be {parameter}")
-        if isinstance(value, float) and not isfinite(value):
-            raise ConfigurationError(f"{path}={value} must be a finite number")
+        check_finite(path, value)
     if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
         raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of a Gymnasium environment")
     for name, node in cfg.callbacks.items():

@@ -25,6 +25,7 @@ from pmoe_lightning.envs.contract import (
     check_observation,
     check_reset,
     check_step,
+    default_dtype_kept,
     one_flag,
     one_line,
     one_number,
@@ -255,8 +256,11 @@ def _make_gymnasium(
         kwargs["render_mode"] = render_mode
     _send_mujoco_warnings_to_logging()
     try:
-        for _ in range(num_envs):
-            envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
+        with default_dtype_kept(id):
+            for _ in range(num_envs):
+                envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
+    except ConfigurationError:
+        raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigurationError(
             f"environment {id!r} needs a package that is not installed: {error_line(error)}"

@@ -16,17 +16,17 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 from torchrl.objectives.utils import distance_loss
 
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate, check_pair
+from pmoe_lightning.estimators import AbstractEstimator, Marginalized, Objective, ObjectiveValue, Surrogate, check_pair
 from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.hamiltonian import ActionValue, Evolution, EvolveAction, HamiltonianTransform, differentiable
 from pmoe_lightning.hamiltonian.transform import Use
 from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
 from pmoe_lightning.modules.critics import (
     KnownProducts,
-    Linear,
+    Products,
     QValueEnsemble,
     QValueNetwork,
-    stacked_qvalue,
+    stacked_qvalue_and_products,
     stacked_qvalue_at,
 )
 from pmoe_lightning.modules.crossq import CrossQNetwork
@@ -243,20 +243,31 @@ class PMOESACLoss(SACLoss):
         tensordict: TensorDictBase,
         action: Float[Tensor, "*S A"],
         parameters: TensorDictParams,
-        linear: Linear | None = None,
     ) -> Float[Tensor, "Q *S"]:
         """Q_i(s, a) of every critic at normalised actions [*S, *B, A]; the states [*B] repeat over the samples."""
+        return self.qvalues_and_products(tensordict, action, parameters)[0]
+
+    def qvalues_and_products(
+        self,
+        tensordict: TensorDictBase,
+        action: Float[Tensor, "*S A"],
+        parameters: TensorDictParams,
+        known: KnownProducts | None = None,
+    ) -> tuple[Float[Tensor, "Q *S"], Products]:
+        """``qvalues`` and, of critics that are stacked, their hidden products; see ``KnownProducts``."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         if self.stacks_qvalues:
             network, parameters = self.qvalue_network.module, parameters["module"]
             weights, biases = network.stacked_layers(parameters)
             observation, norms = tensordict.get(*state_keys), network.layer_norms(parameters)
-            return stacked_qvalue(weights, biases, network.activation, observation, action, linear, norms)
+            layers = weights, biases, network.activation
+            return stacked_qvalue_and_products(*layers, observation, action, known, norms)
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}
         entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}
         inputs = TensorDict({**entries, self.tensor_keys.action: action}, batch_size=batch)
-        return self._vmap_qnetworkN0(inputs, parameters).get(self.tensor_keys.state_action_value).squeeze(-1)
+        values = self._vmap_qnetworkN0(inputs, parameters).get(self.tensor_keys.state_action_value)
+        return values.squeeze(-1), ()
 
     def normalize_action(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
         """An action of the environment as the critics read it."""
@@ -302,7 +313,8 @@ class PMOESACLoss(SACLoss):
 
     def _distribution(self, tensordict: TensorDictBase) -> MixtureDistribution:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            return self.actor_network.get_dist(tensordict)
+            # Of entries of its own, because the actor writes the parameters of the mixture beside what it reads.
+            return self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
 
     @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
@@ -341,43 +353,59 @@ class PMOESACLoss(SACLoss):
         transform, evolve = self.action_transform, self._evolution("actor_loss", tensordict, distribution)
         bounds = TanhBounds.normalized(distribution.low)
 
-        def evaluate(
-            u: Tensor, log_prob: Tensor, qvalue: Tensor | None = None, linear: Linear | None = None
-        ) -> Evaluation:
-            if qvalue is None:
-                qvalue = self.actor_value(tensordict, bounds.squash(u), linear)
+        def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor) -> ObjectiveValue:
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
+            return ObjectiveValue(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
-        def of_draws(u: Tensor, log_prob: Tensor) -> Evaluation:
-            products = KnownProducts()
+        def of_draws(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
+            qvalue, products = self.actor_value_and_products(tensordict, bounds.squash(u))
 
-            def choose(sample: Tensor) -> Evaluation:
-                return evaluate(take_sample(u, sample), take_sample(log_prob, sample), linear=products.of(sample))
+            def choose(sample: Tensor) -> ObjectiveValue:
+                known = {critics: KnownProducts(of_critics, sample) for critics, of_critics in products.items()}
+                chosen = take_sample(u, sample)
+                value, _ = self.actor_value_and_products(tensordict, bounds.squash(chosen), known)
+                return evaluate(chosen, take_sample(log_prob, sample), value)
 
-            return evaluate(u, log_prob, linear=products)._replace(choose=choose)
+            return evaluate(u, log_prob, qvalue)._replace(choose=choose)
 
         if evolve is None or transform is None:
             return of_draws
 
-        def of_evolved(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def of_evolved(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             evolution = evolve(u, log_prob.detach())
             # The dynamics know the values that are asked for, unless they climb another reduction of the critics.
-            known = transform.critic_reduction == "min"
-            values = (evolution.drawn_qvalue, evolution.qvalue) if known else (None, None)
-            drawn = evaluate(u, log_prob, values[0])
-            evolved = evaluate(evolution.u, evolution.log_prob, values[1])
+            if transform.critic_reduction == "min":
+                before, after = evolution.drawn_qvalue, evolution.qvalue
+            else:
+                before, after = (self.actor_value(tensordict, bounds.squash(at)) for at in (u, evolution.u))
+            drawn = evaluate(u, log_prob, before)
+            evolved = evaluate(evolution.u, evolution.log_prob, after)
             remainder = evolved.cost - drawn.cost.detach()
             diagnostics = transform.diagnose(u, evolution, bounds)
             return evolved._replace(cost=drawn.cost + remainder, remainder=remainder.detach(), diagnostics=diagnostics)
 
         return of_evolved
 
-    def actor_value(
-        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None
-    ) -> Float[Tensor, "*S"]:
+    def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """What the actor is to maximise besides its entropy: min_i Q_i(s, a), with frozen critics."""
-        return self.qvalues(tensordict, action, frozen(self.qvalue_network_params), linear).min(0).values
+        return self.actor_value_and_products(tensordict, action)[0]
+
+    def actor_value_and_products(
+        self,
+        tensordict: TensorDictBase,
+        action: Float[Tensor, "*S A"],
+        known: Mapping[str, KnownProducts] | None = None,
+    ) -> tuple[Float[Tensor, "*S"], dict[str, Products]]:
+        """``actor_value`` and the hidden products of the critics by their name; ``known`` are those of before."""
+        values, products = self._frozen_qvalues("qvalue_network", tensordict, action, known)
+        return values.min(0).values, products
+
+    def _frozen_qvalues(
+        self, critics: str, tensordict: TensorDictBase, action: Tensor, known: Mapping[str, KnownProducts] | None
+    ) -> tuple[Float[Tensor, "Q *S"], dict[str, Products]]:
+        parameters = frozen(getattr(self, f"{critics}_params"))
+        found = self.qvalues_and_products(tensordict, action, parameters, known[critics] if known else None)
+        return found[0], {critics: found[1]}
 
     def _evolution(
         self, use: Use, tensordict: TensorDictBase, distribution: MixtureDistribution

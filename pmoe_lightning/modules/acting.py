@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.modules.encoders import PixelEncoder
-from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, offers
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, OptionPolicies
 
@@ -57,7 +57,7 @@ def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> MixtureD
     inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
     distribution = distribution_at(policy, inputs)
     distribution = distribution.mixture if isinstance(distribution, OptionPolicies) else distribution
-    return None if missing(type(distribution), ASKS_ACTING) else cast(MixtureDistribution, distribution)
+    return distribution if offers(distribution, ASKS_ACTING) else None
 
 
 @torch.no_grad()
