@@ -31,7 +31,7 @@ from pmoe_lightning.modules.critics import (
 )
 from pmoe_lightning.modules.crossq import CrossQNetwork
 from pmoe_lightning.modules.distributions import TanhBounds
-from pmoe_lightning.modules.mixture import MixtureDistribution
+from pmoe_lightning.modules.mixture import MixtureDistribution, check_offers
 
 
 class NextAction(NamedTuple):
@@ -128,6 +128,8 @@ class PMOESACLoss(SACLoss):
         estimator = Marginalized() if estimator is None else estimator
         if isinstance(actor_network, MixtureActor):
             check_pair(estimator, actor_network.distribution_class, actor_network.num_components)
+            if action_transform is not None:  # what it evolves, it scores
+                check_offers("an action transform", actor_network.distribution_class, {"draws"})
         if isinstance(qvalue_network, Sequence):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))
