@@ -80,6 +80,7 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     low, high = (_numbers(description, key, place) for key in ("action_low", "action_high"))
     if not low or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
         raise RunError(f"{place}: action_low and action_high are not ordered bounds of the same length")
+    _check_choice(description.get("rule_chosen"), f"{place}.rule_chosen")
     units = description.get("action_units", "environment")
     if units not in ("normalized", "environment"):
         raise RunError(f"{place}: unknown action_units {units!r}")
@@ -223,6 +224,18 @@ def trained_rule(entry: Mapping[str, Any]) -> str:
     return rule if rule != "best_value" or entry.get("action_values") else "max_weight"
 
 
+def candidate_rules(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The deterministic rules that a checked entry could act by; one alone where there is nothing to choose.
+
+    Several has only a mixture of several components of this package's: ``mean``, ``max_weight`` and, where the entry
+    has action values, ``best_value``. ``sample_component`` draws, and is none.
+    """
+    description = entry["description"]
+    if description["actor"] != "pmoe" or description["arguments"].get("num_components", 4) < 2:
+        return (trained_rule(entry),)
+    return ("mean", "max_weight", "best_value") if entry.get("action_values") else ("mean", "max_weight")
+
+
 def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:
     return parts[0] if len(parts) == 1 else TensorDictSequential(*parts)
 
@@ -345,6 +358,19 @@ def _check_arguments(part: Callable[..., Any], arguments: Mapping[str, Any], whe
         raise RunError(f"{where}: {first_line(error)}") from error
     if not isinstance(arguments.get("observation_key", ""), str):
         raise RunError(f"{where}: observation_key {arguments['observation_key']!r} is not text")
+
+
+def _check_choice(chosen: Any, where: str) -> None:
+    """What a description may say of how its rule was chosen: ``evaluation.rules.RuleChoice`` in plain values."""
+    if chosen is None:
+        return
+    kinds = {"rule": str, "returns": dict, "episodes": int, "seed": int}
+    if not isinstance(chosen, dict) or chosen.keys() != kinds.keys():
+        raise RunError(f"{where} {chosen!r} does not say rule, returns, episodes and seed")
+    for key, kind in kinds.items():
+        _get(chosen, key, kind, where)
+    if not all(isinstance(rule, str) and isinstance(mean, float) for rule, mean in chosen["returns"].items()):
+        raise RunError(f"{where}: returns {chosen['returns']!r} are not numbers by rules")
 
 
 def _of_splines(arguments: Mapping[str, Any], action_dim: int) -> int:
