@@ -17,7 +17,7 @@ import argparse
 import math
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -55,7 +55,7 @@ LEARNERS = {
 
 
 def train(task: str, learner: str, seed: int, frames: int) -> list[Path]:
-    """The checkpoints at ten points of the budget and at twice the budget, in the order of their frames."""
+    """The checkpoints at ten points of the budget and at twice the budget: each is the first from there on."""
     environment, *_ = TASKS[task]
     folder = (RESULTS.parent / "runs" / f"many_ways-{task}-{learner}-{seed}-{frames}").resolve()
     words = ["algo=sac", *environment, *LEARNERS[learner], f"algo.lr={RATES.get(task, '3e-4')}", f"seed={seed}"]
@@ -66,10 +66,12 @@ def train(task: str, learner: str, seed: int, frames: int) -> list[Path]:
     words += [f"+callbacks.points.{key}={value}" for key, value in point.items()]
     words += [f"hydra.run.dir={folder}", "resume=auto"]  # a study that was cut goes on
     subprocess.run([sys.executable, "-m", "pmoe_lightning.train", *words], check=True, stdout=subprocess.DEVNULL)
-    kept = sorted(Path(folder, "points").glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
-    return [*kept[:POINTS], kept[-1]]
+    kept = {policy_entry(read_checkpoint(path))["env_frames"]: path for path in Path(folder, "points").glob("*.ckpt")}
+    due = [frames * i // POINTS for i in range(1, POINTS + 1)] + [2 * frames]
+    return [kept[min(at for at in kept if at >= point)] for point in due]
 
 
+@cache  # the warm-up of random actions may be longer than the first points
 def judge(checkpoint: Path, episodes: int) -> dict:
     """What ``measure_modes`` says of the policy of a checkpoint."""
     entry = policy_entry(read_checkpoint(checkpoint))
