@@ -215,6 +215,20 @@ def histories(*folders: Path) -> list[torch.Tensor]:
     return [state["history"][:, :2] for state in states if "history" in state]
 
 
+def test_a_run_of_the_time_when_ppos_default_was_frequency_goes_on_with_it(train, tmp_path):
+    words = [*PPO, *QUIET, "env=Pendulum-v1", "algo=ppo"]
+    train(*words, "estimator=frequency", "total_frames=128", "hydra.run.dir=run")
+    said = train(*words, "total_frames=256", "resume=run", "estimator=marginalized", code=2)
+    assert "is a run with another estimator._target_" in said
+    train(*words, "total_frames=256", "resume=run")  # as its command was then
+    train(*words, "total_frames=384", "resume=auto", "hydra.run.dir=run")
+    last = read_checkpoint(tmp_path / "run" / LAST)
+    assert last["run"]["configuration"]["estimator._target_"].endswith("Frequency")
+    assert last["policy"]["env_frames"] == 384 and last["policy"]["action_values"]
+    train(*words, "estimator=frequency", "estimator.weight=0.5", "total_frames=128", "hydra.run.dir=other")
+    assert "another estimator.weight" in train(*words, "total_frames=256", "resume=other", code=2)
+
+
 @pytest.mark.slow
 def test_a_stop_ends_a_measurement_of_modes_and_the_resumed_run_makes_it(train, tmp_path, monkeypatch):
     words = [*SAC, "env=MultiGoal-v0", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
