@@ -158,7 +158,7 @@ def figure(folder: Path, path: Path) -> None:
 
     found = read(folder)
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
-    page = Figure(figsize=(3.4 * len(tasks), 4.2), dpi=100, layout="constrained")
+    page = Figure(figsize=(max(9.0, 3.4 * len(tasks)), 4.6), dpi=100, layout="constrained")
     for axes, task in zip(page.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         best = best_return(found, task)
         for i, learner in enumerate(LEARNERS):
@@ -173,7 +173,7 @@ def figure(folder: Path, path: Path) -> None:
     axes = page.axes[0]
     axes.set_ylabel("given up: best return less that of the draws")
     page.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(LEARNERS), fontsize=8)
-    page.suptitle("Price against modes kept: a learner that keeps all at no cost is at the upper right")
+    page.suptitle("Price against modes kept: all ways at no cost is the upper right corner")
     page.savefig(path)
 
 
