@@ -130,7 +130,7 @@ class BoundModule:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str] | None = None) -> None:
-        self.module = module
+        self.module: Any = module
         names = tensor_names(module) if names is None else names
         self._tensors = {name: attrgetter(name)(module) for name in names}
 
@@ -167,7 +167,7 @@ class MixtureSampler(SafeProbabilisticModule):
         low: Tensor,
         high: Tensor,
         *,
-        distribution_class: type[MixtureDistribution] = TanhGaussianMixture,
+        distribution_class: type[Any] = TanhGaussianMixture,  # a MixtureDistribution, with the members of its offers
         parameter_keys: Sequence[str] = PARAMETER_KEYS,
         head: nn.Module | None = None,
         deterministic: str,

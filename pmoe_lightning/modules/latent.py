@@ -9,7 +9,7 @@ target. A baseline for mixtures: it can keep any number of modes, and nobody can
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class LatentHead(nn.Module):
         initialization: Initialization,
     ) -> None:
         super().__init__()
-        first, *rest = network
+        first, *rest = cast(list[Any], list(network))
         self.latent_dim, self.num_pairs, self.action_dim = latent_dim, num_pairs, action_dim
         self.of_latent = nn.Linear(latent_dim, first.out_features, bias=False)
         self.of_latent.weight.data.copy_(first.weight.data[:, -latent_dim:])
@@ -72,7 +72,7 @@ class LatentNetwork(nn.Module):
 
     def __init__(self, network: nn.Sequential, observation_dim: int) -> None:
         super().__init__()
-        (first, *_) = network
+        first = cast(nn.Linear, network[0])
         self.of_state = nn.Linear(observation_dim, first.out_features)
         self.of_state.weight.data.copy_(first.weight.data[:, :observation_dim])
         self.of_state.bias.data.copy_(first.bias.data)

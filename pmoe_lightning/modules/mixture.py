@@ -136,8 +136,9 @@ class MixtureDistribution(Protocol):
 
 def missing(distribution: type[Any], asks: Collection[Offer]) -> list[Offer]:
     """What of this a class of distributions does not offer; one that says nothing, such as torch's, offers nothing."""
-    offers = getattr(distribution, "offers", frozenset())
-    return sorted(set(asks) - offers - ({"diversity"} if "draws" in offers else set()))
+    offers: frozenset[Offer] = getattr(distribution, "offers", frozenset())
+    implied: frozenset[Offer] = frozenset({"diversity"}) if "draws" in offers else frozenset()
+    return sorted(set(asks) - offers - implied)
 
 
 def check_offers(who: str, distribution: type[Any], asks: Collection[Offer]) -> None:
