@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -14,8 +15,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
+from pmoe_lightning.checkpoints.policy import build_policy, candidate_rules, policy_entry
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EpisodeResults, EvaluationStopped, evaluate_policy
+from pmoe_lightning.evaluation.rules import CHOICE_EPISODES, RuleChoice, choose_rule
 from pmoe_lightning.limits import PositiveInt, Seed, checked
 from pmoe_lightning.processes.stop_after_iteration import StopAfterIteration
 from pmoe_lightning.tracking.references import load_policy
@@ -25,6 +28,7 @@ from .reporting import find_callback, log_metrics
 if TYPE_CHECKING:
     from .contract import AbstractAlgorithm, Trainer
 
+_log = logging.getLogger(__name__)
 _MAX_ENVS = 16
 _DRAWN_PART = 5  # of the judged episodes, in all evaluations but the last
 
@@ -46,6 +50,13 @@ class Evaluation(Callback):
     The drawn episodes have the seeds that follow those of the judged ones. At the last evaluation there are as many of
     them, at the others a fifth, so that they add a fifth to the time: ``ceil(episodes / 5)``.
 
+    With ``rule="chosen"`` a mixture is judged, kept, filmed and packaged by the rule that earned most: before every
+    evaluation ``mean``, ``max_weight`` and, where there are action values, ``best_value`` each act in the same four
+    episodes, whose seeds follow those of the drawn ones, and the best of them is what the judged episodes are run with.
+    The description of the policy names it from then on, and how it was chosen (``rule_chosen``), and
+    ``eval/choice/...`` are the mean returns. That is eight or twelve episodes more in every evaluation, which of ten
+    judged and two drawn ones about doubles. Where there is nothing to choose, nothing is run.
+
     Training does not notice: the environments are separate, and the policy's mode and the global random states of
     Python, NumPy and torch are put back afterwards. Every evaluation starts from the same seed, so
     the policy alone decides the outcome. With several devices the first process evaluates and the others wait.
@@ -60,8 +71,10 @@ class Evaluation(Callback):
         seed: seed of the evaluation environments; choose one that the training environments do not use.
         every_epochs: epochs between two evaluations. The last epoch is always evaluated.
         max_episode_steps: an episode that has not ended by then is cut short.
+        rule: by which a mixture is judged: ``trained``, the actor's own (``deterministic``), or ``chosen``.
 
     Attributes:
+        choice: the rule that was chosen last, and how; None with ``trained``.
         history: rows (env_frames, mean return, low, high), one per evaluation.
         made_up: the mean return of an evaluation that was made up for as this run went on.
     """
@@ -75,9 +88,11 @@ class Evaluation(Callback):
         seed: Seed = 1_000_000,
         every_epochs: PositiveInt = 1,
         max_episode_steps: PositiveInt = MAX_EPISODE_STEPS,
+        rule: Literal["trained", "chosen"] = "trained",
     ) -> None:
         self.make_env, self.episodes, self.seed, self.every_epochs = make_env, episodes, seed, every_epochs
-        self.max_episode_steps = max_episode_steps
+        self.max_episode_steps, self.rule = max_episode_steps, rule
+        self.choice: RuleChoice | None = None
         self._stopped_at: int | None = None  # the frames of an evaluation that is to be made up for
         self.history: list[list[float]] = []
         self.made_up: float | None = None
@@ -85,6 +100,8 @@ class Evaluation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
+        if self.choice is not None and self.rule == "chosen":
+            pl_module.follow_rule(self.choice.rule, self.choice.plain())
         if frames in (0, self._stopped_at):
             mean = self._evaluate(trainer, pl_module)
             self.made_up = mean if frames else None
@@ -103,11 +120,15 @@ class Evaluation(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": torch.tensor(self.history, dtype=torch.float64), "stopped_at": self._stopped_at}
+        choice = None if self.choice is None else self.choice.plain()
+        history = torch.tensor(self.history, dtype=torch.float64)
+        return {"history": history, "stopped_at": self._stopped_at, "choice": choice}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"].tolist()
         self._stopped_at = state_dict.get("stopped_at")
+        choice = state_dict.get("choice")
+        self.choice = None if choice is None else RuleChoice(**choice)
 
     def _evaluate(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> float | None:
         """The mean return; None if the evaluation was stopped."""
@@ -122,14 +143,19 @@ class Evaluation(Callback):
         start, data = time.monotonic(), trainer.datamodule
         is_last, part = data.env_frames >= data.total_frames, math.ceil(self.episodes / _DRAWN_PART)
         with isolate_rng():
-            policy = self.judged_policy(pl_module)
-            run = partial(self._run, policy, find_callback(trainer, StopAfterIteration))
+            stop = find_callback(trainer, StopAfterIteration)
             try:
+                choice, policy = self._choose(pl_module, stop)
+                run = partial(self._run, policy, stop)
                 result = run(self._env_of(pl_module, self.episodes), self.episodes, seed=self.seed)
                 number = self.episodes if is_last else part
                 drawn = run(self._env_of(pl_module, number), number, seed=self.seed + self.episodes, sample=True)
             except EvaluationStopped:  # in here, because an error would leave the random states as they are
                 return None
+        if choice is not None:
+            self.choice = choice
+            pl_module.follow_rule(choice.rule, choice.plain())
+            _log.info("evaluation at %s frames acts by the rule %s", f"{data.env_frames:,}", choice)
         mean, (low, high) = float(result.mean), result.interval
         self.history.append([float(data.env_frames), mean, float(low), float(high)])
         metrics = {
@@ -140,6 +166,8 @@ class Evaluation(Callback):
             "eval/episode_length": sum(result.lengths) / len(result.lengths),
             "train/time/evaluation_seconds": time.monotonic() - start,
         }
+        if choice is not None:
+            metrics |= {f"eval/choice/{rule}": value for rule, value in choice.returns.items()}
         if result.cut_short:
             metrics["eval/cut_short"] = float(result.cut_short)
         if result.costs:
@@ -167,6 +195,26 @@ class Evaluation(Callback):
             max_episode_steps=self.max_episode_steps,
             should_stop=lambda: stop is not None and stop.is_asked,
         )
+
+    def _choose(
+        self, pl_module: AbstractAlgorithm, stop: StopAfterIteration | None
+    ) -> tuple[RuleChoice | None, TensorDictModuleBase]:
+        """The policy to judge, and how its rule was chosen, where there is one to choose."""
+        if self.rule == "trained" or not pl_module.policy_description:
+            return None, self.judged_policy(pl_module)
+        entry = policy_entry({"policy": pl_module.policy_state()})
+        made = partial(build_policy, entry, device=pl_module.device, parts=pl_module.parts)
+        policies = {rule: made(rule=rule) for rule in candidate_rules(entry)}
+        if len(policies) == 1:
+            return None, self.judged_policy(pl_module)
+        choice = choose_rule(
+            policies,
+            self._env_of(pl_module, CHOICE_EPISODES),
+            seed=self.seed + 2 * self.episodes,  # the drawn episodes are as many as the judged ones, at the last
+            max_episode_steps=self.max_episode_steps,
+            should_stop=lambda: stop is not None and stop.is_asked,
+        )
+        return choice, policies[choice.rule]
 
     @staticmethod
     def judged_policy(pl_module: AbstractAlgorithm) -> TensorDictModuleBase:

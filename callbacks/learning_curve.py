@@ -43,7 +43,9 @@ class LearningCurve(Callback):
         episodes = metrics.episodes if metrics is not None else []
         evaluations = evaluation.history if evaluation is not None else []
         if episodes or evaluations:
-            draw = partial(figures.learning_curve, episodes, evaluations, rule=_rule(pl_module), title=self.title)
+            chosen = evaluation is not None and evaluation.choice is not None and evaluation.rule == "chosen"
+            rule = "chosen on other episodes" if chosen else _rule(pl_module)
+            draw = partial(figures.learning_curve, episodes, evaluations, rule=rule, title=self.title)
             log_figure(trainer, "learning_curve", draw)
 
 

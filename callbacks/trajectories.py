@@ -70,7 +70,7 @@ class ActionTrajectories(Callback):
         self._interval.mark(frames)
         transform = pl_module.action_transform
         drawable = transform is not None and transform.num_leapfrog_steps > 0 and pl_module.last_observation is not None
-        if drawable and pl_module.actor.get_dist(_states(pl_module, 1)).loc.shape[-1] == 2:
+        if drawable and pl_module.actor.get_dist(_states(pl_module, 1)).event_shape == (2,):
             log_figure(trainer, "action_trajectories", partial(self.draw, pl_module), frames)
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class ActionTrajectories(Callback):
         """The figure for the states that the algorithm trained on last."""
         states = _states(algorithm, self.num_states)
         distribution = algorithm.actor.get_dist(states.copy())
-        devices = [distribution.loc.device] if distribution.loc.device.type == "cuda" else []
+        devices = [distribution.low.device] if distribution.low.device.type == "cuda" else []
         transform, state = algorithm.action_transform, algorithm.loss.state_of(states, distribution)
         assert transform is not None, "where there is none, there is nothing to draw"
         with torch.random.fork_rng(devices=devices):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pmoe_lightning.modules.crossq import make_crossq_network as make_crossq_network
     from pmoe_lightning.modules.distributions import TanhGaussianMixture as TanhGaussianMixture
     from pmoe_lightning.modules.encoders import make_drq_encoder as make_drq_encoder
+    from pmoe_lightning.modules.flow import make_flow_actor as make_flow_actor
+    from pmoe_lightning.modules.latent import make_latent_actor as make_latent_actor
     from pmoe_lightning.modules.option_policies import make_option_actor as make_option_actor
     from pmoe_lightning.safe import CostConstraint as CostConstraint
     from pmoe_lightning.safe import SafePolicy as SafePolicy
@@ -56,6 +58,8 @@ _HOMES = {
     "make_gaussian_actor": "modules.actors",
     "make_mcp_actor": "modules.actors",
     "make_pmoe_actor": "modules.actors",
+    "make_flow_actor": "modules.flow",
+    "make_latent_actor": "modules.latent",
     "make_option_actor": "modules.option_policies",
     "make_option_value_network": "modules.critics",
     "make_qvalue_network": "modules.critics",

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from pmoe_lightning.envs import AbstractEnvironment
     from pmoe_lightning.evaluation.episodes import EpisodeResults
     from pmoe_lightning.evaluation.mode_episodes import ModeReport
+    from pmoe_lightning.evaluation.rules import RuleChoice
 
 _MAX_ENVS = 16
-_RULES = ("trained", "best_value", "max_weight", "mean", "sample_component", "sample")
+_RULES = ("trained", "chosen", "best_value", "max_weight", "mean", "sample_component", "sample")
 _ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
 _CHOSEN_HERE = ("num_envs", "seed", "render_mode", "carry")  # arguments of make_env that are not the environment's
 
@@ -65,6 +66,7 @@ class Judged:
     rule: str
     result: "EpisodeResults"
     modes: "ModeReport | None" = None
+    choice: "RuleChoice | None" = None
 
     def make_again(self) -> Callable[..., "AbstractEnvironment"]:
         """What makes such environments, called with ``num_envs``, ``seed`` and what is to be different."""
@@ -79,8 +81,8 @@ _HELP = {
     "max_episode_steps": "an episode that has not ended by then is cut short",
     "seed": "episode i is seeded with seed + i",
     "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
-    "mean (of all, by weight), sample_component (of a drawn one), sample, or trained (actor.deterministic of its "
-    "training)",
+    "mean (of all, by weight), sample_component (of a drawn one), sample, trained (that of its training), or "
+    "chosen (the best of the first three on four episodes of their own)",
     "env": "Gymnasium id; the environment of the checkpoint when empty",
     "+env.KEY": "an argument of the environment, as for the train command, such as +env.max_episode_steps=200",
     "modes": "also count the equally good ways that drawn actions take, and draw them; the environment must name them",
@@ -274,16 +276,23 @@ def evaluate(request: Request) -> Judged:
         ConfigurationError: the environment cannot be made, or does not fit the policy.
     """
     from pmoe_lightning.checkpoints.files import read_checkpoint
-    from pmoe_lightning.checkpoints.policy import build_critics, build_policy, policy_entry, trained_rule
+    from pmoe_lightning.checkpoints.policy import (
+        build_critics,
+        build_policy,
+        candidate_rules,
+        policy_entry,
+        trained_rule,
+    )
     from pmoe_lightning.envs import with_memory
     from pmoe_lightning.envs.modes import named_modes
     from pmoe_lightning.evaluation.episodes import evaluate_policy
+    from pmoe_lightning.evaluation.rules import RuleChoice, choose_rule
     from pmoe_lightning.tracking.references import resolve_checkpoint
 
     where = f"checkpoint {request.checkpoint}"
     entry = policy_entry(read_checkpoint(resolve_checkpoint(request.checkpoint)), where)
-    rule = trained_rule(entry) if request.rule == "trained" else request.rule
-    sample = rule == "sample"
+    rule = trained_rule(entry) if request.rule in ("trained", "chosen") else request.rule
+    sample, choice = rule == "sample", None
     parts = _own_parts(entry["description"], request.config_dir)
     policy = build_policy(entry, rule=None if sample else rule, parts=parts, where=where)
     make, env_id, env_kwargs = _environment(request, entry["description"], parts)
@@ -295,15 +304,28 @@ def evaluate(request: Request) -> Judged:
             raise ConfigurationError(
                 f"modes=true needs an environment that names its modes, and {env_id} does not: see docs/many_ways.md"
             )
-        limits: dict[str, Any] = {"episodes": request.episodes, "max_episode_steps": request.max_episode_steps}
-        result = evaluate_policy(policy, env, seed=request.seed, sample=sample, **limits)
+        limit: dict[str, Any] = {"max_episode_steps": request.max_episode_steps}
+        if request.rule == "chosen":
+            candidates = {
+                rule: build_policy(entry, rule=rule, parts=parts, where=where) for rule in candidate_rules(entry)
+            }
+            choice = choose_rule(candidates, env, seed=_seed_apart(request), **limit) if len(candidates) > 1 else None
+            rule, policy = (rule, policy) if choice is None else (choice.rule, candidates[choice.rule])
+        elif request.rule == "trained" and (chosen := entry["description"].get("rule_chosen")):
+            choice = RuleChoice(**chosen)
+        result = evaluate_policy(policy, env, episodes=request.episodes, seed=request.seed, sample=sample, **limit)
     finally:
         env.close()
-    judged = Judged(policy, make, env_id, env_kwargs, rule, result)
+    judged = Judged(policy, make, env_id, env_kwargs, rule, result, choice=choice)
     if not request.modes:
         return judged
     critics = build_critics(entry, parts, where) if entry.get("action_values") else []
     return replace(judged, modes=_measure_modes(request, judged, critics, entry.get("alpha")))
+
+
+def _seed_apart(request: Request) -> int:
+    """The seed of episodes that are none of those reported."""
+    return request.seed + max(request.episodes, request.mode_episodes if request.modes else 0)
 
 
 def _measure_modes(
@@ -452,6 +474,7 @@ def _summary(request: Request, judged: Judged, video: Path | None = None) -> dic
         "episodes": request.episodes,
         "seed": request.seed,
         "rule": judged.rule,
+        **({} if judged.choice is None else {"rule_chosen": judged.choice.plain()}),
         "mean": _finite(result.mean),
         "interval": [_finite(low), _finite(high)],
         "returns": [_finite(value) for value in result.returns],
@@ -485,7 +508,7 @@ def _table(request: Request, judged: Judged) -> str:
     rows = {
         "checkpoint": summary["checkpoint"],
         "environment": " ".join([judged.env_id, *(f"{key}={value}" for key, value in request.env_arguments.items())]),
-        "episodes": f"{summary['episodes']} ({seeds}), rule {summary['rule']}",
+        "episodes": f"{summary['episodes']} ({seeds}), rule {judged.choice or summary['rule']}",
         "return": f"mean {number(summary['mean'])}, {interval}",
         "": f"min {min(result.returns):.2f}, max {max(result.returns):.2f}",
         "length": f"mean {sum(lengths) / len(lengths):.1f}, min {min(lengths)}, max {max(lengths)}",

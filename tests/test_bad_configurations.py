@@ -19,7 +19,7 @@ NUMBERS = ("-1", "0", "-1e-9", "1.5", "1e400", "nan", "inf", "-inf", "3000000000
 WORDS = ("maybe", "[]", "[0]", "[a]", "{a: 1}", "'1 2'", "truee")
 CHOICES = {
     "algo": ["sac", "ppo"],
-    "actor": ["pmoe", "gaussian", "additive_moe", "mcp"],
+    "actor": ["pmoe", "gaussian", "additive_moe", "mcp", "latent", "flow"],
     "estimator": ["frequency", "gumbel_softmax", "score_function", "half_reparameterized"],
     "data": ["off_policy", "on_policy"],
     "trainer": ["default"],

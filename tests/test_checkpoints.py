@@ -51,6 +51,8 @@ def act(policy: Any, observation: torch.Tensor, mode: ExplorationType | None = N
         ("gaussian", False, {}),
         ("additive_moe", False, {"num_experts": 3}),
         ("mcp", True, {"num_experts": 2}),
+        ("latent", True, {"latent_dim": 3}),
+        ("flow", False, {"num_transforms": 1}),
     ],
 )
 def test_loaded_policy_acts_as_the_saved_one(tmp_path: Path, actor: str, normalize: bool, arguments: dict) -> None:

@@ -400,3 +400,28 @@ def test_the_step_size_of_each_force_is_its_own():
 def test_a_target_written_before_the_modules_had_rooms_is_found(former):
     public = get_object(f"pmoe_lightning.{former.split('.')[1]}")
     assert get_object(f"pmoe_lightning.{former}") is public
+
+
+@pytest.mark.parametrize(
+    ("words", "estimator"),
+    [
+        ([], "Marginalized"),
+        (["algo=ppo"], "Marginalized"),
+        (["estimator=frequency"], "Frequency"),
+        (["algo=sac"], "Frequency"),
+        (["experiment=paper"], "Frequency"),
+        (["experiment=pendulum_ppo"], "Marginalized"),
+        (["experiment=pendulum_ppo", "estimator=implicit"], "Implicit"),
+    ],
+)
+def test_an_algorithm_brings_its_estimator_and_whoever_names_one_wins(words, estimator):
+    (cfg,) = compose_jobs(words)
+    assert cfg.estimator._target_ == f"pmoe_lightning.estimators.{estimator}"
+
+
+def test_an_experiment_of_ones_own_chooses_the_estimator_of_ppo(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    chosen = "# @package _global_\ndefaults:\n  - override /algo: ppo\n  - override /estimator: frequency\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(chosen)
+    (cfg,) = compose_jobs(["experiment=mine"], config_dir=str(tmp_path))
+    assert cfg.estimator._target_ == "pmoe_lightning.estimators.Frequency"

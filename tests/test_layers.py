@@ -19,7 +19,7 @@ ALLOWED = {
     "lazy": set(),
     "limits": {"errors"},
     "processes": {"errors"},
-    "modules": {"limits"},
+    "modules": {"errors", "limits"},
     "estimators": {"modules", "limits"},
     "hamiltonian": {"modules", "limits"},
     "safe": {"modules", "hamiltonian", "limits"},

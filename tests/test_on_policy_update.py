@@ -23,6 +23,7 @@ from pmoe_lightning.estimators import (
     ScoreFunction,
 )
 from pmoe_lightning.modules.actors import make_gaussian_actor, make_pmoe_actor
+from pmoe_lightning.modules.flow import make_flow_actor
 from pmoe_lightning.modules.option_policies import make_option_actor
 from pmoe_lightning.updates import OnPolicyUpdate
 
@@ -35,6 +36,12 @@ def ppo(estimator: AbstractEstimator) -> OnPolicyAlgorithm:
     actor = make(OBSERVATION_DIM, LOW, HIGH, scale="state_independent", return_log_prob=True, **SIZES)
     sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": A, **SIZES}
     return make_ppo(actor, estimator, entropy_coeff=0.01, lr=1e-3, minibatch_size=B, **sizes)
+
+
+def flow() -> OnPolicyAlgorithm:
+    actor = make_flow_actor(OBSERVATION_DIM, LOW, HIGH, return_log_prob=True, **SIZES)
+    sizes = {"observation_dim": OBSERVATION_DIM, "action_dim": A, **SIZES}
+    return make_ppo(actor, Marginalized(), entropy_coeff=0.01, lr=1e-3, minibatch_size=B, **sizes)
 
 
 def dac() -> OnPolicyAlgorithm:
@@ -52,6 +59,7 @@ ALGORITHMS: dict[str, Callable[[], OnPolicyAlgorithm]] = {
     "pathwise": lambda: ppo(Pathwise()),
     "score_function": lambda: ppo(ScoreFunction()),
     "dac": dac,
+    "flow": flow,
 }
 
 

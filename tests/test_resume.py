@@ -221,6 +221,56 @@ def histories(*folders: Path) -> list[torch.Tensor]:
     return [state["history"][:, :2] for state in states if "history" in state]
 
 
+def test_a_run_of_the_time_when_ppos_default_was_frequency_goes_on_with_it(train, tmp_path):
+    words = [*PPO, *QUIET, "env=Pendulum-v1", "algo=ppo"]
+    train(*words, "estimator=frequency", "total_frames=128", "hydra.run.dir=run")
+    said = train(*words, "total_frames=256", "resume=run", "estimator=marginalized", code=2)
+    assert "is a run with another estimator._target_" in said
+    train(*words, "total_frames=256", "resume=run")  # as its command was then
+    train(*words, "total_frames=384", "resume=auto", "hydra.run.dir=run")
+    last = read_checkpoint(tmp_path / "run" / LAST)
+    assert last["run"]["configuration"]["estimator._target_"].endswith("Frequency")
+    assert last["policy"]["env_frames"] == 384 and last["policy"]["action_values"]
+    train(*words, "estimator=frequency", "estimator.weight=0.5", "total_frames=128", "hydra.run.dir=other")
+    assert "another estimator.weight" in train(*words, "total_frames=256", "resume=other", code=2)
+
+
+@pytest.mark.slow
+def test_a_stop_ends_a_measurement_of_modes_and_the_resumed_run_makes_it(train, tmp_path, monkeypatch):
+    words = [*SAC, "env=MultiGoal-v0", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
+    words += ["logger=none", "callbacks=[modes,checkpoint_last]", "callbacks.modes.points=3"]
+    words += ["callbacks.modes.episodes=2"]
+    train(*words, "hydra.run.dir=whole")
+    step, measured = GymnasiumEnv.step_and_maybe_reset, []  # for training has a faster way
+
+    def step_and_stop(self, root):
+        measured.append(1)
+        if len(measured) == 70:  # drawn, then by the rule, 30 steps each: in the second measurement
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, root)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GymnasiumEnv, "step_and_maybe_reset", step_and_stop)
+        train(*words, "hydra.run.dir=stopped", code=143)
+    assert len(measured) == 70  # it ended there and then
+    stopped = read_checkpoint(tmp_path / "stopped" / LAST)
+    (rows,) = (state["history"] for state in stopped["callbacks"].values() if "history" in state)
+    assert stopped["policy"]["env_frames"] == 320 and rows[:, 0].tolist() == [160]
+    train(*words, "resume=stopped")
+    assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")) == []
+    of_modes = [
+        next(
+            state["history"]
+            for state in read_checkpoint(tmp_path / run / LAST)["callbacks"].values()
+            if "frames" in state
+        )
+        for run in ("whole", "stopped")
+    ]
+    assert of_modes[0][:, 0].tolist() == [160, 320, 480]
+    # What was broken off is measured after the next iteration, with the policy of then.
+    assert of_modes[1][[0, 2]].equal(of_modes[0][[0, 2]]) and 320 < of_modes[1][1, 0] < 480
+
+
 @pytest.mark.parametrize(
     ("number", "code", "frames", "evaluations"),
     [(signal.SIGINT, 130, 0, 0), (signal.SIGTERM, 143, 320, 2), (signal.SIGINT, 130, 480, 3)],

@@ -26,6 +26,8 @@ from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
 from pmoe_lightning.modules.actors import make_additive_moe_actor, make_gaussian_actor, make_mcp_actor, make_pmoe_actor
 from pmoe_lightning.modules.critics import make_layer_norm_network, make_qvalue_network
 from pmoe_lightning.modules.crossq import make_crossq_network
+from pmoe_lightning.modules.flow import make_flow_actor
+from pmoe_lightning.modules.latent import make_latent_actor
 from pmoe_lightning.safe.constraint import CostConstraint
 from pmoe_lightning.updates import SACUpdate
 
@@ -42,7 +44,8 @@ ESTIMATORS: dict[str, Callable[[], AbstractEstimator]] = {
     "score_function": ScoreFunction,
 }
 ACTORS = {"additive_moe": make_additive_moe_actor, "gaussian": make_gaussian_actor, "mcp": make_mcp_actor}
-
+#: Whose draws are asked for behind the network; a transform serves the flow alone.
+ACTORS_WITH_HEADS = {"latent": make_latent_actor, "flow": make_flow_actor}
 
 #: CrossQ's correction by the running statistics begins within the test.
 CRITICS = {
@@ -186,6 +189,17 @@ def test_200_updates_equal_the_readable_form_for_every_estimator(name):
 @pytest.mark.parametrize("name", ACTORS)
 def test_200_updates_equal_the_readable_form_for_every_actor(name):
     run_both(lambda: make(ACTORS[name], Pathwise()), 200, compile=False)
+
+
+@pytest.mark.parametrize("name", ACTORS_WITH_HEADS)
+def test_20_updates_equal_the_readable_form_for_an_actor_with_a_head(name):
+    run_both(lambda: make(ACTORS_WITH_HEADS[name], Pathwise()), 20, compile=False)
+
+
+@slow
+@pytest.mark.parametrize("name", ACTORS_WITH_HEADS)
+def test_20_compiled_updates_equal_the_readable_form_for_an_actor_with_a_head(name):
+    run_both(lambda: make(ACTORS_WITH_HEADS[name], Pathwise()), 20, compile=True)
 
 
 #: About the mean cost of the minibatches, so that the multiplier goes up and down.

@@ -74,7 +74,7 @@ def test_a_job_that_fails_leaves_the_others_alone(run_module, tmp_path, store, c
     assert parent.info.run_name.startswith("sweep debug=default")
     assert "sweep.csv" in parent.data.tags["mlflow.note.content"]
     for child, last in zip(children, (50, 1000000), strict=True):
-        assert child.info.run_name.startswith("ppo crashing:Crashing-v0 pmoe frequency debug=default")
+        assert child.info.run_name.startswith("ppo crashing:Crashing-v0 pmoe marginalized debug=default")
         assert f"+env.last_step={last}" in child.info.run_name and "seed=" in child.info.run_name
         assert child.info.run_name in child.data.tags["mlflow.note.content"]
     rows = table(client, parent, tmp_path)

@@ -196,6 +196,11 @@ class AbstractAlgorithm(LightningModule, ABC):
         """The temperature, by which the entropy is weighed against the return; None for an algorithm without one."""
         return None
 
+    def follow_rule(self, rule: str, chosen: Mapping[str, Any]) -> None:
+        """Describe the policy from now on as one that acts by this deterministic rule, and how that was chosen."""
+        arguments = {**self.policy_description["arguments"], "deterministic": rule}
+        self.policy_description = {**self.policy_description, "arguments": arguments, "rule_chosen": dict(chosen)}
+
     def policy_state(self) -> dict[str, Any]:
         """What ``load_policy`` reads: the policy's description, its weights, its action values and its temperature."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -18,8 +19,10 @@ from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.limits import FiniteFloat, Limit, Of, PositiveFloat, PositiveInt, UnitInterval, checked
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
+from pmoe_lightning.modules.actors import MixtureActor
 from pmoe_lightning.modules.critics import make_qvalue_network
 from pmoe_lightning.modules.encoders import PixelEncoder
+from pmoe_lightning.modules.mixture import missing
 from pmoe_lightning.modules.networks import Activation, HiddenSizes
 from pmoe_lightning.processes.collectives import average_over_processes
 from pmoe_lightning.safe.constraint import CostConstraint
@@ -179,7 +182,8 @@ def make_sac(
             ``make_crossq_network`` go lr=1e-3, betas=(0.5, 0.999) and policy_delay=3.
         gamma: discount per environment step.
         alpha_init: initial temperature.
-        target_entropy: in nats; ``None`` is -A.
+        target_entropy: in nats; ``None`` is -A. For an actor without a density the target of its diversity
+            (``modules.latent``), log(beta sqrt A); ``None`` is beta = 1/2.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
         encoder: makes the observation of ``pixels``, see ``PMOESACLoss``; O is then what it makes.
         constraint: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
@@ -201,7 +205,7 @@ def make_sac(
         "action_transform": action_transform,
         "encoder": encoder,
         "alpha_init": alpha_init,
-        "target_entropy": float(-action_dim if target_entropy is None else target_entropy),
+        "target_entropy": float(_usual_target(actor, action_dim) if target_entropy is None else target_entropy),
     }
     if constraint is None:
         loss = PMOESACLoss(actor, make_critics(), **of_loss)
@@ -209,3 +213,10 @@ def make_sac(
         loss = SafeSACLoss(actor, make_critics(), make_critics(), constraint, **of_loss)
     loss.make_value_estimator(gamma=gamma)
     return SAC(loss, actor, encoder=encoder, policy_description=policy_description, **arguments)
+
+
+def _usual_target(actor: SafeProbabilisticTensorDictSequential, action_dim: int) -> float:
+    """What the temperature holds unless it is told: an entropy of -A, or of an actor without one its diversity."""
+    if isinstance(actor, MixtureActor) and missing(actor.distribution_class, {"draws"}):
+        return math.log(0.5 * math.sqrt(action_dim))
+    return -action_dim

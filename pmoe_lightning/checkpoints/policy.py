@@ -10,7 +10,7 @@ The description is data: it selects among the factories below, and every value o
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tensordict import TensorDict
@@ -31,6 +31,8 @@ from pmoe_lightning.modules.actors import (
 from pmoe_lightning.modules.critics import QValueEnsemble, make_layer_norm_network, make_qvalue_network
 from pmoe_lightning.modules.crossq import make_crossq_network
 from pmoe_lightning.modules.encoders import PixelEncoder, make_drq_encoder
+from pmoe_lightning.modules.flow import FlowRule, make_flow_actor, spline_parameters
+from pmoe_lightning.modules.latent import LatentRule, make_latent_actor
 from pmoe_lightning.modules.networks import make_mlp
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, make_option_actor
@@ -39,11 +41,15 @@ from pmoe_lightning.safe.constraint import CostConstraint, SafeValues
 
 ACTORS: dict[str, Callable[..., TensorDictModule]] = {
     "additive_moe": make_additive_moe_actor,
+    "flow": make_flow_actor,
     "gaussian": make_gaussian_actor,
+    "latent": make_latent_actor,
     "mcp": make_mcp_actor,
     "options": make_option_actor,
     "pmoe": make_pmoe_actor,
 }
+#: Actors of which no component can be told apart: what they do where nothing is drawn.
+_ONE_RULE = {"flow": get_args(FlowRule)[0], "latent": get_args(LatentRule)[0]}
 CRITICS: dict[str, Callable[..., TensorDictModule]] = {
     "crossq": make_crossq_network,
     "layer_norm": make_layer_norm_network,
@@ -77,6 +83,7 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     low, high = (_numbers(description, key, place) for key in ("action_low", "action_high"))
     if not low or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
         raise RunError(f"{place}: action_low and action_high are not ordered bounds of the same length")
+    _check_choice(description.get("rule_chosen"), f"{place}.rule_chosen")
     units = description.get("action_units", "environment")
     if units not in ("normalized", "environment"):
         raise RunError(f"{place}: unknown action_units {units!r}")
@@ -90,7 +97,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
     arguments = _get(description, "arguments", dict, place)
     if actor in ACTORS:
         _check_arguments(ACTORS[actor], arguments, f"{place}.arguments")
-        _check_size(arguments, size, len(low), f"{place}.arguments")
+        besides = _of_splines(arguments, len(low)) if actor == "flow" else 0
+        _check_size(arguments, size, len(low), f"{place}.arguments", besides)
     if description.get("action_transform") is not None and "action_transform" not in own:
         transform = _get(description, "action_transform", dict, place)
         _get(transform, "used_in", list, f"{place}.action_transform")
@@ -146,6 +154,8 @@ def build_policy(
     description = entry["description"]
     arguments = dict(description["arguments"])
     rule = rule or trained_rule(entry)
+    if rule != (own := _ONE_RULE.get(description["actor"], rule)):
+        raise RunError(f"{where}: actor {description['actor']} has one rule, {own}, and cannot act by rule={rule}")
     if description["actor"] in ACTORS or "deterministic" in arguments:
         arguments["deterministic"] = "max_weight" if rule == "best_value" else rule
     sizes = {key: description[key] for key in ("observation_dim", "action_low", "action_high")}
@@ -217,8 +227,21 @@ def trained_rule(entry: Mapping[str, Any]) -> str:
 
     ``best_value`` is ``max_weight`` where the algorithm learns no action values.
     """
-    rule = entry["description"]["arguments"].get("deterministic", "max_weight")
+    description = entry["description"]
+    rule = description["arguments"].get("deterministic", _ONE_RULE.get(description["actor"], "max_weight"))
     return rule if rule != "best_value" or entry.get("action_values") else "max_weight"
+
+
+def candidate_rules(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The deterministic rules that a checked entry could act by; one alone where there is nothing to choose.
+
+    Several has only a mixture of several components of this package's: ``mean``, ``max_weight`` and, where the entry
+    has action values, ``best_value``. ``sample_component`` draws, and is none.
+    """
+    description = entry["description"]
+    if description["actor"] != "pmoe" or description["arguments"].get("num_components", 4) < 2:
+        return (trained_rule(entry),)
+    return ("mean", "max_weight", "best_value") if entry.get("action_values") else ("mean", "max_weight")
 
 
 def _sequence(parts: list[TensorDictModule]) -> TensorDictModule:
@@ -371,10 +394,31 @@ def _check_arguments(part: Callable[..., Any], arguments: Mapping[str, Any], whe
         raise RunError(f"{where}: observation_key {arguments['observation_key']!r} is not text")
 
 
-def _check_size(arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str) -> None:
-    """Reject a network that would exhaust the memory."""
+def _check_choice(chosen: Any, where: str) -> None:
+    """What a description may say of how its rule was chosen: ``evaluation.rules.RuleChoice`` in plain values."""
+    if chosen is None:
+        return
+    kinds = {"rule": str, "returns": dict, "episodes": int, "seed": int}
+    if not isinstance(chosen, dict) or chosen.keys() != kinds.keys():
+        raise RunError(f"{where} {chosen!r} does not say rule, returns, episodes and seed")
+    for key, kind in kinds.items():
+        _get(chosen, key, kind, where)
+    if not all(isinstance(rule, str) and isinstance(mean, float) for rule, mean in chosen["returns"].items()):
+        raise RunError(f"{where}: returns {chosen['returns']!r} are not numbers by rules")
+
+
+def _of_splines(arguments: Mapping[str, Any], action_dim: int) -> int:
+    width = arguments.get("hidden_sizes", [256])[-1]
+    return spline_parameters(action_dim, width, arguments.get("num_transforms", 2))
+
+
+def _check_size(
+    arguments: Mapping[str, Any], observation_dim: int, action_dim: int, where: str, besides: int = 0
+) -> None:
+    """Reject a network that would exhaust the memory; ``besides`` counts parameters behind its layers."""
     named = (arguments.get(key) for key in ("num_components", "num_experts", "num_options"))
     components = next((number for number in named if isinstance(number, int)), 1)
-    sizes = [observation_dim, *arguments.get("hidden_sizes", []), components * (2 * action_dim + 1)]
-    if sum(a * b for a, b in zip(sizes, sizes[1:], strict=False)) > _MAX_PARAMETERS:
+    first, last = observation_dim + arguments.get("latent_dim", 0), components * (2 * action_dim + 1)
+    sizes = [first, *arguments.get("hidden_sizes", []), last]
+    if besides + sum(a * b for a, b in zip(sizes, sizes[1:], strict=False)) > _MAX_PARAMETERS:
         raise RunError(f"{where}: the network would have more than {_MAX_PARAMETERS} parameters")

@@ -39,6 +39,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_data(cfg)
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
+    _check_latent_and_flow(cfg)
     _check_critic(cfg)
     _check_pixels(cfg)
     _check_action_transform(cfg)
@@ -162,6 +163,26 @@ def _check_estimator_and_actor(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"estimator.baseline={cfg.estimator.baseline} needs estimator.num_samples of at least 2: "
             "use more samples or estimator.baseline=none"
+        )
+
+
+def _check_latent_and_flow(cfg: DictConfig) -> None:
+    algo, actor, estimator = (_choice(cfg, group) for group in ("algo", "actor", "estimator"))
+    if actor == "flow" and find_spec("zuko") is None:
+        raise ConfigurationError('actor=flow needs zuko: pip install "pmoe-lightning[flow]"')
+    if actor != "latent":
+        return
+    if algo in _ON_POLICY:
+        raise ConfigurationError(
+            f"actor=latent has no density, which the probability ratio of {algo} needs: use algo=sac or another actor"
+        )
+    if estimator not in ("pathwise", None):
+        raise ConfigurationError(
+            f"actor=latent has no density, which estimator={estimator} needs: use estimator=pathwise or another actor"
+        )
+    if cfg.action_transform:
+        raise ConfigurationError(
+            "actor=latent has no density, which the score of evolved actions needs: use action_transform=none"
         )
 
 

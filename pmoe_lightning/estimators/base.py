@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, runti
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, check_offers
 
 ScoringDensity = Literal["component", "mixture"]
 
@@ -144,9 +144,7 @@ def check_pair(estimator: AbstractEstimator, distribution: type[Any], num_compon
     if not isinstance(estimator, AbstractEstimator):
         raise TypeError(f"{estimator!r} is no estimator: subclass AbstractEstimator and say what it asks for")
     name, of_whom = type(estimator).__name__, distribution.__name__
-    lacking = missing(distribution, estimator.asks)
-    if lacking:
-        raise ValueError(f"estimator {name} asks for {', '.join(lacking)}, which {of_whom} does not offer")
+    check_offers(f"estimator {name}", distribution, estimator.asks)
     if num_components is None:
         return
     least, most = estimator.least_components, estimator.most_components

@@ -34,6 +34,9 @@ class Frequency(AbstractEstimator):
     weights are regressed on outcomes and never see the critic's gradient. Biased for K > 1 (hard argmax; the winner's
     cost is a maximum over K draws); equal to ``pathwise`` for K = 1. K critic evaluations to rank.
 
+    In PPO (``losses.ppo``, PMOE-PPO) its frequency loss alone is used, with a Q network that ranks the components. That
+    loss holds the router near uniform, and the choice of the component stays noise which no policy gradient removes.
+
     Only the abstract of the paper and its authors' code were at hand. The defaults follow that code; each choice is a
     named switch:
 

@@ -14,13 +14,14 @@ class Pathwise(AbstractEstimator):
         loss = cost(u, log pi(u))
 
     Unbiased for K = 1, one critic evaluation. For K > 1 it would leave the weights without any gradient from the
-    critic, so it refuses.
+    critic, so it refuses. It asks for no density (``diversity``), as long as the objective leaves no ``remainder`` that
+    only a score could differentiate.
 
     Raises:
         ValueError: the mixture has more than one component.
     """
 
-    asks: frozenset[Offer] = frozenset({"draws"})
+    asks: frozenset[Offer] = frozenset({"diversity"})
     most_components: ClassVar[int] = 1
 
     def __call__(self, distribution: MixtureDistribution, objective: Objective) -> Surrogate:

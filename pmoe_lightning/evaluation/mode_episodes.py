@@ -19,7 +19,8 @@ from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.evaluation import modes
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EpisodeResults, acting, evaluate_policy
 from pmoe_lightning.evaluation.mode_figures import drawn_ways
-from pmoe_lightning.modules.acting import mixture_at, states_of_actor
+from pmoe_lightning.modules.acting import find_actor, plain_distribution_at, states_of_actor
+from pmoe_lightning.modules.mixture import missing
 
 EPISODES = 400  # the standard error of a share is then 2.5 % at most
 _MAX_ENVS = 100
@@ -170,7 +171,7 @@ def first_action_density(
 ) -> np.ndarray | None:
     """pi(a|s_0) [G, G] at the centres of G x G equal cells of the action box; rows are action dimension 1.
 
-    The density of the mixture, before a transform evolves what is drawn from it. None where the policy has none, or the
+    The density of the actor, before a transform evolves what is drawn from it. None where the policy has none, or the
     action not two dimensions.
 
     Args:
@@ -178,8 +179,10 @@ def first_action_density(
         start: the first root, [1].
         resolution: G.
     """
-    mixture = mixture_at(policy, start)
-    if mixture is None or mixture.event_shape != (2,):
+    if find_actor(policy) is None:
+        return None
+    mixture: Any = plain_distribution_at(policy, start)
+    if missing(type(mixture), {"draws"}) or mixture.event_shape != (2,):
         return None
     low, high = (bound.expand(2) for bound in (mixture.low, mixture.high))
     centre = (torch.arange(resolution, dtype=low.dtype, device=low.device) + 0.5) / resolution

@@ -23,7 +23,7 @@ from pmoe_lightning.limits import NonNegativeFloat, checked
 from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.modules.keys import beside
-from pmoe_lightning.modules.mixture import MixtureDistribution
+from pmoe_lightning.modules.mixture import MixtureDistribution, check_offers
 
 #: Of the parent; TorchRL drops what a call has left of them in its caches.
 _PARAMETERS = tuple(
@@ -101,6 +101,8 @@ class PMOEPPOLoss(ClipPPOLoss):
         if routing is not None and qvalue_network is None:
             raise ValueError("routing ranks the components by Q(s, a): give PMOEPPOLoss a qvalue_network")
         estimator = Marginalized() if estimator is None else estimator
+        if isinstance(actor_network, MixtureActor):
+            check_offers("the probability ratio of PPO", actor_network.distribution_class, {"draws"})
         for needed in (estimator, routing) if isinstance(actor_network, MixtureActor) else ():
             if needed is not None:
                 check_pair(needed, actor_network.distribution_class, actor_network.num_components)

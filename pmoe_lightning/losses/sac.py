@@ -32,7 +32,7 @@ from pmoe_lightning.modules.critics import (
 from pmoe_lightning.modules.crossq import CrossQNetwork
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.modules.encoders import PixelEncoder
-from pmoe_lightning.modules.mixture import MixtureDistribution
+from pmoe_lightning.modules.mixture import MixtureDistribution, check_offers
 
 _PIXELS, _OBSERVATION, _OF_TARGET = "pixels", "observation", "observation_of_target"
 
@@ -142,6 +142,8 @@ class PMOESACLoss(SACLoss):
         estimator = Marginalized() if estimator is None else estimator
         if isinstance(actor_network, MixtureActor):
             check_pair(estimator, actor_network.distribution_class, actor_network.num_components)
+            if action_transform is not None:  # what it evolves, it scores
+                check_offers("an action transform", actor_network.distribution_class, {"draws"})
         if isinstance(qvalue_network, Sequence):
             qvalue_network = list(qvalue_network)
             arguments.setdefault("num_qvalue_nets", len(qvalue_network))

@@ -47,6 +47,14 @@ def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Dis
 
 
 @torch.no_grad()
+def plain_distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Distribution:
+    """As :func:`distribution_at`, wherever the states lie; of a policy with options the mixture of them."""
+    inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
+    distribution = distribution_at(policy, inputs)
+    return distribution.mixture if isinstance(distribution, OptionPolicies) else distribution
+
+
+@torch.no_grad()
 def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> MixtureDistribution | None:
     """The mixture of a policy at states [*B], whatever stands around its actor.
 
@@ -54,9 +62,7 @@ def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> MixtureD
     """
     if find_actor(policy) is None:
         return None
-    inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
-    distribution = distribution_at(policy, inputs)
-    distribution = distribution.mixture if isinstance(distribution, OptionPolicies) else distribution
+    distribution = plain_distribution_at(policy, states)
     return distribution if offers(distribution, ASKS_ACTING) else None
 
 

@@ -9,6 +9,7 @@ An actor is a ``SafeProbabilisticTensorDictSequential``: it goes wherever TorchR
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBas
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 
@@ -121,6 +123,26 @@ class BlendedNetwork(nn.Module):
         return self.blend(*self.experts(observation))
 
 
+class BoundModule:
+    """A module that is called with the tensors it has now, whatever stands in their places by then.
+
+    A loss module puts its parameters into an actor while it asks for a distribution, and draws from that afterwards.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str] | None = None) -> None:
+        self.module: Any = module
+        names = tensor_names(module) if names is None else names
+        self._tensors = {name: attrgetter(name)(module) for name in names}
+
+    def __call__(self, *arguments: Any) -> Any:
+        return functional_call(self.module, self._tensors, arguments)
+
+
+def tensor_names(module: nn.Module) -> list[str]:
+    """The names of parameters and buffers."""
+    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+
+
 class MixtureSampler(SafeProbabilisticModule):
     """Turns mixture parameters into an action; the action bounds are its buffers, so they move with the actor.
 
@@ -132,7 +154,9 @@ class MixtureSampler(SafeProbabilisticModule):
         low, high: the action bounds [A].
         distribution_class: made of the entries ``parameter_keys``, the bounds and ``deterministic``.
         parameter_keys: entries that the sampler reads, in the order of the arguments of the class.
-        deterministic: see ``TanhGaussianMixture``.
+        head: what is left of the network when it is asked for draws; the class takes it as well, as ``head=``, a
+            ``BoundModule``.
+        deterministic: see ``TanhGaussianMixture``, or what the class knows of rules.
         return_log_prob: see above.
         action_key: the entry that it writes.
         spec: of the action.
@@ -143,9 +167,10 @@ class MixtureSampler(SafeProbabilisticModule):
         low: Tensor,
         high: Tensor,
         *,
-        distribution_class: type[MixtureDistribution] = TanhGaussianMixture,
+        distribution_class: type[Any] = TanhGaussianMixture,  # a MixtureDistribution, with the members of its offers
         parameter_keys: Sequence[str] = PARAMETER_KEYS,
-        deterministic: DeterministicRule,
+        head: nn.Module | None = None,
+        deterministic: str,
         return_log_prob: bool,
         action_key: NestedKey,
         spec: Bounded,
@@ -161,6 +186,9 @@ class MixtureSampler(SafeProbabilisticModule):
         )
         self.register_buffer("low", low)
         self.register_buffer("high", high)
+        self.head = head
+        # Fixed here: while parameters of a loss module stand in their places, a module does not list its own.
+        self._names = [] if head is None else tensor_names(head)
 
     @property
     def out_keys(self) -> list:
@@ -174,7 +202,8 @@ class MixtureSampler(SafeProbabilisticModule):
     def get_dist(self, tensordict: TensorDictBase) -> MixtureDistribution:
         """The mixture whose parameters the tensordict holds."""
         parameters = (tensordict.get(key) for key in self.in_keys)
-        return self.distribution_class(*parameters, self.low, self.high, **self.distribution_kwargs)
+        head = {} if self.head is None else {"head": BoundModule(self.head, self._names)}
+        return self.distribution_class(*parameters, self.low, self.high, **head, **self.distribution_kwargs)
 
     @dispatch(auto_batch_size=False)
     def forward(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Offer = Literal[
+    "diversity",
     "draws",
     "weights",
     "component_draws",
@@ -56,13 +57,16 @@ class MixtureDistribution(Protocol):
     def log_abs_det_jacobian(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """log |da/du|."""
 
-    # --- draws -------------------------------------------------------------------------------------------------------
+    # --- diversity: whoever offers draws offers it, too --------------------------------------------------------------
 
     def rsample_unsquashed(self, sample_shape: Sequence[int] = ()) -> Float[Tensor, "*S A"]:
         """u ~ pi; gradients reach the component that drew it, never the choice."""
 
     def log_prob_unsquashed(self, u: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
-        """log pi(u|s)."""
+        """log pi(u|s). Without ``draws`` it is what stands for that in a cost that is affine in it: minus a measure of
+        how far apart the actions lie, no density, of which no ratio, no score and no figure may be made."""
+
+    # --- draws: the same two, with a density -------------------------------------------------------------------------
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -132,9 +136,21 @@ class MixtureDistribution(Protocol):
 
 def missing(distribution: type[Any], asks: Collection[Offer]) -> list[Offer]:
     """What of this a class of distributions does not offer; one that says nothing, such as torch's, offers nothing."""
-    return sorted(set(asks) - getattr(distribution, "offers", frozenset()))
+    offered: frozenset[Offer] = getattr(distribution, "offers", frozenset())
+    implied: frozenset[Offer] = frozenset({"diversity"}) if "draws" in offered else frozenset()
+    return sorted(set(asks) - offered - implied)
 
 
 def offers(distribution: object, asks: Collection[Offer]) -> TypeGuard[MixtureDistribution]:
     """Whether a distribution can be asked for all of this."""
     return not missing(type(distribution), asks)
+
+
+def check_offers(who: str, distribution: type[Any], asks: Collection[Offer]) -> None:
+    """Refuse a class of distributions that does not offer this.
+
+    Raises:
+        ValueError: in one line, who asks for what of whom.
+    """
+    if lacking := missing(distribution, asks):
+        raise ValueError(f"{who} asks for {', '.join(lacking)}, which {distribution.__name__} does not offer")

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pmoe_lightning.configuration import is_set_by, quote_value, with_value
+from pmoe_lightning.configuration.schemas import fields_of, schemas
 from pmoe_lightning.errors import ConfigurationError, RunError
 from pmoe_lightning.processes import run_folder
 
@@ -32,6 +33,8 @@ _LATER = {"algo.betas": [0.9, 0.999], "algo.policy_delay": 1, "data.n_step": 1, 
 #: What they did before there were pixels.
 _LATER |= {"env.pixels.size": None, "env.pixels.grey": False, "env.pixels.stack": 3, "env.pixels.look": "default"}
 _LATER |= {"encoder": None, "data.random_shift": 4}
+#: What PPO's default estimator was, and what it is. A run that goes on keeps its own where the command names none.
+_FORMER_DEFAULT, _DEFAULT = "frequency", "marginalized"
 _log = logging.getLogger(__name__)
 _read_already: dict[Path, dict[str, Any]] = {}
 
@@ -86,10 +89,12 @@ def resume_words(
         NothingLeft: the run is at its end.
     """
     rest = [word for word in words if not is_set_by(word, "resume")]
+    names_estimator = any(is_set_by(word, "estimator") for word in words)
     if folder is not None:
         rest = with_value(rest, "hydra.run.dir", str(folder))
     named = folder if is_named else None
-    found = _find_unfinished(cfg, named) if cfg.resume == "auto" else _find_as_told(cfg, named)
+    find = _find_unfinished if cfg.resume == "auto" else _find_as_told
+    found = find(cfg, named, keeps_estimator=not names_estimator)
     if found is None:
         _log.warning("resume=auto: no unfinished run of this configuration, starting a new one")
         rest.append("resume=null")
@@ -98,6 +103,8 @@ def resume_words(
         _read_already.clear()
         _read_already[path.absolute()] = checkpoint
         rest.append(f"resume={quote_value(str(path.absolute()))}")
+        if not names_estimator and _has_former_default(cfg, checkpoint["run"]["configuration"]):
+            rest.append(f"estimator={_FORMER_DEFAULT}")
         if not is_named and run_folder.has_begun(_home(path)):
             return with_value(rest, "hydra.run.dir", str(_home(path)))
     if folder is not None:
@@ -192,7 +199,7 @@ def _hold(path: Path, named: Path | None) -> None:
             run_folder.hold(home)
 
 
-def _find_as_told(cfg: DictConfig, named: Path | None) -> tuple[Path, dict[str, Any]]:
+def _find_as_told(cfg: DictConfig, named: Path | None, *, keeps_estimator: bool) -> tuple[Path, dict[str, Any]]:
     reference, status = str(cfg.resume), None
     if re.fullmatch(r"[0-9a-f]{32}", reference) and not Path(reference).exists():
         from pmoe_lightning.tracking.references import resolve_last_checkpoint
@@ -201,17 +208,19 @@ def _find_as_told(cfg: DictConfig, named: Path | None) -> tuple[Path, dict[str, 
     else:
         path = _in_folder(Path(reference))
     _hold(path, named)
-    path, checkpoint = _read_and_check(cfg, path)
+    path, checkpoint = _read_and_check(cfg, path, keeps_estimator)
     _refuse_finished(cfg, path, checkpoint, status)
     return path, checkpoint
 
 
-def _find_unfinished(cfg: DictConfig, named: Path | None) -> tuple[Path, dict[str, Any]] | None:
+def _find_unfinished(
+    cfg: DictConfig, named: Path | None, *, keeps_estimator: bool
+) -> tuple[Path, dict[str, Any]] | None:
     if named is not None:
         run_folder.hold(named)
         if not _has_checkpoint(named):
             return None
-        path, checkpoint = _read_and_check(cfg, named / LAST)
+        path, checkpoint = _read_and_check(cfg, named / LAST, keeps_estimator)
         _refuse_finished(cfg, path, checkpoint)
         return path, checkpoint
     for home in _runs_below(Path("outputs")):
@@ -224,7 +233,9 @@ def _find_unfinished(cfg: DictConfig, named: Path | None) -> tuple[Path, dict[st
             continue
         _hold(path, None)
         # Whoever has held it until now may have gone on with it.
-        return (path, checkpoint) if _fingerprints(home) == before else _find_unfinished(cfg, home)
+        return (
+            (path, checkpoint) if _fingerprints(home) == before else _find_unfinished(cfg, home, keeps_estimator=False)
+        )
     return None
 
 
@@ -242,9 +253,9 @@ def _fingerprints(home: Path) -> list[tuple[int, ...]]:
     return [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
 
-def _read_and_check(cfg: DictConfig, path: Path) -> tuple[Path, dict[str, Any]]:
+def _read_and_check(cfg: DictConfig, path: Path, keeps_estimator: bool = False) -> tuple[Path, dict[str, Any]]:
     path, checkpoint = read_newest(path)
-    _check(cfg, checkpoint, path)
+    _check(cfg, checkpoint, path, keeps_estimator)
     return path, checkpoint
 
 
@@ -317,7 +328,25 @@ def _status_in_store(cfg: DictConfig, checkpoint: dict[str, Any]) -> str | None:
         return None
 
 
-def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
+def _has_former_default(cfg: DictConfig, then: dict[str, Any]) -> bool:
+    """Whether a run of PPO has the estimator that was the default once, and the configuration that of today."""
+    now = describe(cfg)
+    targets = [_compared(each.get("estimator._target_")) for each in (now, then)]
+    return _compared(now.get("algo._target_")) == "make_ppo" and targets == [
+        _DEFAULT.capitalize(),
+        _FORMER_DEFAULT.capitalize(),
+    ]
+
+
+def _with_former_default(now: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the estimator that was the default once, and nothing of it changed."""
+    rest = {key: value for key, value in now.items() if not key.startswith("estimator.")}
+    fields = fields_of(schemas()["estimator"][_FORMER_DEFAULT])
+    defaults = {f"estimator.{name}": field.default for name, field in fields.items() if name != "_target_"}
+    return rest | {"estimator._target_": _FORMER_DEFAULT.capitalize()} | defaults
+
+
+def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path, keeps_estimator: bool = False) -> None:
     from pmoe_lightning.checkpoints.policy import policy_entry
 
     run: Any = checkpoint.get("run")
@@ -327,6 +356,8 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path) -> None:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
     _check_units(checkpoint["policy"]["description"], path)
     now = describe(cfg)
+    if keeps_estimator and _has_former_default(cfg, run["configuration"]):
+        now = _with_former_default(now)
     then = _with_later_keys(run["configuration"], now)
     differing = [key for key in {**then, **now} if _compared(now.get(key)) != _compared(then.get(key))]
     if differing:
