@@ -148,6 +148,7 @@ def export(request: Request) -> "PolicyFile":
         rule=None if request.rule == "trained" else request.rule,
         parts=parts,
         make_env=_environment(request, entry["description"], parts),
+        env_id=request.env or None,
         where=where,
     )
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,12 @@ import onnxruntime
 import pytest
 import shapes
 import torch
-from conftest import ROOT
 from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
-from waiting import HANG_SECONDS
 
 from pmoe_lightning import load_policy
 from pmoe_lightning.checkpoints import write_checkpoint
 from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
-from pmoe_lightning.evaluate import Request, evaluate
 from pmoe_lightning.export import main, parse
 from pmoe_lightning.exporting import policy_file
 from pmoe_lightning.exporting.formats import METADATA_FILE
@@ -109,7 +104,7 @@ def test_a_mixture_with_normaliser_and_bounds_as_onnx_and_pt2(tmp_path: Path, fe
 
 def test_the_best_value_with_a_transform_as_onnx(tmp_path: Path, few: None) -> None:
     """Critics, force and normaliser are all in the file; unlike the transform's, its own rule changes the action."""
-    _, checkpoint = make_sac_policy(force="gated", rule="best_value", normalize=True)
+    _, checkpoint = make_sac_policy(force="gated", rule="best_value", normalize=True, env_id="Pendulum-v1")
     facts = assert_acts_alike(decided(checkpoint), tmp_path)
     assert facts["rule"] == "best_value" and json.loads(facts["env_kwargs"]) == {"max_episode_steps": 20}
 
@@ -156,7 +151,9 @@ def test_what_cannot_be_exported_is_refused_in_a_line_and_leaves_no_file(
 
 
 def test_a_safe_policy_that_draws_its_candidates_is_refused(tmp_path: Path, few: None, capsys) -> None:
-    assert main([written(make_sac_policy(safe=True)[1], tmp_path), f"output={tmp_path}/a.onnx"]) == 1
+    assert (
+        main([written(make_sac_policy(safe=True, env_id="Pendulum-v1")[1], tmp_path), f"output={tmp_path}/a.onnx"]) == 1
+    )
     assert "several candidates of a safe policy" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["policy.ckpt"]
 
@@ -227,29 +224,13 @@ def test_words_are_read_as_those_of_the_other_commands() -> None:
     assert parse(["checkpoint='x=1.ckpt'", "output=", "config-dir=mine"]).config_dir == "mine"
 
 
-LOOP = """
-import runpy, sys
-sys.modules |= dict.fromkeys(["pmoe_lightning", "torch", "tensordict", "torchrl"])  # importing these now fails
-names = runpy.run_path(sys.argv.pop(1), run_name="__main__")
-loaded = {name for name, module in sys.modules.items() if module is not None}
-assert not {"pmoe_lightning", "torch", "tensordict", "torchrl"} & {name.split(".")[0] for name in loaded}
-print(names["returns"])
-"""
-
-
-def test_the_loop_of_the_example_returns_what_evaluate_does(tmp_path: Path, few: None) -> None:
-    """examples/onnxruntime_loop.py, in a process that has neither torch nor this package; the same seeds."""
-    _, checkpoint = make_policy("Pendulum-v1")
-    words = written(checkpoint, tmp_path)
-    assert main([words, f"output={tmp_path}/policy.onnx", "rule=max_weight"]) == 0
-    done = subprocess.run(
-        [sys.executable, "-c", LOOP, str(ROOT / "examples" / "onnxruntime_loop.py"), "policy.onnx", "--episodes", "20"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    returns = np.array(json.loads(done.stdout.splitlines()[-1]))
-    result = evaluate(Request(words.removeprefix("checkpoint="), episodes=20, rule="max_weight")).result
-    assert abs(returns.mean() - result.mean) < 2 * np.std(result.returns, ddof=1) / 20**0.5
-    # Pendulum is chaotic near its top: most of the same seeds give the same episode all the same.
-    assert np.median(np.abs(returns - np.array(result.returns))) < 1
+@pytest.mark.slow
+def test_a_run_leaves_its_best_policy_as_a_file(train: Any, tmp_path: Path) -> None:
+    words = ["algo=ppo", "env.id=Pendulum-v1", "total_frames=256", "data.frames_per_batch=128", "logger=none"]
+    words += ["callbacks=[minimal,checkpoint_last,final_policy]", "callbacks.final_policy.video=false"]
+    train(*words, "callbacks.final_policy.export=onnx", "hydra.run.dir=run")
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*.onnx")
+    policy = load_policy(path.with_suffix(".ckpt"))
+    inputs = draw(policy, 100)
+    expected = policy(TensorDict(inputs, batch_size=100))["action"].detach()
+    np.testing.assert_allclose(onnx_actions(path, inputs), expected, atol=2e-5)

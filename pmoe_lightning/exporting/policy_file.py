@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pmoe_lightning.exporting.formats import Format, check_installed, convert, e
 from pmoe_lightning.exporting.graph import PolicyGraph, trace
 from pmoe_lightning.exporting.observations import draw, observe, with_extremes
 from pmoe_lightning.exporting.parity import TOLERANCE, Parity, compare
+from pmoe_lightning.modules.networks import matmul_precision, set_matmul_precision
 from pmoe_lightning.processes.partial_files import partial_file
 
 OBSERVATIONS = 10_000
@@ -44,6 +46,7 @@ def export_policy(
     rule: str | None = None,
     parts: Mapping[str, Callable[..., Any]] | None = None,
     make_env: Callable[..., AbstractEnvironment] | str,
+    env_id: str | None = None,
     overwrite: bool = False,
     where: str = "the checkpoint",
 ) -> PolicyFile:
@@ -57,6 +60,7 @@ def export_policy(
         parts: see ``load_policy``.
         make_env: makes the environment in which it is tried, called with ``num_envs`` and ``seed``; or why there is
             none: it is then tried on normal draws, and the file says so.
+        env_id: the name of that environment, where it is not the checkpoint's.
         overwrite: a file that is there may be replaced.
         where: names the checkpoint in errors.
 
@@ -67,26 +71,51 @@ def export_policy(
     path = Path(path)
     check_place(path, overwrite)
     check_installed(format)
-    rule = rule or trained_rule(entry)
+    with _in_float32():
+        content, metadata, parity = _made(entry, format, rule or trained_rule(entry), parts, make_env, env_id, where)
+    _write(content, path, overwrite)
+    return PolicyFile(path, metadata, parity)
+
+
+def _made(
+    entry: Mapping[str, Any],
+    format: Format,
+    rule: str,
+    parts: Mapping[str, Callable[..., Any]] | None,
+    make_env: Callable[..., AbstractEnvironment] | str,
+    env_id: str | None,
+    where: str,
+) -> tuple[bytes, dict[str, str], Parity]:
+    """The content of the file, what it says of itself, and how it compares with the policy."""
     policy = build_policy(entry, rule=rule, parts=parts, where=where).requires_grad_(False)
-    inputs, source = _tried_on(policy, make_env, entry)
+    inputs, source = _tried_on(policy, make_env, env_id or entry["description"]["env"]["id"])
     graph = PolicyGraph(policy, guarded=format == "pt2").eval()
     converted = convert(trace(graph, inputs), format, graph)
     low, high = (torch.tensor(entry["description"][f"action_{end}"]) for end in ("low", "high"))
     run = load(encode(converted, format, {}), format, graph.out_keys)
     parity = compare(policy, rule, run, inputs, (high - low) / 2)
     metadata = _metadata(entry, rule, graph, parity, source)
-    _write(encode(converted, format, metadata), path, overwrite)
-    return PolicyFile(path, metadata, parity)
+    return encode(converted, format, metadata), metadata, parity
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Products as ``evaluate`` makes them, whatever precision a run in this process trains in."""
+    before = matmul_precision()
+    set_matmul_precision("float32")
+    try:
+        yield
+    finally:
+        set_matmul_precision(before)
 
 
 def _tried_on(
-    policy: LoadedPolicy, make_env: Callable[..., AbstractEnvironment] | str, entry: Mapping[str, Any]
+    policy: LoadedPolicy, make_env: Callable[..., AbstractEnvironment] | str, env_id: str
 ) -> tuple[dict[str, Tensor], str]:
     """The entries that the policy is tried on, and where they are from."""
     if callable(make_env):
         inputs = observe(policy, make_env, OBSERVATIONS, seed=_SEED)
-        source = f"its episodes in {entry['description']['env']['id']} from seed {_SEED} on, and corners beyond them"
+        source = f"its episodes in {env_id} from seed {_SEED} on, and corners beyond them"
     else:
         inputs, source = draw(policy, OBSERVATIONS), f"normal draws, and corners beyond them, because {make_env}"
     return with_extremes(inputs), source
