@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 
 from pmoe_lightning import load_policy
+from pmoe_lightning.callbacks import FinalPolicy
 from pmoe_lightning.checkpoints import write_checkpoint
 from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
+from pmoe_lightning.errors import RunError
 from pmoe_lightning.export import main, parse
 from pmoe_lightning.exporting import policy_file
 from pmoe_lightning.exporting.formats import METADATA_FILE
+from pmoe_lightning.exporting.graph import PolicyGraph
 from pmoe_lightning.exporting.observations import draw, with_extremes
 from pmoe_lightning.exporting.parity import compare, near_ties
 
@@ -169,10 +173,17 @@ def test_an_environment_that_is_not_here_is_replaced_by_draws_and_the_file_says_
     assert source.startswith("normal draws") and "unknown environment id 'Missing-v0'" in source
 
 
+def test_without_the_extra_it_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    assert main([written(make_policy()[1], tmp_path), f"output={tmp_path}/policy.onnx"]) == 1
+    line = "error: format onnx needs onnxscript, not installed here: pip install 'pmoe-lightning[onnx]'\n"
+    assert capsys.readouterr().err == line and os.listdir(tmp_path) == ["policy.ckpt"]
+    with pytest.raises(RunError, match="needs onnxscript"):
+        FinalPolicy(export="onnx")
+
+
 def test_near_ties_are_left_out_and_too_many_are_refused() -> None:
     """Two components of nearly the same weight everywhere: which of them acts is for rounding to say."""
-    from pmoe_lightning.errors import RunError
-
     _, checkpoint = make_policy("Pendulum-v1", num_components=2, deterministic="max_weight")
     entry = policy_entry(checkpoint)
     state = entry["state_dict"]
@@ -194,8 +205,6 @@ def test_near_ties_are_left_out_and_too_many_are_refused() -> None:
 
 
 def test_a_file_that_acts_otherwise_is_refused() -> None:
-    from pmoe_lightning.errors import RunError
-
     policy = build_policy(policy_entry(make_policy("Pendulum-v1", actor="gaussian")[1]))
     inputs, half_range = draw(policy, 1_000), torch.tensor([2.0])
     for wrong, size in ((3e-5, "1.5e-05"), (torch.nan, "inf")):
@@ -208,8 +217,6 @@ def test_a_file_that_acts_otherwise_is_refused() -> None:
 
 
 def _itself(policy: Any) -> Any:
-    from pmoe_lightning.exporting.graph import PolicyGraph
-
     return lambda entries: {key: value.detach() for key, value in PolicyGraph(policy)(dict(entries)).items()}
 
 

@@ -45,7 +45,7 @@ def convert(program: ExportedProgram, format: Format, graph: PolicyGraph) -> Any
     """
     if format == "pt2":
         return program
-    names = {"input_names": graph.in_keys, "output_names": graph.out_keys}
+    names: dict[str, Any] = {"input_names": graph.in_keys, "output_names": graph.out_keys}
     try:
         with _quiet():
             exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)

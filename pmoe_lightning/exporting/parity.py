@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tensordict import TensorDict
@@ -16,7 +17,7 @@ from pmoe_lightning.exporting.formats import Run
 from pmoe_lightning.exporting.graph import Entries, PolicyGraph
 from pmoe_lightning.modules.acting import distribution_at, states_of_actor
 from pmoe_lightning.modules.actors import BestValueActor
-from pmoe_lightning.modules.mixture import missing
+from pmoe_lightning.modules.mixture import MixtureDistribution, missing
 from pmoe_lightning.modules.option_policies import OptionPolicies
 
 #: Of an action normalised to [-1, 1].
@@ -114,8 +115,8 @@ def _choice(policy: LoadedPolicy, rule: str, states: TensorDict) -> tuple[Tensor
     """
     for module in policy.modules():
         if isinstance(module, BestValueActor):
-            mixture, values = module.component_values(states_of_actor(policy, states))
-            return values.movedim(0, -1), mixture.component_modes
+            ranked, values = module.component_values(states_of_actor(policy, states))
+            return values.movedim(0, -1), ranked.component_modes
     if policy.actor is None:
         return None, None
     distribution = distribution_at(policy, states)
@@ -123,7 +124,8 @@ def _choice(policy: LoadedPolicy, rule: str, states: TensorDict) -> tuple[Tensor
         return distribution.option_log_probs(states.get("option_previous").squeeze(-1)), None
     if rule != "max_weight" or missing(type(distribution), {"weights", "component_modes"}):
         return None, None
-    return distribution.log_weights, distribution.component_modes
+    mixture = cast(MixtureDistribution, distribution)
+    return mixture.log_weights, mixture.component_modes
 
 
 def _ill_conditioned(policy: LoadedPolicy, inputs: Entries, actions: Entries, half_range: Tensor) -> Tensor:
