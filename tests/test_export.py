@@ -71,7 +71,7 @@ def assert_acts_alike(checkpoint: dict[str, Any], folder: Path, *words: str) -> 
     expected = policy(TensorDict(inputs, batch_size=300))["action"].detach()
     low, high = (torch.tensor(checkpoint["policy"]["description"][f"action_{end}"]) for end in ("low", "high"))
     tied = near_ties(policy, rule or "max_weight", inputs, (high - low) / 2)
-    assert tied.sum() <= 2
+    assert tied.sum() <= 6
     np.testing.assert_allclose(
         onnx_actions(path, inputs)[~tied], expected[~tied], atol=1e-5 * float((high - low).min()) / 2
     )
@@ -233,9 +233,17 @@ def test_words_are_read_as_those_of_the_other_commands() -> None:
 
 @pytest.mark.slow
 def test_a_run_leaves_its_best_policy_as_a_file(train: Any, tmp_path: Path) -> None:
-    words = ["algo=ppo", "env.id=Pendulum-v1", "total_frames=256", "data.frames_per_batch=128", "logger=none"]
-    words += ["callbacks=[minimal,checkpoint_last,final_policy]", "callbacks.final_policy.video=false"]
-    train(*words, "callbacks.final_policy.export=onnx", "hydra.run.dir=run")
+    words = [
+        "algo=ppo",
+        "actor=gaussian",
+        "env.id=Pendulum-v1",
+        "total_frames=256",
+        "data.frames_per_batch=128",
+        "logger=none",
+    ]
+    words += ["logger=none", "callbacks=[minimal,checkpoint_last,final_policy]", "callbacks.final_policy.video=false"]
+    said = train(*words, "callbacks.final_policy.export=onnx", "hydra.run.dir=run")
+    assert "onnx_ir" not in said and "onnxscript" not in said
     (path,) = (tmp_path / "run" / "checkpoints").glob("*.onnx")
     policy = load_policy(path.with_suffix(".ckpt"))
     inputs = draw(policy, 100)

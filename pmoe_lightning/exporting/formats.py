@@ -22,6 +22,7 @@ FORMATS = get_args(Format)
 Run = Callable[[Entries], dict[str, torch.Tensor]]
 #: The extra file of an archive of torch.export that holds the metadata, as JSON.
 METADATA_FILE = "metadata.json"
+_TALKATIVE = ("onnx_ir", "onnxscript", "torch.onnx._internal.exporter._registration")
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
 
 
@@ -96,12 +97,14 @@ def _run_onnx(content: bytes, outputs: list[str]) -> Run:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters say of other packages and of themselves: nothing that a user could act on."""
-    registration: Any = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        registration.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
