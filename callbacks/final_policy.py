@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from pmoe_lightning.checkpoints.files import read_checkpoint
+from pmoe_lightning.checkpoints.policy import policy_entry
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.evaluation.film import record_video
+from pmoe_lightning.exporting.formats import Format, check_installed
+from pmoe_lightning.exporting.policy_file import export_policy
 from pmoe_lightning.limits import Flag, PositiveInt, Seed, Text, checked
 from pmoe_lightning.processes.stopping import stop
 from pmoe_lightning.tracking.references import load_policy
@@ -20,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class FinalPolicy(Checkpoint):
-    """When training ends, log the run's checkpoints, film its best policy and package it as an MLflow model.
+    """When training ends, log the run's checkpoints, film its best policy and package it as an MLflow model or a file.
 
     Checkpoints go to the artifact folder ``checkpoints``, the film to ``videos`` and beside the best checkpoint; the
     model is called ``policy``. The best policy is that of the run's monitoring ``ModelCheckpoint``, else the last one
-    saved. Without a logger only the film is made, without a checkpoint nothing. What fails here, for example rendering
-    on a machine that cannot, is a one-line warning: the training itself is done and kept.
+    saved. Without a logger only the film and the file are made, without a checkpoint nothing. What fails here, for
+    example rendering on a machine that cannot, is a one-line warning: the training itself is done and kept.
 
     A policy with memory, which needs more than an observation, is not packaged: that too is a one-line warning.
 
@@ -40,6 +46,11 @@ class FinalPolicy(Checkpoint):
         video_frames: pictures of the film, about; a longer episode is drawn at every n-th step.
         model: package the policy; needs the ``MLflowLogger``.
         register_as: also make the model the next version of this registered MLflow model.
+        export: also write the policy beside its checkpoint, as a file of this format that acts without this package
+            (``exporting``), and log it to the artifact folder ``exported``.
+
+    Raises:
+        RunError: the packages of the format are not installed.
     """
 
     @checked
@@ -51,7 +62,11 @@ class FinalPolicy(Checkpoint):
         video_frames: PositiveInt = 250,
         model: Flag = True,
         register_as: Text | None = None,
+        export: Format | None = None,
     ) -> None:
+        if export is not None:
+            check_installed(export)
+        self.export = export
         self.video, self.video_seed, self.video_frames = video, video_seed, video_frames
         self.model, self.register_as = model, register_as
 
@@ -66,6 +81,9 @@ class FinalPolicy(Checkpoint):
             # Not interruptible: an exception in the middle of an export can end in an abort of the process.
             with warn_on_failure("the best policy was not packaged"):
                 self._package(trainer, best)
+        if self.export is not None:
+            with warn_on_failure("the best policy was not exported"):
+                self._export(trainer, pl_module, best, self.export)
 
     def on_exception(self, trainer: Trainer, pl_module: AbstractAlgorithm, exception: BaseException) -> None:
         with warn_on_failure("the checkpoints were not logged"):
@@ -92,9 +110,21 @@ class FinalPolicy(Checkpoint):
             seed=self.video_seed,
             max_frames=self.video_frames,
             env_kwargs=env["kwargs"],
-            make=next((part for name, part in pl_module.parts.items() if name.startswith("env/")), make_env),
+            make=_env_maker(pl_module),
         )
         log_artifact(trainer, video, "videos")
+
+    def _export(self, trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path, format: Format) -> None:
+        env = pl_module.policy_description["env"]
+        written = export_policy(
+            policy_entry(read_checkpoint(checkpoint)),
+            checkpoint.with_suffix(f".{format}"),
+            format=format,
+            parts=pl_module.parts,
+            make_env=partial(_env_maker(pl_module), id=env["id"], **env["kwargs"]),
+            overwrite=True,
+        )
+        log_artifact(trainer, written.path, "exported")
 
     def _package(self, trainer: Trainer, checkpoint: Path) -> None:
         for logger in trainer.loggers:
@@ -108,3 +138,8 @@ class FinalPolicy(Checkpoint):
                     parts=trainer.lightning_module.parts,
                     register_as=self.register_as,
                 )
+
+
+def _env_maker(pl_module: AbstractAlgorithm) -> Callable[..., Any]:
+    """What makes the run's environment, whoever's it is."""
+    return next((part for name, part in pl_module.parts.items() if name.startswith("env/")), make_env)

@@ -185,13 +185,13 @@ def parse(arguments: Sequence[str]) -> Request:
         key = "config_dir" if key == "config-dir" else key  # as the train command spells it
         of_env = key.startswith(_ENV_PREFIXES)
         if key not in kinds and not of_env:
-            raise ConfigurationError(f"unknown argument {text!r}{_nearest(key, kinds)}")
+            raise ConfigurationError(f"unknown argument {text!r}{nearest_word(key, kinds)}")
         if value is None:
             raise ConfigurationError(needs_value(key).removeprefix("" if text.startswith("--") else "--"))
         if not value.strip():
             continue
         if key.lstrip("+") == "env.id":
-            values["env"] = _unquoted("env", value.strip())
+            values["env"] = unquoted("env", value.strip())
         elif of_env:
             env_arguments |= _env_argument(key, value.strip())
         else:
@@ -223,7 +223,7 @@ def _shell_completion(arguments: Sequence[str]) -> str:
     return f"complete -o nospace -o default -W '{' '.join([*words, '--help', '--version'])}' pmoe-evaluate"
 
 
-def _unquoted(key: str, text: str) -> str:
+def unquoted(key: str, text: str) -> str:
     """What is in the quotes; text without any, such as a path, is taken as it is, whatever characters are in it."""
     from pmoe_lightning.configuration.arguments import read_override
 
@@ -243,13 +243,13 @@ def _convert(key: str, value: str, kind: Any) -> Any:
         if type(number) is not int or not lowest <= number < 2**31:
             raise ConfigurationError(f"{key} must be a whole number of at least {lowest}, not {value!r}")
         return number
-    value = _unquoted(key, value)
+    value = unquoted(key, value)
     if key == "rule" and value not in _RULES:
-        raise ConfigurationError(f"unknown rule {value!r}{_nearest(value, _RULES)}")
+        raise ConfigurationError(f"unknown rule {value!r}{nearest_word(value, _RULES)}")
     return value
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest_word(word: str, known: Any) -> str:
     from pmoe_lightning.configuration.composition import nearest
 
     return nearest(word, list(known)) or f"; known: {', '.join(known)}"
@@ -293,13 +293,13 @@ def evaluate(request: Request) -> Judged:
     entry = policy_entry(read_checkpoint(resolve_checkpoint(request.checkpoint)), where)
     rule = trained_rule(entry) if request.rule in ("trained", "chosen") else request.rule
     sample, choice = rule == "sample", None
-    parts = _own_parts(entry["description"], request.config_dir)
+    parts = read_own_parts(entry["description"], request.config_dir)
     policy = build_policy(entry, rule=None if sample else rule, parts=parts, where=where)
-    make, env_id, env_kwargs = _environment(request, entry["description"], parts)
+    make, env_id, env_kwargs = find_environment(request, entry["description"], parts)
     num_envs = min(request.episodes, _MAX_ENVS)
     env = with_memory(make, policy)(id=env_id, num_envs=num_envs, seed=request.seed, **env_kwargs)
     try:
-        _check_fit(entry["description"], env_id, env)
+        check_fit(entry["description"], env_id, env)
         if request.modes and named_modes(env) is None:
             raise ConfigurationError(
                 f"modes=true needs an environment that names its modes, and {env_id} does not: see docs/many_ways.md"
@@ -345,7 +345,7 @@ def _measure_modes(
     )
 
 
-def _own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
+def read_own_parts(description: dict[str, Any], config_dir: str) -> dict[str, Any]:
     """What makes the choices that the description names, where the user's folder has them: local files choose code."""
     from pmoe_lightning.checkpoints.policy import own_parts
     from pmoe_lightning.configuration import read_choice
@@ -363,7 +363,7 @@ def _choices(config_dir: str, group: str) -> list[str]:
     return [file.stem for file in Path(config_dir, group).glob("*.yaml")] if config_dir else []
 
 
-def _environment(
+def find_environment(
     request: Request, description: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> tuple[Any, str, dict[str, Any]]:
     """What makes the environment, its id, and its arguments: those of training where it is that, and of the command."""
@@ -410,7 +410,7 @@ def _with_argument(arguments: Mapping[str, Any], name: str, value: Any) -> dict[
     return {**arguments, first: value}
 
 
-def _check_fit(description: dict[str, Any], env_id: str, env: "AbstractEnvironment") -> None:
+def check_fit(description: dict[str, Any], env_id: str, env: "AbstractEnvironment") -> None:
     seen = (description.get("encoder") or {}).get("shape")
     shows = list(env.entries[env.observed].shape) if env.observed == "pixels" else None
     if seen != shows:

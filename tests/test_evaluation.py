@@ -31,7 +31,7 @@ from pmoe_lightning.checkpoints.files import write_checkpoint
 from pmoe_lightning.checkpoints.policy import build_critics
 from pmoe_lightning.envs import GymnasiumEnv, make_env
 from pmoe_lightning.errors import ConfigurationError, RunError
-from pmoe_lightning.evaluate import Request, _environment, main, parse
+from pmoe_lightning.evaluate import Request, find_environment, main, parse
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EvaluationStopped, evaluate_policy, follow_episode
 from pmoe_lightning.evaluation.figures import PALETTE
 from pmoe_lightning.evaluation.film import record_video
@@ -431,7 +431,7 @@ def test_arguments_of_the_environment_may_be_of_any_kind() -> None:
         "a": [1, 2.5], "b": {"c": True}, "d.e": "x", "my_env.id": 2, "d.f": "1", "g": None, "h": 1e-3
     }  # fmt: skip
     trained = {"id": "Pendulum-v1", "kwargs": {"a": 3, "d": {"e": "y", "z": 0}, "kept": 1}}
-    assert _environment(request, {"env": trained}, {}) == (
+    assert find_environment(request, {"env": trained}, {}) == (
         make_env,
         "Pendulum-v1",
         {"a": [1, 2.5], "b": {"c": True}, "d": {"e": "x", "f": "1", "z": 0}, "g": None, "h": 1e-3, "kept": 1}

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import shapes
 import torch
 from conftest import ROOT
 from mlflow.tracking import MlflowClient
 from policies import make_policy
 from tensordict import TensorDict
+from waiting import HANG_SECONDS
 
 from pmoe_lightning import Marginalized, load_policy, make_pmoe_actor, make_qvalue_network
 from pmoe_lightning.checkpoints import read_checkpoint, write_checkpoint
+from pmoe_lightning.evaluate import Request
+from pmoe_lightning.evaluate import evaluate as run_episodes
 from pmoe_lightning.evaluate import main as evaluate
+from pmoe_lightning.export import main as export
 
 EXAMPLES = ROOT / "examples"
 
@@ -43,6 +50,33 @@ def steps_of(optimizer: torch.optim.Optimizer) -> set[int]:
 def test_every_example_is_tested():
     text = Path(__file__).read_text()
     assert [path.stem for path in EXAMPLES.glob("*.py") if path.stem not in text] == []
+
+
+LOOP = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["pmoe_lightning", "torch", "tensordict", "torchrl"])  # importing these now fails
+names = runpy.run_path(sys.argv.pop(1), run_name="__main__")
+loaded = {name for name, module in sys.modules.items() if module is not None}
+assert not {"pmoe_lightning", "torch", "tensordict", "torchrl"} & {name.split(".")[0] for name in loaded}
+print(names["returns"])
+"""
+
+
+def test_the_onnxruntime_loop_returns_what_evaluate_does(tmp_path):
+    """In a process that has neither torch nor this package. The same seeds begin the same episodes."""
+    checkpoint = tmp_path / "policy.ckpt"
+    write_checkpoint(make_policy("Pendulum-v1")[1], checkpoint)
+    with shapes.unchecked():
+        assert export([f"checkpoint={checkpoint}", f"output={tmp_path}/policy.onnx", "rule=max_weight"]) == 0
+    command = [sys.executable, "-c", LOOP, str(EXAMPLES / "onnxruntime_loop.py"), "policy.onnx", "--episodes", "20"]
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    returns = np.array(json.loads(done.stdout.splitlines()[-1]))
+    judged = run_episodes(Request(str(checkpoint), episodes=20, rule="max_weight")).result
+    assert abs(returns.mean() - judged.mean) < 2 * np.std(judged.returns, ddof=1) / 20**0.5
+    # A last bit of an action can become another swing; most episodes are the same to the second decimal.
+    assert np.median(np.abs(returns - np.array(judged.returns))) < 0.01
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -39,6 +39,7 @@ ALLOWED = {
     "envs": {"errors", "limits"},
     "evaluation": {"errors", "processes", "modules", "envs"},
     "checkpoints": {"errors", "lazy", "processes", "modules", "hamiltonian", "safe", "limits"},
+    "exporting": {"errors", "processes", "modules", "envs", "evaluation", "checkpoints"},
     "data": {"errors", "lazy", "processes", "modules", "updates", "envs", "checkpoints", "limits"},
     "tracking": {"errors", "lazy", "processes", "checkpoints", "limits"},
     "callbacks": {
@@ -50,6 +51,7 @@ ALLOWED = {
         "envs",
         "evaluation",
         "checkpoints",
+        "exporting",
         "data",
         "tracking",
         "limits",
@@ -71,6 +73,7 @@ ALLOWED = {
     },
     "train": {"errors", "processes", "configuration", "tracking", "run"},
     "evaluate": {"errors", "processes", "envs", "evaluation", "checkpoints", "tracking", "configuration"},
+    "export": {"errors", "processes", "envs", "checkpoints", "exporting", "tracking", "configuration", "evaluate"},
 }
 MATHS = {"modules", "estimators", "hamiltonian", "safe", "losses"}
 #: Only these take a configuration.

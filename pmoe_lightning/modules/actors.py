@@ -456,10 +456,15 @@ class BestValueActor(TensorDictModuleBase):
         kind = interaction_type() or self.default_interaction_type
         if kind is not InteractionType.DETERMINISTIC:
             return self.actor(tensordict)
+        distribution, values = self.component_values(tensordict)
+        best = values.argmax(0)
+        return tensordict.set(self.out_keys[0], distribution.take_component(distribution.component_modes, best))
+
+    def component_values(self, tensordict: TensorDictBase) -> tuple[TanhGaussianMixture, Float[Tensor, "K *B"]]:
+        """The mixture of the actor, and min_i Q_i(s, tanh(mu_k)) of each of its components."""
         distribution = self.actor.get_dist(tensordict.select(*self.in_keys))
         modes = TanhBounds.normalized(distribution.loc).squash(distribution.loc).movedim(-2, 0)
         states = {key: tensordict.get(key).expand(*modes.shape[:-1], -1) for key in self.in_keys}
         inputs = TensorDict({**states, self.out_keys[0]: modes}, batch_size=modes.shape[:-1])
         values = torch.stack([critic(inputs.copy())["state_action_value"].squeeze(-1) for critic in self.critics])
-        best = values.min(0).values.argmax(0)
-        return tensordict.set(self.out_keys[0], distribution.take_component(distribution.component_modes, best))
+        return distribution, values.min(0).values
