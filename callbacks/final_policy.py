@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import MAKERS
 from pmoe_lightning.evaluation.film import record_video
 from pmoe_lightning.limits import Flag, PositiveInt, Seed, Text, checked
 from pmoe_lightning.processes.stopping import stop
@@ -85,6 +85,7 @@ class FinalPolicy(Checkpoint):
 
     def _film(self, trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path) -> None:
         env = pl_module.policy_description["env"]
+        maker = MAKERS[env.get("backend", "gymnasium")]
         video = record_video(
             load_policy(checkpoint, parts=pl_module.parts),
             env["id"],
@@ -92,7 +93,7 @@ class FinalPolicy(Checkpoint):
             seed=self.video_seed,
             max_frames=self.video_frames,
             env_kwargs=env["kwargs"],
-            make=next((part for name, part in pl_module.parts.items() if name.startswith("env/")), make_env),
+            make=next((part for name, part in pl_module.parts.items() if name.startswith("env/")), maker),
         )
         log_artifact(trainer, video, "videos")
 

@@ -6,6 +6,8 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
@@ -56,8 +58,54 @@ def render(env: gymnasium.Env, name: str) -> Any:
     Raises:
         RunError: this machine or environment cannot render; says what to do.
     """
-    try:
+    with drawing(name):
         frame = env.render()
+    if frame is None:
+        raise RunError(f"environment {name} cannot render to arrays")
+    return frame
+
+
+class ModelCamera:
+    """The first camera of a MuJoCo model, or the free one where it has none.
+
+    Gymnasium's renderer, because it looks at ``MUJOCO_GL`` when it first draws; MuJoCo's own does when it is imported.
+
+    Args:
+        model, data: an ``MjModel`` and the ``MjData`` that it looks at.
+        name: what messages call the environment.
+    """
+
+    def __init__(self, model: Any, data: Any, name: str) -> None:
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+        model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, 1024)  # as in coarsen_shadows
+        camera = 0 if model.ncam else -1
+        self._renderer, self._name = MujocoRenderer(model, data, width=640, height=480, camera_id=camera), name
+
+    def picture(self) -> np.ndarray:
+        """What it sees now, [height, width, 3] of bytes.
+
+        Raises:
+            RunError: this machine cannot render; says what to do.
+        """
+        with drawing(self._name):
+            picture: Any = self._renderer.render("rgb_array")
+        return picture
+
+    def close(self) -> None:
+        """Let go of the renderer."""
+        self._renderer.close()
+
+
+@contextmanager
+def drawing(name: str) -> Iterator[None]:
+    """Whatever a renderer raises where the machine cannot draw, as one line.
+
+    Raises:
+        RunError: says what to do.
+    """
+    try:
+        yield
     except Exception as error:
         # A missing library, a missing device, a half-initialised context: each renderer has its own exception.
         _discard(error)
@@ -66,9 +114,6 @@ def render(env: gymnasium.Env, name: str) -> Any:
             f"cannot render {name} (MUJOCO_GL={backend}): {error_line(error)}; install libegl1 and set MUJOCO_GL=egl, "
             "or libosmesa6 and MUJOCO_GL=osmesa"
         ) from None
-    if frame is None:
-        raise RunError(f"environment {name} cannot render to arrays")
-    return frame
 
 
 def _discard(error: Exception) -> None:

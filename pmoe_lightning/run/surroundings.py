@@ -76,8 +76,11 @@ def check_devices(trainer: DictConfig) -> None:
         raise ConfigurationError(f"{asked}: {first_line(error)}") from error
 
 
-def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
-    """Make one environment, read its sizes and bounds, reset and step it, and close it; no random number is used up.
+def inspect_env(make_env: Callable[..., EnvBase]) -> tuple[Spaces, int]:
+    """Make one environment, reset and step it, and close it; no random number is used up.
+
+    Returns:
+        its sizes and bounds, and its ``action_repeat``.
 
     Raises:
         ConfigurationError: it cannot be made, is not supported, or fails in its first reset or step.
@@ -88,7 +91,8 @@ def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
         try:
             env.rollout(1)
             low, high = (bound.flatten().tolist() for bound in (env.action_spec.space.low, env.action_spec.space.high))
-            return Spaces(env.observation_spec["observation"].shape[-1], low, high)
+            spaces = Spaces(env.observation_spec["observation"].shape[-1], low, high)
+            return spaces, getattr(env, "action_repeat", 1)
         finally:
             env.close()
 
