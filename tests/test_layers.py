@@ -36,7 +36,7 @@ ALLOWED = {
         "updates",
         "limits",
     },
-    "envs": {"errors"},
+    "envs": {"errors", "limits"},
     "evaluation": {"errors", "processes", "modules", "envs"},
     "checkpoints": {"errors", "lazy", "processes", "modules", "hamiltonian", "safe", "limits"},
     "data": {"errors", "lazy", "processes", "modules", "updates", "envs", "checkpoints", "limits"},

@@ -152,8 +152,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         known = list(_keys(compose("config", choices)))
     except (HydraException, OmegaConfBaseException):
         known = list(_keys(compose("config")))
-    chosen = [word.removeprefix("env=") for word in overrides if word.startswith("env=")]
-    takes_any = group == "env" and not set(chosen) & schemas()["env"].keys()
+    backends = {word.removeprefix("env=") for word in overrides if word.startswith("env=")}
+    takes_any = group == "env" and not backends & schemas()["env"].keys()
     hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if takes_any else ""
     return f"unknown key {key}{nearest(key, [*group_choices(), *known])}{hint}"
 
