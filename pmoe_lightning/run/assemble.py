@@ -65,7 +65,8 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     seed_everything(cfg.seed, verbose=False)
     make_env = bound(cfg.env)
     spaces, action_repeat = inspect_env(make_env)
-    described, normalizing, of_data = arguments_of(cfg.actor), {}, {}
+    described, normalizing = arguments_of(cfg.actor), {}
+    of_data: dict[str, Any] = {}
     environments = cfg.data.num_envs * max(cfg.data.num_workers, 1)
     of_rollouts = get_object(cfg.data._target_).on_policy
     normalizer = ObservationNormalizer(spaces.observation_dim) if cfg.data.get("normalize_observation") else None
