@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from pmoe_lightning.checkpoints.files import read_checkpoint
 from pmoe_lightning.checkpoints.policy import policy_entry
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import MAKERS
 from pmoe_lightning.evaluation.film import record_video
 from pmoe_lightning.exporting.formats import Format, check_installed
 from pmoe_lightning.exporting.policy_file import export_policy
@@ -142,4 +142,5 @@ class FinalPolicy(Checkpoint):
 
 def _env_maker(pl_module: AbstractAlgorithm) -> Callable[..., Any]:
     """What makes the run's environment, whoever's it is."""
-    return next((part for name, part in pl_module.parts.items() if name.startswith("env/")), make_env)
+    maker = MAKERS[pl_module.policy_description["env"].get("backend", "gymnasium")]
+    return next((part for name, part in pl_module.parts.items() if name.startswith("env/")), maker)

@@ -83,7 +83,7 @@ _HELP = {
     "rule": "of a mixture: best_value (mean of the component the critics prefer), max_weight (of the likeliest one), "
     "mean (of all, by weight), sample_component (of a drawn one), sample, trained (that of its training), or "
     "chosen (the best of the first three on four episodes of their own)",
-    "env": "Gymnasium id; the environment of the checkpoint when empty",
+    "env": "Gymnasium id, or a choice of the train command such as dm_control; that of the checkpoint when empty",
     "+env.KEY": "an argument of the environment, as for the train command, such as +env.max_episode_steps=200",
     "modes": "also count the equally good ways that drawn actions take, and draw them; the environment must name them",
     "mode_episodes": "number of drawn episodes for modes=true",
@@ -368,23 +368,31 @@ def find_environment(
 ) -> tuple[Any, str, dict[str, Any]]:
     """What makes the environment, its id, and its arguments: those of training where it is that, and of the command."""
     make, env_id, arguments = _chosen_environment(request, description, parts)
+    is_task = env_id == arguments.get("task")  # as in conf/env/dm_control.yaml
     for name, value in request.env_arguments.items():
         arguments = _with_argument(arguments, name, value)
-    return make, env_id, arguments
+    return make, str(arguments["task"]) if is_task else env_id, arguments
 
 
 def _chosen_environment(
     request: Request, description: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> tuple[Any, str, dict[str, Any]]:
     from pmoe_lightning.configuration import read_choice
-    from pmoe_lightning.envs import make_env
+    from pmoe_lightning.envs import MAKERS, make_env
 
     trained, own = description["env"], description.get("own_parts", {}).get("env")
-    if request.env in _choices(request.config_dir, "env"):
+    if request.env in MAKERS or request.env in _choices(request.config_dir, "env"):
         make, values = read_choice("env", request.env, request.config_dir)
-        return make, values.pop("id"), values
+        env_id = values.pop("id", values.get("task"))
+        if not isinstance(env_id, str):
+            raise ConfigurationError(f"env={request.env} has no id, which says what it is called")
+        return make, env_id, values
     if request.env and request.env != trained["id"]:
         return make_env, request.env, {}
+    if (backend := trained.get("backend")) is not None:
+        if backend not in MAKERS:
+            raise RunError(f"the checkpoint's environment is env={backend}, which this version does not have")
+        return MAKERS[backend], trained["id"], dict(trained.get("kwargs", {}))
     if own is not None:
         if f"env/{own}" not in parts:
             raise ConfigurationError(

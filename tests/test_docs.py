@@ -205,7 +205,12 @@ def test_files_that_a_page_names_exist(page):
 def test_configuration_keys_that_pages_name_exist():
     register()
     known: set[str] = set()
-    kinds = ["algo=ppo", "algo=dac", "algo=sac action_transform=hamiltonian_gated safe=velocity"]
+    kinds = [
+        "algo=ppo",
+        "algo=dac",
+        "algo=ppo env=dm_control",
+        "algo=sac action_transform=hamiltonian_gated safe=velocity",
+    ]
     for words in map(
         str.split, [*kinds, "algo=sac estimator=gumbel_softmax", "algo=sac action_transform=hamiltonian_raw"]
     ):

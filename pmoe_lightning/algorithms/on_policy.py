@@ -70,7 +70,7 @@ class OnPolicyAlgorithm(AbstractAlgorithm):
         """Write the advantages, ``value_target`` and ``state_value``; called without gradients."""
 
     def planned_updates(self, data: Any) -> float:
-        return data.total_frames * self.num_epochs / self.minibatch_size
+        return data.total_frames / data.action_repeat * self.num_epochs / self.minibatch_size
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad]

@@ -120,6 +120,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         return _unknown_key(key, overrides)
     if isinstance(cause, ValidationError) and key:
         return f"{key}: {_wrong_type(cause)}"
+    if sets := re.match(r"In '(\w+)/(\w+)': .*Key '(\w+)' not in '(\w+)'\s+full_key: (\w+)\.", text, re.DOTALL):
+        return f"{sets[1]}={sets[2]} sets {sets[5]}.{sets[3]}, which {sets[5]}={sets[4]} does not have"
     if ambiguous := re.match("Ambiguous value for argument '(.*)'", text):
         if is_set_by(ambiguous[1], "resume"):
             return f"{ambiguous[1]} has several values: resume continues one run"
@@ -152,7 +154,9 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         known = list(_keys(compose("config", choices)))
     except (HydraException, OmegaConfBaseException):
         known = list(_keys(compose("config")))
-    hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if group == "env" else ""
+    backends = {word.removeprefix("env=") for word in overrides if word.startswith("env=")}
+    takes_any = group == "env" and not backends & schemas()["env"].keys()
+    hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if takes_any else ""
     return f"unknown key {key}{nearest(key, [*group_choices(), *known])}{hint}"
 
 

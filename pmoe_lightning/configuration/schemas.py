@@ -102,6 +102,7 @@ def _schema(name: str, parameters: Mapping[str, Parameter], written: Mapping[str
     # What only the file has, an interpolation or what run/ reads, is of no type but a switch's.
     others = [key for key in written if key not in parameters and not key.startswith("_") and key != "defaults"]
     fields = [("_target_", str, MISSING)] + [_field(key, parameter) for key, parameter in parameters.items()]
+    fields += [("_partial_", bool, False)] * ("_partial_" in written)
     fields += [(key, bool if isinstance(written[key], bool) else Any, MISSING) for key in others]
     return dataclasses.make_dataclass(name, fields)
 

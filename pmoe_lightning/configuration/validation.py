@@ -32,7 +32,7 @@ def validate(cfg: DictConfig) -> None:
             raise ConfigurationError(f"{path}={_shown(value)} must be {parameter}")
         check_finite(path, value)
     if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
-        raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of a Gymnasium environment")
+        raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of an environment")
     for name, node in cfg.callbacks.items():
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigurationError(f"callbacks.{name} has no _target_: choose callbacks that include it, or drop it")
@@ -80,9 +80,9 @@ def _check_algorithm_and_data(cfg: DictConfig) -> None:
         raise ConfigurationError("algo=sac learns from a replay buffer: use data=off_policy")
     if algo in _ON_POLICY and data == "off_policy":
         raise ConfigurationError(f"algo={algo} learns from fresh rollouts: use data=on_policy")
-    if algo in _ON_POLICY and cfg.algo.minibatch_size > cfg.data.frames_per_batch:
+    if algo in _ON_POLICY and cfg.algo.minibatch_size * _action_repeat(cfg) > cfg.data.frames_per_batch:
         raise ConfigurationError(
-            f"algo.minibatch_size={cfg.algo.minibatch_size} must not exceed "
+            f"algo.minibatch_size={cfg.algo.minibatch_size}{_times_repeat(cfg)} must not exceed "
             f"data.frames_per_batch={cfg.data.frames_per_batch}"
         )
     if data is not None:
@@ -90,13 +90,22 @@ def _check_algorithm_and_data(cfg: DictConfig) -> None:
         _check_backend(cfg)
 
 
+def _action_repeat(cfg: DictConfig) -> int:
+    """How many frames make a transition."""
+    return cfg.env.action_repeat if _choice(cfg, "env") == "dm_control" else 1
+
+
+def _times_repeat(cfg: DictConfig) -> str:
+    return f" times env.action_repeat={_action_repeat(cfg)}" if _action_repeat(cfg) > 1 else ""
+
+
 def _check_frames(cfg: DictConfig) -> None:
-    data = cfg.data
-    if data.frames_per_batch % (data.num_envs * max(data.num_workers, 1)):
+    data, repeat = cfg.data, _action_repeat(cfg)
+    if data.frames_per_batch % (data.num_envs * max(data.num_workers, 1) * repeat):
         workers = f" times data.num_workers={data.num_workers}" if data.num_workers else ""
         raise ConfigurationError(
             f"data.frames_per_batch={data.frames_per_batch} must be a multiple of "
-            f"data.num_envs={data.num_envs}{workers}"
+            f"data.num_envs={data.num_envs}{workers}{_times_repeat(cfg)}"
         )
     if data.frames_per_epoch < data.frames_per_batch:
         raise ConfigurationError(
@@ -114,14 +123,16 @@ def _check_frames(cfg: DictConfig) -> None:
                 f"data.init_random_frames={data.init_random_frames} leaves nothing of "
                 f"total_frames={cfg.total_frames} to learn from"
             )
-        if (frames - warm_up) * data.utd_ratio < 1:
+        if (frames - warm_up) * data.utd_ratio < repeat:
             raise ConfigurationError(
                 f"data.utd_ratio={data.utd_ratio} owes no update for the {frames - warm_up} frames after the warm-up: "
                 f"raise it, or total_frames={cfg.total_frames}"
             )
-        if data.buffer_size < max(data.batch_size, data.init_random_frames, data.frames_per_batch):
+        if data.buffer_size < max(
+            data.batch_size, *(n / repeat for n in (data.init_random_frames, data.frames_per_batch))
+        ):
             raise ConfigurationError(
-                f"data.buffer_size={data.buffer_size} must hold data.batch_size={data.batch_size}, "
+                f"data.buffer_size={data.buffer_size}{_times_repeat(cfg)} must hold data.batch_size={data.batch_size}, "
                 f"data.init_random_frames={data.init_random_frames} and data.frames_per_batch={data.frames_per_batch}"
             )
 

@@ -53,7 +53,7 @@ class CollectedData(LightningDataModule, ABC):
 
     Attributes:
         on_policy: whether it yields rollouts of the present policy, or minibatches of a replay buffer.
-        env_frames: environment steps taken, over all environments, warm-up included.
+        env_frames: environment frames taken, over all environments, warm-up included.
         epoch_end: the ``env_frames`` at which the Lightning epoch under way ends.
         episodes: episodes finished.
         breakdowns: transitions left out because the simulator broke down in them.
@@ -66,18 +66,19 @@ class CollectedData(LightningDataModule, ABC):
             ``episode_length`` beside the reward, as :class:`pmoe_lightning.envs.AbstractEnvironment` does. For a policy
             with memory also with ``carry=...``.
         policy: the module that acts and is trained.
-        total_frames: environment steps of the whole run.
-        frames_per_epoch: environment steps of a Lightning epoch.
-        frames_per_batch: environment steps of a collector iteration, over all environments and processes.
+        total_frames: environment frames of the whole run.
+        frames_per_epoch: environment frames of a Lightning epoch.
+        frames_per_batch: environment frames of a collector iteration, over all environments and processes.
         num_envs: number of environments stepped together, in each worker; in each process without workers.
         num_workers: processes that collect for this one; 0: it collects itself.
         backend: where they are: ``process``, on this machine, or ``ray``, on the nodes of a Ray cluster.
         seed: environment i receives ``seed + i``.
+        action_repeat: of the environment: so many frames are one transition.
         compile: act with a compiled policy.
 
     Raises:
-        ConfigurationError: if a number is out of range, ``frames_per_batch`` is not a multiple of ``num_envs``, or
-            ``frames_per_epoch`` is smaller than ``frames_per_batch``.
+        ConfigurationError: if a number is out of range, ``frames_per_batch`` is not a multiple of ``num_envs`` times
+            ``action_repeat``, or ``frames_per_epoch`` is smaller than ``frames_per_batch``.
     """
 
     on_policy: ClassVar[bool]
@@ -95,6 +96,7 @@ class CollectedData(LightningDataModule, ABC):
         num_workers: NonNegativeInt = 0,
         backend: Literal["process", "ray"] = "process",
         seed: int = 0,
+        action_repeat: int = 1,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -106,7 +108,7 @@ class CollectedData(LightningDataModule, ABC):
                 f"data.frames_per_batch={frames_per_batch}"
             )
         self.num_envs, self.num_workers, self.backend = num_envs, num_workers, backend
-        self.frames_per_batch = frames_per_batch
+        self.frames_per_batch, self.action_repeat = frames_per_batch, action_repeat
         CollectedData.check_processes(self, 1)  # what a subclass adds is not there yet
         self.make_env, self.policy, self.compile = make_env, policy, compile
         self.total_frames, self.frames_per_epoch, self.seed = total_frames, frames_per_epoch, seed
@@ -145,10 +147,11 @@ class CollectedData(LightningDataModule, ABC):
         Raises:
             ConfigurationError: with the number that is not a multiple.
         """
-        together = self.environments * number
+        together = self.environments * number * self.action_repeat
         if self.frames_per_batch % together:
             workers = f" in each of {self.num_workers} workers" if self.num_workers else ""
             processes = f" on each of {number} processes" if number > 1 else ""
+            processes += f" times env.action_repeat={self.action_repeat}" if self.action_repeat > 1 else ""
             raise ConfigurationError(
                 f"data.frames_per_batch={self.frames_per_batch} must be a multiple of data.num_envs={self.num_envs}"
                 f"{workers}{processes}: use {round_up(self.frames_per_batch, together)}"
@@ -179,7 +182,7 @@ class CollectedData(LightningDataModule, ABC):
             self._iterations = iter(self.collector)
         rollout = next(self._iterations)
         rollout.names = None
-        self.env_frames += rollout.numel() * self.world_size
+        self.env_frames += self._frames_of(rollout)
         self._count_episodes(rollout)
         self._count_violations(rollout)
         self._set_aside_breakdowns(rollout)
@@ -194,6 +197,10 @@ class CollectedData(LightningDataModule, ABC):
         """
         finished, self._finished_episodes = self._finished_episodes, []
         return finished
+
+    def _frames_of(self, rollout: TensorDictBase) -> int:
+        """Environment frames that all processes have taken while this one took a rollout."""
+        return rollout.numel() * self.world_size * self.action_repeat
 
     def _gather(self, values: Tensor) -> Tensor:
         """The values of all processes, because every process normalises by the statistics of all."""
@@ -216,8 +223,8 @@ class CollectedData(LightningDataModule, ABC):
     def _make_collector(self, init_random_frames: int = 0) -> Source:
         make_env = with_memory(self.make_env, self.policy)
         settings: dict[str, Any] = {
-            "frames_per_batch": self.frames_per_batch // self.world_size,
-            "init_random_frames": init_random_frames,
+            "frames_per_batch": self.frames_per_batch // (self.world_size * self.action_repeat),
+            "init_random_frames": init_random_frames // self.action_repeat,
             "compile": self.compile,
         }
         if self.num_workers:

@@ -45,7 +45,7 @@ class Pictures(NamedTuple):
 class OffPolicyData(CollectedData):
     """Yields stacks of U minibatches [U, B] drawn uniformly from a replay buffer, U being the updates owed.
 
-    Every frame owes ``utd_ratio`` updates; fractions are carried over exactly, and while none is owed the loader
+    Every transition owes ``utd_ratio`` updates; fractions are carried over exactly, and while none is owed the loader
     collects on. Warm-up: until the buffer was given ``init_random_frames`` transitions no updates are owed, and in a
     fresh run these frames take uniformly random actions. Warm-up frames are counted in ``env_frames``; they never owe
     updates later. The warm-up is made of whole iterations, that is, rounded up to a multiple of ``frames_per_batch``.
@@ -70,7 +70,7 @@ class OffPolicyData(CollectedData):
         init_random_frames: frames of the warm-up.
         buffer_size: capacity of the replay buffer, in transitions.
         batch_size: B, with one process.
-        utd_ratio: updates per environment frame after the warm-up.
+        utd_ratio: updates per transition after the warm-up; a transition is ``action_repeat`` frames.
         n_step: the most steps of a transition.
         gamma, cost_gamma: discounts of reward and cost per step, where there are several.
         random_shift: the most pixels by which observations of pixels are moved, either way.
@@ -115,22 +115,23 @@ class OffPolicyData(CollectedData):
             num_envs=num_envs,
             **arguments,
         )
-        capacity = min(buffer_size, round_up(total_frames, frames_per_batch))
+        repeat = self.action_repeat
+        capacity = min(buffer_size, round_up(total_frames, frames_per_batch) // repeat)
         self.warm_up = round_up(init_random_frames, frames_per_batch)
         if self.warm_up >= total_frames:
             raise ConfigurationError(
                 f"data.init_random_frames={init_random_frames} leaves nothing of total_frames={total_frames} "
                 "to train on: lower it"
             )
-        self.planned_minibatches = (total_frames - init_random_frames) * utd_ratio
+        self.planned_minibatches = (total_frames - init_random_frames) * utd_ratio / repeat
         self.utd_ratio = Fraction(utd_ratio).limit_denominator(1_000_000)
         learned_from = round_up(total_frames, frames_per_batch) - self.warm_up
-        if learned_from * self.utd_ratio < 1:
+        if learned_from * self.utd_ratio < repeat:
             raise ConfigurationError(
                 f"data.utd_ratio={utd_ratio} owes no update for the {learned_from} frames after the warm-up: raise it, "
                 f"or total_frames={total_frames}"
             )
-        if max(self.warm_up, frames_per_batch) > capacity:
+        if max(self.warm_up, frames_per_batch) > capacity * repeat:
             raise ConfigurationError(
                 f"data.buffer_size={buffer_size} must hold at least data.init_random_frames={init_random_frames} "
                 f"and data.frames_per_batch={frames_per_batch}"
@@ -152,7 +153,7 @@ class OffPolicyData(CollectedData):
         super().check_processes(number)
         if self.batch_size % number:
             raise ConfigurationError(f"data.batch_size={self.batch_size} must be a multiple of the {number} processes")
-        begun = max(self.warm_up, self.frames_per_batch) // (self.environments * number)
+        begun = max(self.warm_up, self.frames_per_batch) // (self.environments * number * self.action_repeat)
         if self.n_step is not None and self.n_step.n > begun:
             raise ConfigurationError(
                 f"data.n_step={self.n_step.n} needs as many steps of each environment before the first update, and "
@@ -167,9 +168,9 @@ class OffPolicyData(CollectedData):
                     "the environment shows pixels: give OffPolicyData(pictures=Pictures(shape, stack))"
                 )
             self.buffer = self._make_buffer()
-        frames = rollout.numel() * self.world_size
+        frames = self._frames_of(rollout)
         if self._given >= self.warm_up:
-            self.updates_owed += frames * self.utd_ratio
+            self.updates_owed += frames // self.action_repeat * self.utd_ratio
         self._given += frames
         keys = (*_KEYS, _COST) if _COST in rollout.keys(include_nested=True) else _KEYS
         if self.frames is not None:
@@ -183,8 +184,9 @@ class OffPolicyData(CollectedData):
         if updates == 0:
             return None
         if not len(self.buffer):
+            given = self._given // self.action_repeat
             raise NonFiniteError(
-                f"none of the {self._given:,} transitions so far is finite, so there is nothing to learn from: look at "
+                f"none of the {given:,} transitions so far is finite, so there is nothing to learn from: look at "
                 "the observations and rewards of the environment"
             )
         self.updates_owed -= updates

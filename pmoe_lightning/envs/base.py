@@ -74,6 +74,7 @@ class AbstractEnvironment(EnvBase):
         entries: of every root, by key.
         observed: the key of what is observed.
         is_mujoco: whether MuJoCo simulates, whose breakdowns never end a run.
+        action_repeat: how often a step repeats its action in the simulator; a step counts as so many frames.
         ended_in: of every environment, the mode in which its last episode ended, -1 for none (``envs.modes``); a
             simulator that names modes writes it.
 
@@ -92,6 +93,7 @@ class AbstractEnvironment(EnvBase):
     """
 
     is_mujoco: bool = False
+    action_repeat: int = 1
 
     def __init__(
         self,
@@ -335,7 +337,7 @@ class AbstractEnvironment(EnvBase):
         outcome["episode_return"][:, 0], outcome["episode_length"][:, 0] = self._returns, self._lengths
         if self._has_cost:
             outcome["episode_cost"][:, 0] = self._costs
-        return np.flatnonzero(outcome["done"][:, 0]).tolist()
+        return [i for i, done in enumerate(outcome["done"][:, 0].tolist()) if done]
 
     def _may_have_broken_down(self, outcome: Arrays) -> bool:
         return not (np.isfinite(outcome["observation"]).all() and np.isfinite(outcome["reward"]).all())

@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.spaces.utils import flatten
 
-from pmoe_lightning.envs import rendering
+from pmoe_lightning.envs import mujoco_warnings, rendering
 from pmoe_lightning.envs.base import AbstractEnvironment, Arrays
 from pmoe_lightning.envs.contract import (
     check_action_space,
@@ -45,7 +45,6 @@ _STEPPED = ("observation", "reward", "done", "terminated", "truncated", "episode
 _FLAGS = (bool, np.bool_)
 _NOT_A_VECTOR = (-1,)  # the shape of no array
 _BAD_STATES = slice(3, 7)  # mjWARN_BADQPOS, BADQVEL, BADQACC and BADCTRL
-_mujoco_breakdowns: list[str] = []  # what MuJoCo has said since this was last looked at
 
 
 class GymnasiumEnv(AbstractEnvironment):
@@ -129,10 +128,10 @@ class GymnasiumEnv(AbstractEnvironment):
         return ended
 
     def _may_have_broken_down(self, outcome: Arrays) -> bool:
-        return bool(_mujoco_breakdowns) or super()._may_have_broken_down(outcome)
+        return bool(mujoco_warnings.breakdowns) or super()._may_have_broken_down(outcome)
 
     def _broken_down(self, outcome: Arrays) -> np.ndarray:
-        _mujoco_breakdowns.clear()
+        mujoco_warnings.breakdowns.clear()
         return super()._broken_down(outcome) | [_was_reset_by_mujoco(env) for env in self.envs]
 
     def _begin(self, i: int, seed: int | None, observation: np.ndarray) -> None:
@@ -254,7 +253,7 @@ def _make_gymnasium(
     envs: list[gymnasium.Env] = []
     if render_mode is not None:  # an environment that draws nothing need not know the word
         kwargs["render_mode"] = render_mode
-    _send_mujoco_warnings_to_logging()
+    mujoco_warnings.send_to_logging()
     try:
         with default_dtype_kept(id):
             for _ in range(num_envs):
@@ -286,27 +285,10 @@ def _make_gymnasium(
     return GymnasiumEnv(envs, seed=seed, carry=carry, cost=cost)
 
 
-def _send_mujoco_warnings_to_logging() -> None:
-    """Else they go to stderr past Python, and into a MUJOCO_LOG.TXT in whatever folder the process runs in."""
-    try:
-        import mujoco
-    except ImportError:
-        return
-    if mujoco.get_mju_user_warning() is None:
-        mujoco.set_mju_user_warning(_log_mujoco_warning)
-
-
 def _was_reset_by_mujoco(env: gymnasium.Env) -> bool:
     """Whether MuJoCo found a NaN, infinite or huge state and quietly went back to the initial one."""
     unwrapped: Any = env.unwrapped
     return is_mujoco(env) and bool(unwrapped.data.warning.number[_BAD_STATES].any())
-
-
-def _log_mujoco_warning(message: str) -> None:
-    if "simulation is unstable" in message:
-        _mujoco_breakdowns.append(message)
-    # Gymnasium's own models use compiler attributes that MuJoCo is about to drop: nothing a user can mend.
-    _log.log(logging.DEBUG if "is deprecated" in message else logging.WARNING, "MuJoCo: %s", message)
 
 
 def _shared_spaces(envs: Sequence[gymnasium.Env]) -> tuple[Box, gymnasium.Space]:

@@ -99,17 +99,26 @@ def check_data(data: Any, state: State) -> None:
         raise ValueError("is of another MuJoCo model")
 
 
-def restore_data(data: Any, state: State) -> None:
-    """Bring data that were checked into a captured state, once their model is in its own."""
+def restore_data(data: Any, state: State, *, halfway: bool = False) -> None:
+    """Bring data that were checked into a captured state, once their model is in its own.
+
+    Args:
+        data, state: as of :func:`check_data`.
+        halfway: the next step begins with ``mj_step2``, as dm_control's do, and reads the contacts and constraints that
+            ``mj_step1`` has found. Otherwise it finds its own.
+    """
     import mujoco
 
     model, integration = data.model, state["integration"].numpy()
     mujoco.mj_resetData(model, data)
     mujoco.mj_setState(model, data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
     _write(data, state["arrays"])
-    mujoco.mj_collision(model, data)
-    mujoco.mj_makeConstraint(model, data)
-    # Both have written into arrays, and the second has read positions of another instant than its forces are of.
+    if halfway:
+        mujoco.mj_step1(model, data)
+    else:
+        mujoco.mj_collision(model, data)
+        mujoco.mj_makeConstraint(model, data)
+    # They have written into arrays, and mj_makeConstraint has read positions of another instant than its forces are of.
     mujoco.mj_setState(model, data, integration, mujoco.mjtState.mjSTATE_INTEGRATION)
     _write(data, state["arrays"])
     if data.efc_force.shape == state["forces"].shape:

@@ -18,6 +18,10 @@ _PACKAGES = (
     (r"Panda(Reach|Push|Slide|PickAndPlace|Stack|Flip)", "panda-gym", "panda_gym"),
     (r"Meta-World/", "metaworld", "metaworld"),
 )
+_DM_CONTROL = (
+    r"((?:acrobot|ball_in_cup|cartpole|cheetah|dog|finger|fish|hopper|humanoid|humanoid_CMU|manipulator|"
+    r"pendulum|point_mass|quadruped|reacher|stacker|swimmer|walker)-[a-z]\w*)$"
+)
 #: Ids of packages whose actions are discrete.
 _DISCRETE = r"ALE/|MinAtar/|MiniGrid-|BabyAI-|bsuite/"
 
@@ -29,6 +33,8 @@ def package(id: str) -> str:
         return ""  # it is installed and imported: something else is wrong
     if re.match(_DISCRETE, plain, re.IGNORECASE):
         return ": it is in a package of its own, and its actions are discrete: only continuous ones are supported"
+    if task := re.match(_DM_CONTROL, plain):
+        return f": a task of the DeepMind Control Suite is named env=dm_control env.task={task[1]}"
     for pattern, name, module in _PACKAGES:
         if re.match(pattern, plain, re.IGNORECASE):
             return f': it is in a package of its own, pip install "{name}", and is named env.id={module}:{plain}'

@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakSet
@@ -56,7 +57,8 @@ class SceneRenderer:
         self._pixels = np.empty((size, size, 3), np.uint8)
         if look == "fast":
             scene.model.vis.quality.offsamples = 0  # read when the context is made
-        self._gl, self._context = drawn(lambda: _open(scene.model, size), name)
+        with drawing(name):
+            self._gl, self._context = _open(scene.model, size)
         _opened.add(self)
         atexit.unregister(_close_all)  # to be called before what the graphics library has just registered
         atexit.register(_close_all)
@@ -194,20 +196,54 @@ def render(env: gymnasium.Env, name: str) -> Any:
     Raises:
         RunError: this machine or environment cannot render; says what to do.
     """
-    frame = drawn(env.render, name)
+    with drawing(name):
+        frame = env.render()
     if frame is None:
         raise RunError(f"environment {name} cannot render to arrays")
     return frame
 
 
-def drawn(draw: Callable[[], Any], name: str) -> Any:
-    """What a call of a renderer returns.
+class ModelCamera:
+    """The first camera of a MuJoCo model, or the free one where it has none.
+
+    Gymnasium's renderer, because it looks at ``MUJOCO_GL`` when it first draws; MuJoCo's own does when it is imported.
+
+    Args:
+        model, data: an ``MjModel`` and the ``MjData`` that it looks at.
+        name: what messages call the environment.
+    """
+
+    def __init__(self, model: Any, data: Any, name: str) -> None:
+        from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+
+        model.vis.quality.shadowsize = min(model.vis.quality.shadowsize, 1024)  # as in coarsen_shadows
+        camera = 0 if model.ncam else -1
+        self._renderer, self._name = MujocoRenderer(model, data, width=640, height=480, camera_id=camera), name
+
+    def picture(self) -> np.ndarray:
+        """What it sees now, [height, width, 3] of bytes.
+
+        Raises:
+            RunError: this machine cannot render; says what to do.
+        """
+        with drawing(self._name):
+            picture: Any = self._renderer.render("rgb_array")
+        return picture
+
+    def close(self) -> None:
+        """Let go of the renderer."""
+        self._renderer.close()
+
+
+@contextmanager
+def drawing(name: str) -> Iterator[None]:
+    """Whatever a renderer raises where the machine cannot draw, as one line.
 
     Raises:
-        RunError: this machine cannot render; says what to do.
+        RunError: says what to do.
     """
     try:
-        return draw()
+        yield
     except Exception as error:
         # A missing library, a missing device, a half-initialised context: each renderer has its own exception.
         _discard(error)

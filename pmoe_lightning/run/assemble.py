@@ -21,7 +21,7 @@ from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
 from pmoe_lightning.checkpoints.policy import ACTORS, CRITICS, ENCODERS
 from pmoe_lightning.data.off_policy import Pictures
-from pmoe_lightning.envs import make_env
+from pmoe_lightning.envs import MAKERS
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.modules.normalization import ObservationNormalizer, RewardScaler
@@ -70,7 +70,8 @@ def make_run(
     """
     seed_everything(cfg.seed, verbose=False)
     make_env = bound(cfg.env)
-    spaces, seen = inspect_env(make_env)
+    world = inspect_env(make_env)
+    spaces, seen = world.spaces, world.seen
     described, normalizing = arguments_of(cfg.actor), {}
     of_data: dict[str, Any] = {}
     encoder = None
@@ -89,6 +90,8 @@ def make_run(
         of_data = {"reward_scaler": RewardScaler(environments, gamma=cfg.algo.gamma) if scaled else None}
     elif cfg.data.get("n_step", 1) > 1:
         of_data = {"gamma": cfg.algo.gamma} | ({"cost_gamma": cfg.safe.get("gamma")} if cfg.safe else {})
+    if world.action_repeat > 1:  # data of the user's own need not know of it
+        of_data["action_repeat"] = world.action_repeat
     if of_rollouts or normalizer is not None:  # an algorithm of replayed transitions need not know of it
         normalizing = {"normalizer": normalizer}
     if seen is not None:
@@ -149,7 +152,7 @@ def _make_algorithm(
 def own_parts(cfg: DictConfig) -> dict[str, Callable[..., Any]]:
     """The factories of the policy and of the environment that are not this package's, under ``group/option``."""
     known = {"actor": ACTORS.values(), "action_transform": [make_hamiltonian_transform], "safe": [CostConstraint]}
-    known |= {"critic": CRITICS.values(), "encoder": ENCODERS.values(), "env": [make_env]}
+    known |= {"critic": CRITICS.values(), "encoder": ENCODERS.values(), "env": MAKERS.values()}
     chosen = {group: get_object(cfg[group]._target_) for group in known if cfg[group]}
     names = HydraConfig.get().runtime.choices
     return {f"{group}/{names[group]}": part for group, part in chosen.items() if part not in known[group]}
@@ -164,9 +167,10 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
     """What a checkpoint says about its policy, in plain values; see ``load_policy``."""
     own = dict(key.split("/", 1) for key in own_parts(cfg))
     known = {factory: name for name, factory in ACTORS.items()}
-    environment = arguments_of(cfg.env)
+    environment, backends = arguments_of(cfg.env), {maker: name for name, maker in MAKERS.items()}
     if (environment.get("pixels") or {}).get("size") is None:
         environment.pop("pixels", None)
+    backend = backends.get(get_object(cfg.env._target_), "gymnasium")
     return {
         "format": 1,
         "actor": own.get("actor") or known[get_object(cfg.actor._target_)],
@@ -177,7 +181,9 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         "safe": arguments_of(cfg.safe) if cfg.safe else None,
         "critic": _describe_critic(cfg),
         "own_parts": {group: name for group, name in own.items() if group != "actor"},
-        "env": {"id": environment.pop("id"), "kwargs": environment},
+        # The first choice, and what makes the user's own, is not said: so did earlier versions.
+        "env": {"id": environment.pop("id"), "kwargs": environment}
+        | ({"backend": backend} if backend != "gymnasium" else {}),
     }
 
 

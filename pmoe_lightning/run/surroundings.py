@@ -40,6 +40,15 @@ class Seen:
     stack: int
 
 
+@dataclass(frozen=True)
+class World:
+    """What a run must know of its environment; ``seen`` is None where the state is observed."""
+
+    spaces: Spaces
+    seen: Seen | None
+    action_repeat: int
+
+
 def check_surroundings(jobs: Sequence[DictConfig]) -> None:
     """Refuse an environment that cannot be made, devices that are not there or a tracking store that does not answer.
 
@@ -57,7 +66,7 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
         check_server(uri)
     seen = {}
     for key, env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.items():
-        seen[key] = inspect_env(bound(env))[1]
+        seen[key] = inspect_env(bound(env)).seen
     for cfg in jobs:
         _check_pixels(cfg, seen[OmegaConf.to_yaml(cfg.env, resolve=True)])
 
@@ -108,7 +117,7 @@ def check_devices(trainer: DictConfig) -> None:
         raise ConfigurationError(f"{asked}: {first_line(error)}") from error
 
 
-def inspect_env(make_env: Callable[..., EnvBase]) -> tuple[Spaces, Seen | None]:
+def inspect_env(make_env: Callable[..., EnvBase]) -> World:
     """Make one environment, read its sizes and bounds, reset and step it, and close it; no random number is used up.
 
     The size of an observation is 0 where pixels are seen.
@@ -122,10 +131,11 @@ def inspect_env(make_env: Callable[..., EnvBase]) -> tuple[Spaces, Seen | None]:
         try:
             env.rollout(1)
             low, high = (bound.flatten().tolist() for bound in (env.action_spec.space.low, env.action_spec.space.high))
-            pixels = env.observation_spec.get("pixels", None)
+            repeat, pixels = getattr(env, "action_repeat", 1), env.observation_spec.get("pixels", None)
             if pixels is not None:
-                return Spaces(0, low, high), Seen(tuple(pixels.shape[1:]), getattr(env, "stack", 1))
-            return Spaces(env.observation_spec["observation"].shape[-1], low, high), None
+                seen = Seen(tuple(pixels.shape[1:]), getattr(env, "stack", 1))
+                return World(Spaces(0, low, high), seen, repeat)
+            return World(Spaces(env.observation_spec["observation"].shape[-1], low, high), None, repeat)
         finally:
             env.close()
 
