@@ -35,15 +35,16 @@ from resumable import fill
 from tensordict import TensorDict
 from torch import Tensor
 
+from pmoe_lightning.estimators import ESTIMATORS as PLAIN
 from pmoe_lightning.estimators import (
     AbstractEstimator,
-    Evaluation,
     Frequency,
     GumbelSoftmax,
     HalfReparameterized,
     Implicit,
     Marginalized,
     Objective,
+    ObjectiveValue,
     Pathwise,
     ScoreFunction,
 )
@@ -74,6 +75,8 @@ ESTIMATORS: dict[str, AbstractEstimator] = {
     "frequency backpropagate=all": Frequency(backpropagate="all"),
     "frequency log_prob=mixture": Frequency(log_prob="mixture"),
 }
+#: And whatever the package has besides that serves several components.
+ESTIMATORS |= {name: make() for name, make in PLAIN.items() if name not in ESTIMATORS and make.most_components is None}
 
 Cost = Callable[[Tensor], Tensor]
 
@@ -116,10 +119,10 @@ def soft_objective(cost: Cost) -> Callable[[TanhGaussianMixture], Objective]:
     """cost(a) + ALPHA log pi(a), SAC's objective with Q = -cost."""
 
     def make_objective(distribution: TanhGaussianMixture) -> Objective:
-        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             log_prob = log_prob - distribution.log_abs_det_jacobian(u)
             value = cost(distribution.squash(u))
-            return Evaluation(ALPHA * log_prob + value, log_prob, -value)
+            return ObjectiveValue(ALPHA * log_prob + value, log_prob, -value)
 
         return objective
 
@@ -176,7 +179,7 @@ def measure(
         def counting(repeated: TanhGaussianMixture) -> Objective:
             objective = make_objective(repeated)
 
-            def count(u: Tensor, log_prob: Tensor) -> Evaluation:
+            def count(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
                 nonlocal seen
                 seen += log_prob.numel()
                 return objective(u, log_prob)

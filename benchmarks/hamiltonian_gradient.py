@@ -34,15 +34,8 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from pmoe_lightning import load_policy, make_env, make_gaussian_actor
 from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.checkpoints.policy import make_critic, policy_entry
-from pmoe_lightning.estimators import (
-    Frequency,
-    GumbelSoftmax,
-    HalfReparameterized,
-    Implicit,
-    Marginalized,
-    Pathwise,
-    ScoreFunction,
-)
+from pmoe_lightning.estimators import ESTIMATORS as PLAIN
+from pmoe_lightning.estimators import Frequency
 from pmoe_lightning.estimators.gradient_statistics import DirectionalSlopes, cosine, directional_slopes
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
 from pmoe_lightning.losses import PMOESACLoss
@@ -52,16 +45,7 @@ from pmoe_lightning.modules.distributions import TanhGaussianMixture
 RESULTS = Path(__file__).parent / "results" / "hamiltonian" / "gradient.csv"
 FORCES, ALPHAS, STEP_SIZES = ("raw", "normalized", "gated"), (0.02, 0.1, 0.5), (0.05, 0.02, 0.15)
 STATES, DRAWS_AT_ONCE = 24, 500
-ESTIMATORS = {
-    "pathwise": Pathwise(),
-    "frequency": Frequency(),
-    "frequency_all": Frequency(backpropagate="all"),
-    "gumbel_softmax": GumbelSoftmax(),
-    "half_reparameterized": HalfReparameterized(),
-    "implicit": Implicit(),
-    "marginalized": Marginalized(),
-    "score_function": ScoreFunction(),
-}
+ESTIMATORS = {name: make() for name, make in PLAIN.items()} | {"frequency_all": Frequency(backpropagate="all")}
 
 
 class Situation(NamedTuple):

@@ -25,6 +25,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from pmoe_lightning import load_policy, make_env
 from pmoe_lightning.envs.multi_goal import GOALS, LIMIT, goals_reached
+from pmoe_lightning.estimators import ESTIMATORS
 
 RESULTS = Path(__file__).parent / "results" / "multi_goal"
 EPISODES, KEPT, GRID, SHOWN = 400, 0.05, 48, 40
@@ -33,12 +34,7 @@ LEARNERS = {
     "gaussian": ["actor=gaussian", "estimator=pathwise"],
     "additive_moe": ["actor=additive_moe", "estimator=pathwise"],
     "mcp": ["actor=mcp", "estimator=pathwise"],
-    "frequency": [*MIXTURE, "estimator=frequency"],
-    "marginalized": [*MIXTURE, "estimator=marginalized"],
-    "half_reparameterized": [*MIXTURE, "estimator=half_reparameterized"],
-    "score_function": [*MIXTURE, "estimator=score_function"],
-    "gumbel_softmax": [*MIXTURE, "estimator=gumbel_softmax"],
-    "implicit": [*MIXTURE, "estimator=implicit"],
+    **{name: [*MIXTURE, f"estimator={name}"] for name, made in ESTIMATORS.items() if made.most_components is None},
 }
 
 

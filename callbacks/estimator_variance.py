@@ -21,16 +21,19 @@ from pmoe_lightning.estimators.gradient_statistics import (
     gradient_statistics,
 )
 from pmoe_lightning.limits import Limit, PositiveInt, checked
-from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+from pmoe_lightning.modules.mixture import MixtureDistribution, offers
 
 from .interval import FrameInterval
-from .reporting import log_metrics, warn_on_failure
+from .reporting import LeftOut, log_metrics, warn_on_failure
 
 if TYPE_CHECKING:
     from .contract import AbstractAlgorithm, Trainer
 
 #: Of the shares of wrong signs: three standard errors of their difference over 64 states, at most.
 _CLEAR_EXCESS = 0.25
+#: What each of the reports asks of the policy's distribution.
+_REPORTS = {"the gradient's statistics": ASKS_STATISTICS, "the cosine": Marginalized.asks}
+_OF_EVOLVED = {"the share of wrong signs": ASKS_SLOPES}
 _log = logging.getLogger(__name__)
 
 
@@ -75,7 +78,7 @@ class EstimatorVariance(Callback):
         max_states: PositiveInt = 64,
     ) -> None:
         self.num_samples, self.max_states = num_samples, max_states
-        self._interval, self._has_warned, self._told = FrameInterval(every_frames), False, set[str]()
+        self._interval, self._has_warned, self._left_out = FrameInterval(every_frames), False, LeftOut()
 
     def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         self._interval.mark(trainer.datamodule.env_frames)
@@ -103,7 +106,10 @@ class EstimatorVariance(Callback):
             with torch.no_grad():
                 distribution = algorithm.actor.get_dist(states.copy())
 
-            if not self._offers(distribution, "the gradient's statistics", ASKS_STATISTICS):
+            transform = algorithm.action_transform
+            evolves = transform is not None and transform.is_used_in("actor_loss")
+            self._left_out.tell(distribution, _REPORTS | (_OF_EVOLVED if evolves else {}))
+            if not offers(distribution, ASKS_STATISTICS):
                 return {}
 
             def make_objective(repeated: MixtureDistribution) -> Objective:
@@ -115,26 +121,14 @@ class EstimatorVariance(Callback):
                 make_objective=make_objective,
                 num_samples=self.num_samples,
             )
-            chosen, exact = statistics(estimator), {}
-            if self._offers(distribution, "the cosine", Marginalized.asks):
-                exact = statistics(Marginalized())
-            transform = getattr(algorithm.loss, "action_transform", None)
-            if transform is not None and transform.is_used_in("actor_loss"):
+            chosen = statistics(estimator)
+            exact = statistics(Marginalized()) if offers(distribution, Marginalized.asks) else {}
+            signs = {}
+            if evolves and offers(distribution, ASKS_SLOPES):
                 signs = self._signs(estimator, distribution, make_objective)
-            else:
-                signs = {}
         if distribution.num_components == 1:
             chosen.pop("router", None)
         return _metrics(chosen, exact, len(states)) | signs
-
-    def _offers(self, distribution: object, what: str, asks: frozenset[Offer]) -> bool:
-        """Whether it can be asked for that; if not, a line says so, once."""
-        lacking = missing(type(distribution), asks)
-        if lacking and what not in self._told:
-            self._told.add(what)
-            name = type(distribution).__name__
-            _log.info("%s is left out: %s does not offer %s", what, name, ", ".join(lacking))
-        return not lacking
 
     def _signs(
         self,
@@ -142,8 +136,6 @@ class EstimatorVariance(Callback):
         distribution: MixtureDistribution,
         make_objective: Callable[[MixtureDistribution], Objective],
     ) -> dict[str, float]:
-        if not self._offers(distribution, "the share of wrong signs", ASKS_SLOPES):
-            return {}
         # More than a variance needs: a sign is lost in noise long before a length is.
         slopes = directional_slopes(estimator, distribution, make_objective, num_samples=128)
         wrong, control = slopes.wrong_signs, slopes.wrong_signs_control

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
@@ -18,24 +17,25 @@ from pmoe_lightning.evaluation import figures
 from pmoe_lightning.evaluation.episodes import follow_episode
 from pmoe_lightning.limits import PositiveInt, checked
 from pmoe_lightning.modules.acting import ASKS_ACTING, acting_component, find_actor, mixture_at
-from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, offers
 
 from .evaluation import Evaluation
 from .interval import FrameInterval
-from .reporting import find_callback, log_figure, log_metrics, warn_on_failure
+from .reporting import LeftOut, find_callback, log_figure, log_metrics, warn_on_failure
 
 if TYPE_CHECKING:
     from .contract import AbstractAlgorithm, Trainer
 
-_MODES = "the figure of its component modes"
 #: What each of the reports asks of the policy's distribution.
-_ASKS: dict[str, frozenset[Offer]] = {
-    "the mixture's weights": frozenset({"weights"}),
-    "the distance of its components": frozenset({"component_modes"}),
-    "the scale of its components": frozenset({"diagonal_scales"}),
-    _MODES: ASKS_ACTING,
+_WEIGHTS: frozenset[Offer] = frozenset({"weights"})
+_MODES: frozenset[Offer] = frozenset({"component_modes"})
+_SCALES: frozenset[Offer] = frozenset({"diagonal_scales"})
+_REPORTS = {
+    "the mixture's weights": _WEIGHTS,
+    "the distance of its components": _MODES,
+    "the scale of its components": _SCALES,
+    "the figure of its component modes": ASKS_ACTING,
 }
-_log = logging.getLogger(__name__)
 _STATES = 8  # columns of component_modes
 
 
@@ -84,7 +84,7 @@ class MixtureDiagnostics(Callback):
         self.history: list[list[float]] = []
         self.specialisation: list[list[float]] = []
         self._measured, self._drawn = FrameInterval(every_frames), FrameInterval(figure_every_frames)
-        self._has_told = False
+        self._left_out = LeftOut()
 
     def on_train_start(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
@@ -133,8 +133,8 @@ class MixtureDiagnostics(Callback):
         self._measured.mark(frames)
         mixture = _recent_mixture(pl_module, self.max_states)
         if mixture is not None:
-            self._tell_what_is_left_out(type(mixture))
-        if mixture is not None and offers(mixture, "the mixture's weights"):
+            self._left_out.tell(mixture, _REPORTS)
+        if mixture is not None and offers(mixture, _WEIGHTS):
             metrics, components = mixture_metrics(mixture), range(mixture.num_components)
             log_metrics(trainer, metrics, frames)
             weights, heaviest = (
@@ -150,24 +150,12 @@ class MixtureDiagnostics(Callback):
         if self.history:
             log_figure(trainer, "mixture_weights", self._draw_weights, frames)
         mixture = _recent_mixture(pl_module, 1)
-        if mixture is not None and offers(mixture, _MODES):
+        if mixture is not None and offers(mixture, ASKS_ACTING):
             log_figure(trainer, "component_modes", partial(_draw_modes, trainer, pl_module), frames)
-
-    def _tell_what_is_left_out(self, distribution: type) -> None:
-        """Once, in one line."""
-        left_out = [report for report, asks in _ASKS.items() if missing(distribution, asks)]
-        if left_out and not self._has_told:
-            _log.info("%s is measured without %s, which it does not offer", distribution.__name__, ", ".join(left_out))
-        self._has_told = True
 
     def _draw_weights(self) -> Figure:
         heaviest, entropy = [row[:-1] for row in self.specialisation], [row[-1] for row in self.specialisation]
         return figures.mixture_weights(self.history, heaviest, entropy)
-
-
-def offers(distribution: object, report: str) -> TypeGuard[MixtureDistribution]:
-    """Whether a distribution can be asked for one of the reports above."""
-    return not missing(type(distribution), _ASKS[report])
 
 
 @torch.no_grad()
@@ -187,9 +175,9 @@ def mixture_metrics(mixture: MixtureDistribution) -> dict[str, float]:
         "train/mixture/effective_components": _entropy(mean_weights).exp(),
         "train/mixture/effective_components_per_state": entropy.exp().mean(),
     }
-    if offers(mixture, "the scale of its components"):
+    if offers(mixture, _SCALES):
         values["train/mixture/scale"] = mixture.scale.mean()
-    if mixture.num_components > 1 and offers(mixture, "the distance of its components"):
+    if mixture.num_components > 1 and offers(mixture, _MODES):
         values["train/mixture/component_distance"] = _component_distance(mixture)
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
@@ -218,7 +206,7 @@ def _draw_modes(trainer: Trainer, pl_module: AbstractAlgorithm) -> Figure:
     evaluation = find_callback(trainer, Evaluation)
     if evaluation is None:
         recent = _recent_mixture(pl_module, _STATES)
-        assert offers(recent, _MODES)  # the caller has asked
+        assert offers(recent, ASKS_ACTING)  # the caller has asked
         return _modes_figure(recent)
     with isolate_rng():
         policy = evaluation.judged_policy(pl_module)
@@ -238,7 +226,7 @@ def _draw_modes(trainer: Trainer, pl_module: AbstractAlgorithm) -> Figure:
 
 def _modes_figure(mixture: MixtureDistribution, **arguments: Any) -> Figure:
     action_dim = mixture.loc.shape[-1]
-    if offers(mixture, "the scale of its components"):
+    if offers(mixture, _SCALES):
         ends = (mixture.squash(mixture.loc + sign * mixture.scale) for sign in (-1, 1))
         arguments |= {name: end.cpu().numpy() for name, end in zip(("lower", "upper"), ends, strict=True)}
     return figures.component_modes(

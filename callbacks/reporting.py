@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 
+from pmoe_lightning.modules.mixture import Offer, missing
 from pmoe_lightning.tracking.address import store_line
 
 if TYPE_CHECKING:
@@ -58,3 +59,24 @@ def warn_on_failure(what: str) -> Iterator[None]:
     except Exception as error:
         _log.warning("%s: %s", what, store_line(error))
         _log.debug("%s", what, exc_info=True)
+
+
+class LeftOut:
+    """Says of a distribution, in one line of the log and once, which reports a callback makes without."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, distribution: object, reports: Mapping[str, Collection[Offer]]) -> None:
+        """
+        Args:
+            distribution: what is measured.
+            reports: what would be reported of it, with what each asks of it (``modules.mixture``).
+        """
+        lacking = {name: missing(type(distribution), asks) for name, asks in reports.items()}
+        names = [name for name, offers in lacking.items() if offers and name not in self._told]
+        if names:
+            self._told.update(names)
+            offers = sorted({offer for name in names for offer in lacking[name]})
+            measured = type(distribution).__name__
+            _log.info("%s is measured without %s: it does not offer %s", measured, ", ".join(names), ", ".join(offers))

@@ -68,7 +68,7 @@ class ActionTrajectories(Callback):
     def _log(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> None:
         frames = trainer.datamodule.env_frames
         self._interval.mark(frames)
-        transform = getattr(pl_module.loss, "action_transform", None)
+        transform = pl_module.action_transform
         drawable = transform is not None and transform.num_leapfrog_steps > 0 and pl_module.last_observation is not None
         if drawable and pl_module.actor.get_dist(_states(pl_module, 1)).loc.shape[-1] == 2:
             log_figure(trainer, "action_trajectories", partial(self.draw, pl_module), frames)
@@ -79,7 +79,8 @@ class ActionTrajectories(Callback):
         states = _states(algorithm, self.num_states)
         distribution = algorithm.actor.get_dist(states.copy())
         devices = [distribution.loc.device] if distribution.loc.device.type == "cuda" else []
-        transform, state = algorithm.loss.action_transform, algorithm.loss.state_of(states, distribution)
+        transform, state = algorithm.action_transform, algorithm.loss.state_of(states, distribution)
+        assert transform is not None, "where there is none, there is nothing to draw"
         with torch.random.fork_rng(devices=devices):
             u = distribution.rsample_unsquashed((self.num_actions,))
             positions = transform.trajectory(u, transform.sample_momentum(u), **state).positions

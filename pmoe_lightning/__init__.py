@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pmoe_lightning.modules.critics import make_value_network as make_value_network
     from pmoe_lightning.modules.crossq import make_crossq_network as make_crossq_network
     from pmoe_lightning.modules.distributions import TanhGaussianMixture as TanhGaussianMixture
+    from pmoe_lightning.modules.encoders import make_drq_encoder as make_drq_encoder
     from pmoe_lightning.modules.option_policies import make_option_actor as make_option_actor
     from pmoe_lightning.safe import CostConstraint as CostConstraint
     from pmoe_lightning.safe import SafePolicy as SafePolicy
@@ -60,6 +61,7 @@ _HOMES = {
     "make_qvalue_network": "modules.critics",
     "make_layer_norm_network": "modules.critics",
     "make_crossq_network": "modules.crossq",
+    "make_drq_encoder": "modules.encoders",
     "make_value_network": "modules.critics",
     "Frequency": "estimators",
     "GumbelSoftmax": "estimators",

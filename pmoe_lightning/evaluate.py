@@ -201,9 +201,10 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def _env_argument(key: str, value: str) -> dict[str, Any]:
     """The argument's dotted name below ``env`` and its value, read as the train command reads it."""
-    from pmoe_lightning.configuration.arguments import read_override
+    from pmoe_lightning.configuration.arguments import check_finite, read_override
 
     name, parsed = read_override(f"{key}={value}")
+    check_finite(name, parsed)
     name = name.removeprefix("env.")
     if name.partition(".")[0] in _CHOSEN_HERE:
         raise ConfigurationError(f"{key} is not an argument of the environment: the command itself chooses it")
@@ -388,12 +389,22 @@ def _with_argument(arguments: Mapping[str, Any], name: str, value: Any) -> dict[
 
 
 def _check_fit(description: dict[str, Any], env_id: str, env: "AbstractEnvironment") -> None:
+    seen = (description.get("encoder") or {}).get("shape")
+    shows = list(env.entries[env.observed].shape) if env.observed == "pixels" else None
+    if seen != shows:
+        raise ConfigurationError(
+            f"the policy sees {_shown(seen)}, but {env_id} shows {_shown(shows)}: +env.pixels.size=..."
+        )
     policy = description["observation_dim"], len(description["action_low"])
-    world = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+    world = policy[0] if seen else env.entries[env.observed].shape[-1], env.action_spec.shape[-1]
     if policy != world:
         raise ConfigurationError(
             "the policy maps {} observations to {} actions, but {} has {} and {}".format(*policy, env_id, *world)
         )
+
+
+def _shown(pixels: list[int] | None) -> str:
+    return "its state" if pixels is None else f"pixels of {' x '.join(map(str, pixels))}"
 
 
 def _video(request: Request, judged: Judged) -> Path | None:

@@ -152,6 +152,9 @@ def _refuse_what_cannot_run(words: list[str]) -> tuple[list[str], list[DictConfi
     if resumes and arguments.multirun:
         raise ConfigurationError("resume continues one run: leave out --multirun")
     folder = output_folder(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
+    if folder is not None and len(str(folder.absolute()).splitlines()) > 1:
+        key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
+        raise ConfigurationError(f"{key}={str(folder)!r} has several lines: give the folder a name of one")
     if arguments.multirun:
         return _refuse_sweep(words, jobs, folder), jobs
     return _refuse_run(

@@ -26,7 +26,7 @@ from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.modules.actors import (
     BestValueActor,
-    ComposedNetwork,
+    BlendedNetwork,
     make_additive_moe_actor,
     make_gaussian_actor,
     make_mcp_actor,
@@ -58,7 +58,7 @@ def states(*batch: int, dtype: torch.dtype = torch.float32) -> TensorDict:
 def network_of(actor) -> nn.Module:
     """The network with the heads."""
     network = actor[0].module
-    return network.experts if isinstance(network, ComposedNetwork) else network
+    return network.experts if isinstance(network, BlendedNetwork) else network
 
 
 # --- what an actor writes --------------------------------------------------------------------------------------------

@@ -151,3 +151,15 @@ def test_a_refusal_is_one_line_where_mlflow_has_imported_lightning_under_its_oth
 @pytest.mark.torture
 def test_five_hundred_bad_configurations_are_refused_in_one_line(refuse):
     check_all(refuse, drawn(500))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["hydra.run.dir='two\nlines'"], ["-m", "seed=1,2", "hydra.sweep.dir='two\nlines'"]],
+    ids=["run", "sweep"],
+)
+def test_a_folder_that_no_line_could_name_is_refused(words, train, tmp_path):
+    """The lines at the end of a run are for copying: one that breaks off is another command."""
+    said = train(*words, code=2)
+    assert said.count("\n") == 1 and "'two\\nlines' has several lines: give the folder a name of one" in said
+    assert list(tmp_path.iterdir()) == []

@@ -98,6 +98,7 @@ def test_every_option_of_every_group_composes_and_gives_each_key_of_its_schema_a
                 continue  # for an algorithm of one's own; those of the program refuse it
             needs = {"pathwise": ["actor=gaussian"], "off_policy": ["algo=sac"], "options": ["algo=dac"]}
             needs |= dict.fromkeys(["velocity", "crossq", "layer_norm"], ["algo=sac"])
+            needs["drq"] = ["algo=sac", "env.pixels.size=84"]
             words = ["algo=sac"] if option.startswith("hamiltonian") else needs.get(option, [])
             cfg = configure(f"{group}={option}", *words)
             schema = schemas().get(group, {}).get(option)
@@ -254,6 +255,11 @@ def test_the_help_of_a_choice_says_what_each_of_its_keys_is_and_may_be():
         (["env.id=3"], "env.id=3"),
         (["seed"], "write key=value"),
         (["seed=1,2"], "--multirun"),
+        (["resume=run,other"], "resume=run,other has several values: resume continues one run"),
+        (
+            ["hydra.run.dir='two\nlines'"],
+            r"hydra.run.dir='two\nlines' has several lines: give the folder a name of one",
+        ),
         (["~seed"], "~seed leaves out what every run needs: choose a value, seed=..."),
         (["~algo"], "~algo leaves out"),
         (["~env"], "~env leaves out"),

@@ -23,9 +23,9 @@ def stack(num_critics: int, **arguments) -> tuple[QValueNetwork, TensorDict]:
     return networks[0], from_modules(*networks, as_module=True)
 
 
-def stacked(network, parameters, observation, action, *linear):
+def stacked(network, parameters, observation, action, *known):
     layers = network.stacked_layers(parameters)
-    return critics.stacked_qvalue(*layers, network.layers[1], observation, action, *linear)
+    return critics.stacked_qvalue(*layers, network.layers[1], observation, action, *known)
 
 
 def through_vmap(network, parameters, observation, action):
@@ -62,10 +62,11 @@ def test_one_of_the_samples_is_evaluated_again_without_a_hidden_product():
     actions = torch.randn(K, B, A, dtype=torch.float64)
     sample = torch.arange(B) % K
     action = actions[sample, torch.arange(B)].requires_grad_()
-    known = critics.KnownProducts()
-    stacked(network, parameters, observation, actions, known)
+    layers = network.stacked_layers(parameters)
+    _, products = critics.stacked_qvalue_and_products(*layers, network.layers[1], observation, actions)
+    known = critics.KnownProducts(products, sample)
     with FlopCounterMode(display=False) as counter:
-        value = stacked(network, parameters, observation, action, known.of(sample))
+        value = stacked(network, parameters, observation, action, known)
     assert counter.get_total_flops() == 2 * 2 * B * (OBSERVATION + A) * 8
     expected = stacked(network, parameters, observation, action)
     torch.testing.assert_close(value, expected)

@@ -245,9 +245,15 @@ def probe_with(**attributes) -> ScriptedEnv:
         (lambda: GymnasiumEnv([probe_with(action_space=box([-1, -1e39], [1, 1e39], "f8"))]), "dimension 1.*too large"),
         (lambda: GymnasiumEnv([probe_with(action_space=box([-3e38] * 2, [3e38] * 2))]), "dimension 0.*too large"),
         (lambda: GymnasiumEnv([probe_with(action_space=box([1e9] * 2, [1e9 + 1] * 2, "f8"))]), "one number in float32"),
-        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84, 3), np.uint8))]), "no encoder"),
-        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84), np.uint8))]), "no encoder"),
-        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 1, (3, 64, 64)))]), "no encoder"),
+        (
+            lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84, 3), np.uint8))]),
+            "of which no vector is made",
+        ),
+        (
+            lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 255, (84, 84), np.uint8))]),
+            "of which no vector is made",
+        ),
+        (lambda: GymnasiumEnv([probe_with(observation_space=Box(0, 1, (3, 64, 64)))]), "of which no vector is made"),
         (
             lambda: GymnasiumEnv([probe_with(observation_space=Dict(a=Tuple([Box(0, 9, (5, 5, 3), np.uint8)])))]),
             r"images as observation\['a'\]\[0\].*flat vector of features",
@@ -500,3 +506,25 @@ def test_nothing_is_carried_unless_asked_for() -> None:
     totals = {"episode_return", "episode_length"}
     assert set(env.observation_spec.keys()) == {"observation", *totals}
     assert set(env.reset().keys()) == {"observation", "done", "terminated", "truncated", *totals}
+
+
+@pytest.mark.parametrize("where", ["__init__", "reset", "step"])
+def test_an_environment_that_sets_the_default_type_of_tensors_is_refused(where):
+    """The policy's networks would be made in it, and what the environments return would not fit them."""
+
+    class Doubles(ScriptedEnv):
+        """Sets it at the start, in its first reset or in its first step."""
+
+    def doubling(self, *arguments, **options):
+        torch.set_default_dtype(torch.float64)
+        return getattr(super(Doubles, self), where)(*arguments, **options)
+
+    setattr(Doubles, where, doubling)
+    gymnasium.register("Doubles-v0", Doubles)
+    try:
+        with pytest.raises(ConfigurationError, match="'Doubles-v0' sets PyTorch's default type to torch.float64"):
+            make_env("Doubles-v0").rollout(1)
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+        del gymnasium.registry["Doubles-v0"]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from modes import Mode, in_every_mode
 from quadrature import (
     Parameters,
@@ -31,11 +32,11 @@ from torch import Tensor
 from pmoe_lightning import estimators
 from pmoe_lightning.estimators import (
     AbstractEstimator,
-    Evaluation,
     Frequency,
     GumbelSoftmax,
     Implicit,
     Marginalized,
+    ObjectiveValue,
     Pathwise,
     Surrogate,
     check_pair,
@@ -97,10 +98,10 @@ COSTS = {
 def soft_objective(mixture: TanhGaussianMixture, cost: Callable[[Tensor], Tensor], alpha: float):
     """cost(a) + alpha log pi(a), as SAC has it with cost = -Q."""
 
-    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+    def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
         log_prob = log_prob - mixture.log_abs_det_jacobian(u)
         qvalue = -cost(mixture.squash(u))
-        return Evaluation(alpha * log_prob - qvalue, log_prob, qvalue)
+        return ObjectiveValue(alpha * log_prob - qvalue, log_prob, qvalue)
 
     return objective
 
@@ -141,9 +142,20 @@ def estimate(
 
 
 def test_the_table_names_every_estimator():
-    exported = {getattr(estimators, name) for name in estimators.__all__}
+    assert {type(row.estimator) for row in ESTIMATORS} == set(estimators.ESTIMATORS.values())
+
+
+def test_an_estimator_is_named_by_its_file_as_by_its_choice():
+    """So benchmarks that are about all of them find a new one."""
+    choices = {path.stem for path in (ROOT / "conf" / "estimator").glob("*.yaml")}
+    assert {*estimators.ESTIMATORS, "none"} == choices
+    exported = [getattr(estimators, name) for name in estimators.__all__]
     concrete = {cls for cls in exported if isinstance(cls, type) and issubclass(cls, AbstractEstimator)}
-    assert {type(row.estimator) for row in ESTIMATORS} == concrete - {AbstractEstimator}
+    assert set(estimators.ESTIMATORS.values()) == concrete - {AbstractEstimator}
+
+
+def test_a_name_of_before_is_the_same():
+    assert estimators.Evaluation is ObjectiveValue
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
@@ -230,14 +242,14 @@ def test_number_of_critic_evaluations(row, num_components):
         nonlocal differentiated
         differentiated += slope[..., 0].numel()
 
-    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+    def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
         nonlocal seen
         assert u.shape == (*log_prob.shape, 2)
         seen += log_prob.numel()
         u = u.clone()
         if u.requires_grad:
             u.register_hook(count)
-        return Evaluation(log_prob + u.sum(-1), log_prob, -log_prob)
+        return ObjectiveValue(log_prob + u.sum(-1), log_prob, -log_prob)
 
     row.estimator(mixture, objective).loss.sum().backward()
     assert (seen / 5, differentiated / 5) == row.evaluations(num_components)
@@ -413,7 +425,7 @@ def test_straight_through_takes_an_exact_draw():
     leaves = one_dimensional([-1.0, 1.0], [1e-3, 1e-3], [0.2, 0.8], 40_000)
     seen = []
 
-    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+    def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
         seen.append(u.detach())
         return maximise_u(u, log_prob)
 
@@ -454,9 +466,9 @@ def one_dimensional(loc: list[float], scale: list[float], weights: list[float], 
     return repeat(Parameters(weights.log(), loc.unsqueeze(-1), scale.unsqueeze(-1)), draws)
 
 
-def maximise_u(u: Tensor, log_prob: Tensor) -> Evaluation:
+def maximise_u(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
     """Score u, cost -u, entropy ignored: the winner is the component with the largest draw."""
-    return Evaluation(-u[..., 0], log_prob, u[..., 0])
+    return ObjectiveValue(-u[..., 0], log_prob, u[..., 0])
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.9, 0.1], None], ids=["uniform", "far", "fixed_point"])
@@ -562,8 +574,8 @@ def touched_components(estimator: Frequency) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     mixture = TanhGaussianMixture(*leaves)
 
-    def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
-        return Evaluation(0.3 * log_prob - u.sum(-1), log_prob, u[..., 0])
+    def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
+        return ObjectiveValue(0.3 * log_prob - u.sum(-1), log_prob, u[..., 0])
 
     surrogate = estimator(mixture, objective)
     gradient = Parameters(*torch.autograd.grad(surrogate.loss.sum(), leaves))

@@ -575,6 +575,7 @@ def test_the_result_is_there_however_the_film_ends(
         (["checkpoint={}", "+env.gravity=1"], 2, "unexpected keyword argument 'gravity'"),
         (["checkpoint={}", "env.gravity=1"], 2, "unexpected keyword argument 'gravity'"),
         (["checkpoint={}", "+env.g=1,2"], 2, "+env.g has several values, 1,2: give one, or a list in brackets"),
+        (["checkpoint={}", "+env.g=nan"], 2, "env.g=nan must be a finite number"),
         (["checkpoint={}", "+env.g=[1"], 2, "cannot read '+env.g=[1': write +env.key=value"),
         (["checkpoint={}", "+env.=1"], 2, "cannot read '+env.=1'"),
         (["checkpoint={}", "+env.seed=1"], 2, "+env.seed is not an argument of the environment"),

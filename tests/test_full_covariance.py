@@ -237,7 +237,7 @@ def test_the_gradient_is_measured_without_what_it_cannot_give(caplog):
     }
     assert set(measured) == {f"train/estimator/{name}" for name in names}
     assert caplog.messages == [
-        "the share of wrong signs is left out: FullCovarianceMixture does not offer diagonal_scales"
+        "FullCovarianceMixture is measured without the share of wrong signs: it does not offer diagonal_scales"
     ]
 
 
@@ -250,7 +250,7 @@ def test_the_mixture_is_measured_without_what_it_cannot_give(caplog):
     with caplog.at_level(logging.INFO):
         watch(callback, algorithm, frames=(10, 20, 30))
     assert len(callback.history) == 3
-    told = "FullCovarianceMixture is measured without the scale of its components, which it does not offer"
+    told = "FullCovarianceMixture is measured without the scale of its components: it does not offer diagonal_scales"
     assert caplog.messages == [told]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from quadrature import bounds, expectation_and_gradient, parameters, squash
 
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Surrogate
+from pmoe_lightning.estimators import AbstractEstimator, Frequency, Marginalized, ObjectiveValue, Surrogate
 from pmoe_lightning.estimators.gradient_statistics import (
     GROUPS,
     GroupStatistics,
@@ -31,7 +31,7 @@ class Noisy(AbstractEstimator):
 def quadratic(distribution: TanhGaussianMixture):
     def objective(u, log_prob):
         cost = (distribution.squash(u) - 0.4).square().sum(-1)
-        return Evaluation(cost, log_prob, -cost)
+        return ObjectiveValue(cost, log_prob, -cost)
 
     return objective
 

@@ -29,12 +29,12 @@ from pmoe_lightning.data.off_policy import OffPolicyData
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.estimators import (
-    Evaluation,
     Frequency,
     GumbelSoftmax,
     HalfReparameterized,
     Implicit,
     Marginalized,
+    ObjectiveValue,
     Pathwise,
     ScoreFunction,
 )
@@ -103,7 +103,7 @@ def linear_critic(action: Tensor) -> Tensor:
 
 def evolved_cost(
     evolve: HamiltonianTransform, u: Tensor, log_prob: Tensor, momentum: Tensor, mixture, critic=linear_critic
-) -> Evaluation:
+) -> ObjectiveValue:
     """Soft actor-critic's cost of an evolved action: that of the draw, and the remainder."""
     evolution = evolve(
         u,
@@ -118,7 +118,7 @@ def evolved_cost(
     value = critic(mixture.squash(evolution.u))[0]
     drawn = ALPHA * (log_prob - mixture.log_abs_det_jacobian(u)) - critic(mixture.squash(u))[0]
     remainder = ALPHA * after - value - drawn.detach()
-    return Evaluation(drawn + remainder, after, value, remainder=remainder.detach())
+    return ObjectiveValue(drawn + remainder, after, value, remainder=remainder.detach())
 
 
 @pytest.mark.parametrize("force", ["raw", "normalized"])

@@ -332,6 +332,20 @@ def test_the_router_learns_from_the_current_policy_beside_a_delayed_one():
     assert actor[0].module.router.weight.grad.any()
 
 
+def test_a_call_that_fails_leaves_nothing_in_the_loss():
+    """Neither the minibatch nor its distribution: a loss is copied, saved and sent to other processes as it is."""
+
+    class Failing(Marginalized):
+        def __call__(self, distribution, objective):
+            raise ArithmeticError
+
+    loss = PMOEPPOLoss(one_component(return_log_prob=True), make_value_network(OBSERVATION_DIM), estimator=Failing())
+    data, before = rollout(loss.actor_network), set(vars(loss))
+    with pytest.raises(ArithmeticError):
+        loss(data)
+    assert set(vars(loss)) == before
+
+
 def gradients_of_critics(loss) -> list[torch.Tensor]:
     leaves = loss.qvalue_network_params.flatten_keys(".")
     return [leaves[name].grad.clone() for name in sorted(leaves.keys()) if leaves[name].grad is not None]

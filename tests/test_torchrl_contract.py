@@ -164,6 +164,18 @@ def test_in_keys_are_all_that_is_read_and_out_keys_all_that_is_promised(make):
 
 
 @EVERY
+def test_a_loss_writes_nothing_into_the_minibatch_but_the_priority(make):
+    """Neither parameters of the mixture nor advantages: the next to read it would take them for its own."""
+    loss = seeded(make)
+    data = batch_for(loss)
+    if isinstance(loss, PMOEPPOLoss):
+        data = data.exclude("advantage", "value_target")
+    before = set(data.keys(True, True))
+    loss(data)
+    assert set(data.keys(True, True)) - before <= {"td_error"}
+
+
+@EVERY
 def test_a_loss_takes_tensors_by_name(make):
     """TorchRL's dispatch: entries as keywords, nested ones joined by underscores; the results in order of out_keys."""
     loss = seeded(make)

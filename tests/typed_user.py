@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from pmoe_lightning import Marginalized, PMOESACLoss, TanhGaussianMixture, load_policy, make_pmoe_actor
 from pmoe_lightning import make_qvalue_network as make_critic
 from pmoe_lightning.checkpoints.loaded import LoadedPolicy
-from pmoe_lightning.estimators import Evaluation, Surrogate
+from pmoe_lightning.estimators import Evaluation, ObjectiveValue, Surrogate
 from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.modules.actors import MixtureActor
 
@@ -30,8 +30,8 @@ def estimate(logits: Tensor, loc: Tensor, scale: Tensor) -> None:
     is_torch_distribution: Distribution = mixture
     assert_type(mixture.weights, Tensor)
 
-    def cost(u: Tensor, log_prob: Tensor) -> Evaluation:
-        return Evaluation(cost=log_prob + u.square().sum(-1), log_prob=log_prob, score=-log_prob)
+    def cost(u: Tensor, log_prob: Tensor) -> Evaluation:  # which is what it was called before
+        return ObjectiveValue(cost=log_prob + u.square().sum(-1), log_prob=log_prob, score=-log_prob)
 
     surrogate = Marginalized()(mixture, cost)
     assert_type(surrogate, Surrogate)

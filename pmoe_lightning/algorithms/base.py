@@ -18,6 +18,7 @@ from torchrl.objectives import LossModule
 
 from pmoe_lightning.errors import NonFiniteError
 from pmoe_lightning.estimators import AbstractEstimator
+from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.processes.collectives import gather_objects
 
 
@@ -74,6 +75,11 @@ class AbstractAlgorithm(LightningModule, ABC):
     @property
     def estimator(self) -> AbstractEstimator | None:
         """What estimates the gradient of the mixture; None for an algorithm that estimates none."""
+        return None
+
+    @property
+    def action_transform(self) -> HamiltonianTransform | None:
+        """What evolves actions along the action values; None for an algorithm that has none."""
         return None
 
     @property

@@ -66,7 +66,7 @@ def make_dac(
     """
     critic = make_option_value_network(
         observation_dim,
-        actor.network.mixture.num_components,
+        actor.num_options,
         hidden_sizes=hidden_sizes,
         activation=activation,
         observation_key=actor.in_keys[0],

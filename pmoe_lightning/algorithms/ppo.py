@@ -15,6 +15,7 @@ from pmoe_lightning.algorithms.on_policy import OnPolicyAlgorithm
 from pmoe_lightning.estimators import AbstractEstimator, Frequency, Marginalized
 from pmoe_lightning.limits import NonNegativeFloat, Of, PositiveFloat, checked, take
 from pmoe_lightning.losses import PMOEPPOLoss
+from pmoe_lightning.modules.actors import MixtureActor
 from pmoe_lightning.modules.critics import make_qvalue_network, make_value_network
 from pmoe_lightning.modules.networks import Activation, HiddenSizes
 
@@ -84,7 +85,7 @@ def make_ppo(
     Raises:
         ValueError: the estimator cannot serve the actor's distribution.
     """
-    routing = estimator if isinstance(estimator, Frequency) and actor[0].module.num_components > 1 else None
+    routing = estimator if isinstance(estimator, Frequency) and _has_several(actor) else None
     sizes: dict[str, Any] = {"hidden_sizes": hidden_sizes, "activation": activation, "initialization": "orthogonal"}
     sizes["observation_key"] = actor.in_keys[0]
     loss = PMOEPPOLoss(
@@ -102,3 +103,8 @@ def make_ppo(
     )
     policy = actor if normalizer is None else TensorDictSequential(normalizer, actor)
     return PPO(loss, actor, policy, policy_description=policy_description, **arguments)
+
+
+def _has_several(actor: SafeProbabilisticTensorDictSequential) -> bool:
+    """Whether there is something to route; an actor that does not say how many components it has may have several."""
+    return not isinstance(actor, MixtureActor) or actor.num_components > 1

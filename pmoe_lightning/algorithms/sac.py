@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
@@ -20,6 +20,7 @@ from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.limits import FiniteFloat, Limit, Of, PositiveFloat, PositiveInt, UnitInterval, checked
 from pmoe_lightning.losses import PMOESACLoss, SafeSACLoss
 from pmoe_lightning.modules.critics import make_qvalue_network
+from pmoe_lightning.modules.encoders import PixelEncoder
 from pmoe_lightning.modules.networks import Activation, HiddenSizes
 from pmoe_lightning.processes.collectives import average_over_processes
 from pmoe_lightning.safe.constraint import CostConstraint
@@ -38,6 +39,7 @@ class SAC(AbstractAlgorithm):
         loss: the loss module, with its value estimator (gamma) set.
         actor: the policy inside ``loss``.
         normalizer: writes the entry the actor reads, from ``observation``; None where that is the observation.
+        encoder: the one inside ``loss``, which writes the observation from ``pixels``; None where there is none.
         lr: learning rate of all three groups.
         lr_actor, lr_qvalue, lr_alpha: that of one group; None is ``lr``.
         betas: of Adam.
@@ -57,6 +59,7 @@ class SAC(AbstractAlgorithm):
         actor: SafeProbabilisticTensorDictSequential,
         *,
         normalizer: TensorDictModuleBase | None = None,
+        encoder: PixelEncoder | None = None,
         lr: PositiveFloat = 3e-4,
         lr_actor: PositiveFloat | None = None,
         lr_qvalue: PositiveFloat | None = None,
@@ -68,7 +71,10 @@ class SAC(AbstractAlgorithm):
         policy_description: Mapping[str, Any] | None = None,
     ) -> None:
         policy = loss.acting_policy(actor)
-        policy = policy if normalizer is None else TensorDictSequential(normalizer, policy)
+        written, before = policy.out_keys, [part for part in (encoder, normalizer) if part is not None]
+        policy = TensorDictSequential(*before, policy) if before else policy
+        if encoder is not None:  # the observation stays within: it changes with every update
+            policy.select_out_keys(*written)
         super().__init__(loss, actor, policy, policy_description)
         rates = (lr_actor, lr_qvalue, lr_alpha)
         self.lr_actor, self.lr_qvalue, self.lr_alpha = (lr if rate is None else rate for rate in rates)
@@ -80,8 +86,24 @@ class SAC(AbstractAlgorithm):
         self.update: SACUpdate | None = None
 
     @property
+    def last_observation(self) -> Tensor | None:
+        """The observations of the last minibatch; those that pixels stand for, as they are encoded now."""
+        if self._last is None or not self.loss.encodes or self._last.ndim == 2:
+            return self._last
+        with torch.no_grad():
+            return self.loss.encoded(TensorDict(pixels=self._last, batch_size=len(self._last))).get("observation")
+
+    @last_observation.setter
+    def last_observation(self, value: Tensor | None) -> None:
+        self._last = value
+
+    @property
     def estimator(self) -> AbstractEstimator:
         return self.loss.estimator
+
+    @property
+    def action_transform(self) -> HamiltonianTransform | None:
+        return self.loss.action_transform
 
     def planned_updates(self, data: Any) -> float:
         return data.planned_minibatches
@@ -116,7 +138,7 @@ class SAC(AbstractAlgorithm):
                 if self.target_updater is not None:
                     self.target_updater.step()
                 self.record_loss(out.exclude("statistics"))
-        self.last_observation = batch.get(self.observation_key)[-1]
+        self.last_observation = batch.get("pixels" if self.loss.encodes else self.observation_key)[-1]
 
     def differentiate(self, total: Tensor, statistics: TensorDictBase | None) -> None:
         if self.trainer.world_size == 1:
@@ -144,6 +166,7 @@ def make_sac(
     target_entropy: FiniteFloat | None = None,
     action_transform: HamiltonianTransform | None = None,
     constraint: CostConstraint | None = None,
+    encoder: PixelEncoder | None = None,
     policy_description: Mapping[str, Any] | None = None,
     **arguments: Annotated[Any, Of(SAC)],
 ) -> SAC:
@@ -160,6 +183,7 @@ def make_sac(
         alpha_init: initial temperature.
         target_entropy: in nats; ``None`` is -A.
         action_transform: evolves actions, see ``PMOESACLoss``; its parameters learn with the actor's.
+        encoder: makes the observation of ``pixels``, see ``PMOESACLoss``; O is then what it makes.
         constraint: limits the cost, see ``SafeSACLoss``, with two critics of the cost besides.
         policy_description: see ``AbstractAlgorithm``.
         **arguments: of ``SAC``: normalizer, lr, lr_actor, lr_qvalue, lr_alpha, betas, tau, policy_delay, compile.
@@ -177,6 +201,7 @@ def make_sac(
     of_loss: dict[str, Any] = {
         "estimator": estimator,
         "action_transform": action_transform,
+        "encoder": encoder,
         "alpha_init": alpha_init,
         "target_entropy": float(-action_dim if target_entropy is None else target_entropy),
     }
@@ -185,4 +210,4 @@ def make_sac(
     else:
         loss = SafeSACLoss(actor, make_critics(), make_critics(), constraint, **of_loss)
     loss.make_value_estimator(gamma=gamma)
-    return SAC(loss, actor, policy_description=policy_description, **arguments)
+    return SAC(loss, actor, encoder=encoder, policy_description=policy_description, **arguments)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from pmoe_lightning.checkpoints.blocks import locate_blocks
 from pmoe_lightning.checkpoints.files import read_checkpoint, write_checkpoint
 from pmoe_lightning.errors import RunError
 
@@ -48,10 +49,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Verify and read ``path``: tensors and plain values only, unless ``weights_only`` is ``False``.
 
         Raises:
-            RunError: the file is missing, damaged or not a checkpoint.
+            RunError: the file, or a block that it names, is missing or damaged, or it is not a checkpoint.
         """
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only is not False)
         if Path(path) in self.already_read:
             return self.already_read.pop(Path(path))
-        return read_checkpoint(path, map_location=map_location)
+        checkpoint = read_checkpoint(path, map_location=map_location)
+        locate_blocks(checkpoint, path)
+        return checkpoint

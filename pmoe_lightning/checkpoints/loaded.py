@@ -20,17 +20,21 @@ class LoadedPolicy(TensorDictModuleBase):
     """What ``load_policy`` returns: ``tensordict["observation"] [*B, O] -> tensordict["action"] [*B, A]``.
 
     Observations may be of any number type, NumPy's included: they are cast to that of the weights. What the caller's
-    tensordict holds stays as it is.
+    tensordict holds stays as it is. A policy that sees pixels reads ``pixels`` uint8 [*B, C, H, W] in place of it.
 
     Args:
         policy: an actor, with its normaliser in front, its action transform behind and its candidates around it.
         observation_dim: O.
+        pixels: C, H and W of what is seen; None: the policy reads observations.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, observation_dim: int) -> None:
+    def __init__(
+        self, policy: TensorDictModuleBase, observation_dim: int, pixels: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.policy, self.observation_dim = policy, observation_dim
-        self.in_keys, self.out_keys = list(policy.in_keys), list(policy.out_keys)
+        self.policy, self.observation_dim, self.pixels = policy, observation_dim, pixels
+        self.in_keys = list(policy.in_keys)
+        self.out_keys = [key for key in policy.out_keys if pixels is None or key != "observation"]
 
     @property
     def actor(self) -> Actor:
@@ -40,7 +44,8 @@ class LoadedPolicy(TensorDictModuleBase):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         out = self.policy(self._inputs(tensordict))
-        return tensordict.update(out.exclude(*self.in_keys))
+        hidden = self.in_keys if self.pixels is None else [*self.in_keys, "observation"]
+        return tensordict.update(out.exclude(*hidden))
 
     def get_dist(self, tensordict: TensorDictBase) -> Distribution | OptionPolicies:
         """The mixture at the observations of the tensordict; the ``OptionPolicies`` of a policy with options.
@@ -54,6 +59,8 @@ class LoadedPolicy(TensorDictModuleBase):
     def predict(self, observation: Any) -> np.ndarray:
         """The action [A] for an observation [O], or the actions [B, A] for a batch of them [B, O], as float32.
 
+        A policy that sees pixels takes them, [C, H, W] or [B, C, H, W] of whole numbers from 0 to 255.
+
         Acts by the exploration type in force, so deterministically unless one is set.
 
         Args:
@@ -66,15 +73,33 @@ class LoadedPolicy(TensorDictModuleBase):
             >>> observation, _ = env.reset()
             >>> observation, *_ = env.step(load_policy("checkpoints/best.ckpt").predict(observation))
         """
-        if memory := [str(key) for key in self.in_keys if key != "observation"]:
+        if memory := [str(key) for key in self.in_keys if key not in ("observation", "pixels")]:
             raise ValueError(
                 f"predict takes observations alone, but this policy also reads {', '.join(memory)}: call it with a "
                 "TensorDict, in an environment made by envs.with_memory"
             )
-        values = self._observation(observation)
-        batch = TensorDict(observation=values.reshape(-1, self.observation_dim), batch_size=values.shape[:-1].numel())
+        values = self._observation(observation) if self.pixels is None else self._seen(observation, self.pixels)
+        single = (self.observation_dim,) if self.pixels is None else self.pixels
+        rows = values.reshape(-1, *single)
+        batch = TensorDict({self.in_keys[0]: rows}, batch_size=len(rows))
         action = self.policy(batch).get("action").numpy(force=True).astype(np.float32, copy=False)
-        return action.reshape(*values.shape[:-1], action.shape[-1])
+        return action.reshape(*values.shape[: values.ndim - len(single)], action.shape[-1])
+
+    def _seen(self, pixels: Any, shape: tuple[int, ...]) -> Tensor:
+        """Pixels as a tensor beside the weights, checked."""
+        try:
+            pixels = pixels.numpy(force=True) if isinstance(pixels, Tensor) else pixels
+            values = np.asarray(pixels)
+            values = values if values.dtype.kind in "biuf" else values.astype(np.float64)
+            with np.errstate(invalid="ignore"):  # what is no byte is said below
+                whole = values.astype(np.uint8)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the pixels are not an array of numbers: {error_line(error)}") from None
+        if values.ndim not in (3, 4) or values.shape[-3:] != shape:
+            raise ValueError(f"the pixels must be of shape {list(shape)} or [B, ...], not {list(values.shape)}")
+        if not np.array_equal(whole, values):
+            raise ValueError("the pixels must be whole numbers from 0 to 255")
+        return torch.from_numpy(np.ascontiguousarray(whole)).to(next(self.policy.parameters()).device)
 
     def _observation(self, observation: Any) -> Tensor:
         """The observation as a tensor beside the weights, checked."""
@@ -96,5 +121,7 @@ class LoadedPolicy(TensorDictModuleBase):
         """What the policy reads, numbers of any width in that of its weights."""
         dtype = next(self.policy.parameters()).dtype
         inputs = tensordict.select(*(self.in_keys if keys is None else keys))
+        if self.pixels is not None:
+            return inputs
         key = self.in_keys[0]
         return inputs.set(key, inputs.get(key).to(dtype))

@@ -30,6 +30,7 @@ from pmoe_lightning.modules.actors import (
 )
 from pmoe_lightning.modules.critics import QValueEnsemble, make_layer_norm_network, make_qvalue_network
 from pmoe_lightning.modules.crossq import make_crossq_network
+from pmoe_lightning.modules.encoders import PixelEncoder, make_drq_encoder
 from pmoe_lightning.modules.networks import make_mlp
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, make_option_actor
@@ -48,9 +49,11 @@ CRITICS: dict[str, Callable[..., TensorDictModule]] = {
     "layer_norm": make_layer_norm_network,
     "plain": make_qvalue_network,
 }
+ENCODERS: dict[str, Callable[..., PixelEncoder]] = {"drq": make_drq_encoder}
 FORMAT = 1
 _NUM_CRITICS = 2
 _MAX_PARAMETERS = 500_000_000
+_MAX_PIXELS = 16 * 3 * 512 * 512
 
 
 def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
@@ -94,6 +97,8 @@ def policy_entry(checkpoint: Mapping[str, Any], where: str = "the checkpoint") -
         _check_arguments(make_hamiltonian_transform, transform, f"{place}.action_transform")
     if description.get("safe") is not None and "safe" not in own:
         _check_arguments(CostConstraint, _get(description, "safe", dict, place), f"{place}.safe")
+    if description.get("encoder") is not None and "encoder" not in own:
+        _check_encoder(_get(description, "encoder", dict, place), size, f"{place}.encoder")
     return entry if units == "normalized" else _with_normalized_actions(entry)
 
 
@@ -147,7 +152,9 @@ def build_policy(
     factories = _chosen_parts(description, parts or {}, where)
     try:
         actor = factories["actor"](**sizes, **arguments)
-        first = [ObservationNormalizer(sizes["observation_dim"])] if description["normalize_observation"] else []
+        encoder = _make_encoder(description, factories)
+        first: list[Any] = [] if encoder is None else [encoder]
+        first += [ObservationNormalizer(sizes["observation_dim"])] if description["normalize_observation"] else []
         modules = [actor, *(transform := _make_transform(description, factories, actor, where))]
         safe = _make_safe(description, factories, actor, transform, where)
     except (TypeError, ValueError) as error:
@@ -165,7 +172,8 @@ def build_policy(
     for module in policy.modules():
         if isinstance(module, ProbabilisticTensorDictModule | OptionActor | EvolveAction | SafePolicy):
             module.default_interaction_type = InteractionType.DETERMINISTIC
-    return LoadedPolicy(policy, description["observation_dim"]).to(device).eval()
+    shape = None if encoder is None else tuple(encoder.shape)
+    return LoadedPolicy(policy, description["observation_dim"], shape).to(device).eval()
 
 
 def own_parts(description: Mapping[str, Any]) -> dict[str, str]:
@@ -191,7 +199,7 @@ def _chosen_parts(
     """
     actor = description["actor"]
     chosen: dict[str, Any] = {"actor": given.get(f"actor/{actor}", ACTORS.get(actor))}
-    chosen |= {"action_transform": make_hamiltonian_transform, "safe": CostConstraint}
+    chosen |= {"action_transform": make_hamiltonian_transform, "safe": CostConstraint, "encoder": None}
     for group, name in own_parts(description).items():
         key = f"{group}/{name}"
         if key not in given and group != "env":  # whoever steps the environment sees to that
@@ -263,6 +271,32 @@ def make_critic(
     _check_arguments(make_mlp, sizes, place)
     _check_size(sizes, observations + actions, 1, place)
     return CRITICS[kind](observations, actions, **sizes, observation_key=key)
+
+
+def _make_encoder(description: Mapping[str, Any], parts: Mapping[str, Callable]) -> Any:
+    """What is in front of a policy that sees pixels, its weights not loaded; None for one that sees its state."""
+    described = description.get("encoder")
+    if described is None:
+        return None
+    own: Callable[..., Any] | None = parts["encoder"]
+    factory = ENCODERS[described["kind"]] if own is None else own
+    return factory(**{key: value for key, value in described.items() if key != "kind"})
+
+
+def _check_encoder(described: Mapping[str, Any], features: int, where: str) -> None:
+    """Reject an encoder that this package does not have, or that would not make the actor's observation."""
+    kind, shape = _get(described, "kind", str, where), _get(described, "shape", list, where)
+    if kind not in ENCODERS:
+        raise RunError(f"{where}: unknown kind {kind!r}; known: {', '.join(ENCODERS)}")
+    _check_arguments(ENCODERS[kind], {key: value for key, value in described.items() if key != "kind"}, where)
+    sides = [side for side in shape if type(side) is int and 1 <= side <= MAX_WIDTH]
+    if len(shape) != 3 or sides != shape or math.prod(sides) > _MAX_PIXELS:
+        raise RunError(f"{where}: shape {shape!r} is not that of pixels, [C, H, W]")
+    if described.get("features", features) != features:
+        raise RunError(f"{where}: features {described['features']} are not the actor's observation_dim {features}")
+    channels = described.get("channels", [])
+    if max(channels, default=0) ** 2 * 9 * len(channels) > _MAX_PARAMETERS:
+        raise RunError(f"{where}: the encoder would have more than {_MAX_PARAMETERS} parameters")
 
 
 def _make_transform(

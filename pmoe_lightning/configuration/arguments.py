@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Container, Iterator, Sequence, Set
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,16 @@ def read_override(word: str) -> tuple[str, Any]:
         key, _, value = word.partition("=")
         raise ConfigurationError(f"{key} has several values, {value}: give one, or a list in brackets")
     return override.key_or_group, override.value()
+
+
+def check_finite(key: str, value: Any) -> None:
+    """Refuse a number that is infinite or not a number: nothing can be done with it, an environment included.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if isinstance(value, float) and not isfinite(value):
+        raise ConfigurationError(f"{key}={value} must be a finite number")
 
 
 def _is_override(word: str) -> bool:

@@ -17,7 +17,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from pmoe_lightning.configuration.arguments import quote_value
+from pmoe_lightning.configuration.arguments import is_set_by, quote_value
 from pmoe_lightning.configuration.groups import group_choices
 from pmoe_lightning.configuration.schemas import fields_of, register, schemas
 from pmoe_lightning.errors import ConfigurationError, error_line, first_line
@@ -121,6 +121,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if isinstance(cause, ValidationError) and key:
         return f"{key}: {_wrong_type(cause)}"
     if ambiguous := re.match("Ambiguous value for argument '(.*)'", text):
+        if is_set_by(ambiguous[1], "resume"):
+            return f"{ambiguous[1]} has several values: resume continues one run"
         return f"{ambiguous[1]} has several values: add --multirun to run each, or write a list with brackets"
     for word in overrides:
         name, _, value = word.partition("=")

@@ -57,7 +57,7 @@ def root_schema() -> type:
     }
     groups = ("algo", "actor", "estimator", "env", "data", "trainer", "callbacks")
     fields: dict[str, tuple[str, Any, Any]] = {group: (group, Any, MISSING) for group in groups}
-    fields |= {group: (group, Any, None) for group in ("critic", "action_transform", "safe", "logger")}
+    fields |= {group: (group, Any, None) for group in ("critic", "encoder", "action_transform", "safe", "logger")}
     fields["callbacks"] = ("callbacks", dict[str, Any], dataclasses.field(default_factory=dict))
     fields |= {key: _field(key, parameter) for key, parameter in stated(keys).items()}
     return dataclasses.make_dataclass("Configuration", fields.values())
@@ -71,6 +71,10 @@ def register() -> None:
     for group, choices in schemas().items():
         for choice, schema in choices.items():
             store.store(group=f"schema/{group}", name=choice, node=schema)
+    seen = read_parameters("pmoe_lightning.envs.pixels.pixel_settings")
+    fields = [_field(key, parameter) for key, parameter in seen.items()]
+    # A part of every file of ``env`` that asks for it.
+    store.store(group="schema/env_pixels", name="seen", node=dataclasses.make_dataclass("seen", fields))
 
 
 def fields_of(schema: type) -> dict[str, dataclasses.Field]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from importlib.util import find_spec
-from math import isfinite
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pmoe_lightning.configuration.arguments import check_finite
 from pmoe_lightning.configuration.composition import nearest
 from pmoe_lightning.configuration.schemas import parameters_of, schemas
 from pmoe_lightning.errors import ConfigurationError, first_line
@@ -30,8 +30,7 @@ def validate(cfg: DictConfig) -> None:
     for path, value, parameter in _leaves(cfg):
         if parameter is not None and not parameter.accepts(value):
             raise ConfigurationError(f"{path}={_shown(value)} must be {parameter}")
-        if isinstance(value, float) and not isfinite(value):
-            raise ConfigurationError(f"{path}={value} must be a finite number")
+        check_finite(path, value)
     if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
         raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of a Gymnasium environment")
     for name, node in cfg.callbacks.items():
@@ -41,6 +40,7 @@ def validate(cfg: DictConfig) -> None:
     _check_algorithm_and_actor(cfg)
     _check_estimator_and_actor(cfg)
     _check_critic(cfg)
+    _check_pixels(cfg)
     _check_action_transform(cfg)
     _check_safe(cfg)
 
@@ -176,6 +176,27 @@ def _check_critic(cfg: DictConfig) -> None:
                 f"critic=... chooses the critics of sac; those of {algo} are plain, of the sizes algo.hidden_sizes: "
                 "use algo=sac or critic=none"
             )
+
+
+def _check_pixels(cfg: DictConfig) -> None:
+    seen = cfg.env.get("pixels")
+    size = seen.get("size") if isinstance(seen, DictConfig) else None
+    if size is None:
+        # One of the user's own may show pixels without being asked.
+        if cfg.encoder and isinstance(seen, DictConfig):
+            raise ConfigurationError("encoder=... encodes pixels: set env.pixels.size, such as 84, or encoder=none")
+        return
+    if _choice(cfg, "algo") in _ON_POLICY:
+        raise ConfigurationError(
+            f"env.pixels.size={size}: algo={_choice(cfg, 'algo')} learns from the state alone; use algo=sac, "
+            "or env.pixels.size=null"
+        )
+    if not cfg.encoder:
+        raise ConfigurationError(f"env.pixels.size={size} needs an encoder: use encoder=drq")
+    if cfg.data.get("normalize_observation"):
+        raise ConfigurationError(
+            "data.normalize_observation=true normalises states, and pixels are not: use false with env.pixels.size"
+        )
 
 
 def _check_action_transform(cfg: DictConfig) -> None:

@@ -207,7 +207,9 @@ class CollectedData(LightningDataModule, ABC):
         broken = following.get("reward").isnan()
         if broken.any():
             self.breakdowns += int(broken.sum())
-            following.set("observation", torch.where(broken, rollout.get("observation"), following.get("observation")))
+            if "observation" in rollout.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
+                observation = torch.where(broken, rollout.get("observation"), following.get("observation"))
+                following.set("observation", observation)
             following.set("reward", following.get("reward").masked_fill(broken, 0.0))
             rollout.set("unusable", broken)
 

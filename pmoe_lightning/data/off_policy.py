@@ -1,8 +1,10 @@
 """Replay data for off-policy learning: collected transitions go to a buffer, updates draw from it at a fixed ratio."""
 
+import logging
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,17 +13,33 @@ from torch import Tensor
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs import EnvBase
 
+from pmoe_lightning.checkpoints.blocks import FOLDER, remove_unnamed
 from pmoe_lightning.data.collection import CollectedData, Source, round_up
+from pmoe_lightning.data.frames import FrameStore, check_memory, pictures_of, random_shift
 from pmoe_lightning.data.n_step import NStepTransitions
 from pmoe_lightning.errors import ConfigurationError, NonFiniteError
-from pmoe_lightning.limits import NonNegativeInt, Of, PositiveFloat, PositiveInt, checked
+from pmoe_lightning.limits import Limit, NonNegativeInt, Of, PositiveFloat, PositiveInt, checked
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 
-__all__ = ["OffPolicyData"]
+__all__ = ["OffPolicyData", "Pictures"]
+
+_log = logging.getLogger(__name__)
+Shift = Annotated[int, Limit(low=0, high=16)]
 
 _NEXT_KEYS = ("observation", "reward", "done", "terminated", "truncated")
 _KEYS = ("observation", "action", *(("next", key) for key in _NEXT_KEYS))
 _COST = ("next", "cost")
+
+
+class Pictures(NamedTuple):
+    """What a buffer must know of environments that show pixels."""
+
+    shape: tuple[int, ...]
+    """Of an observation, [S C, H, W]."""
+    stack: int
+    """S: the pictures in it."""
+    folder: Path | None = None
+    """Of the checkpoints, which then name the pictures (``checkpoints.blocks``); None: they hold them."""
 
 
 class OffPolicyData(CollectedData):
@@ -41,6 +59,10 @@ class OffPolicyData(CollectedData):
     ``normalizer``, which the policy must contain, every rollout enters its statistics, and minibatches hold
     ``observation_normalized`` and next.observation_normalized by the newest ones.
 
+    With ``pictures`` it holds ``pixels`` [S C, H, W] in place of both observations, each moved by up to
+    ``random_shift`` pixels, drawn anew every time. The buffer stores every picture once (``frames.FrameStore``); where
+    an episode ends there is one more than transitions, and so many fewer transitions fit.
+
     The buffer lies on the policy's device and holds at most ``buffer_size`` transitions, or all of the run if that is
     fewer.
 
@@ -51,7 +73,9 @@ class OffPolicyData(CollectedData):
         utd_ratio: updates per environment frame after the warm-up.
         n_step: the most steps of a transition.
         gamma, cost_gamma: discounts of reward and cost per step, where there are several.
+        random_shift: the most pixels by which observations of pixels are moved, either way.
         normalizer: the one inside ``policy``, or None.
+        pictures: of environments that show pixels.
 
     Attributes:
         planned_minibatches: about how many the whole run will draw.
@@ -78,7 +102,9 @@ class OffPolicyData(CollectedData):
         n_step: PositiveInt = 1,
         gamma: float = 0.99,
         cost_gamma: float | None = None,
+        random_shift: Shift = 4,
         normalizer: ObservationNormalizer | None = None,
+        pictures: Pictures | None = None,
         **arguments: Annotated[Any, Of(CollectedData)],
     ) -> None:
         super().__init__(
@@ -111,7 +137,12 @@ class OffPolicyData(CollectedData):
             )
         self.capacity, self.batch_size = capacity, batch_size
         self.n_step = NStepTransitions(n_step, gamma, cost_gamma) if n_step > 1 else None
-        self.normalizer = normalizer
+        self.normalizer, self.pictures, self.random_shift = normalizer, pictures, random_shift
+        if pictures is not None:
+            number = pictures_of(buffer_size, round_up(total_frames, frames_per_batch))
+            _log.info("%s", check_memory(number, pictures.shape, pictures.stack, torch.device("cpu"), refuse=False))
+            self._num_pictures = number
+        self.frames: FrameStore | None = None
         OffPolicyData.check_processes(self, 1)
         self.updates_owed = Fraction(0)
         self.buffer: ReplayBuffer | None = None
@@ -131,12 +162,18 @@ class OffPolicyData(CollectedData):
     def make_batch(self, rollout: TensorDictBase) -> TensorDictBase | None:
         """Store the rollout; return as many minibatches [U, B] as updates are owed, or None."""
         if self.buffer is None:
+            if self.pictures is None and "pixels" in rollout.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
+                raise ConfigurationError(
+                    "the environment shows pixels: give OffPolicyData(pictures=Pictures(shape, stack))"
+                )
             self.buffer = self._make_buffer()
         frames = rollout.numel() * self.world_size
         if self._given >= self.warm_up:
             self.updates_owed += frames * self.utd_ratio
         self._given += frames
         keys = (*_KEYS, _COST) if _COST in rollout.keys(include_nested=True) else _KEYS
+        if self.frames is not None:
+            rollout = self.frames.number(rollout)
         if self.normalizer is not None:
             self.normalizer.update(self._gather(rollout.get("observation")))
         transitions = self._transitions(rollout.select(*keys, "unusable", strict=False))
@@ -152,10 +189,24 @@ class OffPolicyData(CollectedData):
             )
         self.updates_owed -= updates
         share = self.batch_size // self.world_size
-        batch = self.buffer.sample(updates * share).view(updates, share)
+        batch = self._sample(updates * share).view(updates, share)
         if self.normalizer is not None:
             for part in (batch, batch.get("next")):
                 self.normalizer(part)
+        return batch
+
+    def _sample(self, size: int) -> TensorDictBase:
+        """Transitions drawn uniformly, [size]."""
+        assert self.buffer is not None  # who asks has filled it
+        if self.frames is None:
+            return self.buffer.sample(size)
+        stored = self.buffer[: len(self.buffer)]
+        whole = (stored.get("observation")[:, 0] >= self.frames.oldest).nonzero().squeeze(1)
+        batch = stored[whole[torch.randint(len(whole), (size,), device=whole.device)]]
+        for part in (batch, batch.get("next")):
+            pixels = self.frames.look_up(part.get("observation"))
+            part.set("pixels", random_shift(pixels, self.random_shift) if self.random_shift else pixels)
+            part.pop("observation")
         return batch
 
     def _transitions(self, rollout: TensorDictBase) -> TensorDictBase:
@@ -172,7 +223,15 @@ class OffPolicyData(CollectedData):
         return super()._make_collector(init_random_frames=0 if refills else self.warm_up // self.world_size)
 
     def _make_buffer(self) -> ReplayBuffer:
-        return ReplayBuffer(storage=LazyTensorStorage(-(-self.capacity // self.world_size), device=self.device))
+        capacity = -(-self.capacity // self.world_size)
+        if self.pictures is not None:
+            shape, stack, _ = self.pictures
+            steps = 1 if self.n_step is None else self.n_step.n
+            # Beside the transitions' own, those that the oldest of them began with.
+            number = -(-self._num_pictures // self.world_size) + self.environments * (stack + steps)
+            check_memory(number, shape, stack, self.device)
+            self.frames = FrameStore(number, shape, stack=stack, num_envs=self.environments, device=self.device)
+        return ReplayBuffer(storage=LazyTensorStorage(capacity, device=self.device))
 
     def experience(self) -> dict[str, Any]:
         experience = super().experience()
@@ -184,6 +243,11 @@ class OffPolicyData(CollectedData):
             experience["replay"] = {"transitions": transitions, "cursor": cursor, "given": self._given}
             if self.n_step is not None:
                 experience["replay"]["waiting"] = self.n_step.state_dict()
+            if self.frames is not None and self.pictures is not None:
+                folder = None if self.pictures.folder is None else self.pictures.folder / FOLDER
+                if folder is not None and (self.trainer is None or self.trainer.is_global_zero):
+                    remove_unnamed(folder)
+                experience["replay"]["frames"] = self.frames.state_dict(folder)
         return experience
 
     def _restore(self) -> None:
@@ -193,6 +257,9 @@ class OffPolicyData(CollectedData):
             if replay["transitions"]:  # none where the first are still incomplete
                 _refill(self.buffer, replay["transitions"], replay["cursor"])
             self._given = replay["given"]
+            if self.frames is not None:
+                frames = replay["frames"]
+                self.frames.load_state_dict(frames, Path(frames["folder"]) if "folder" in frames else None)
             if self.n_step is not None:
                 self.n_step.load_state_dict(replay.get("waiting", {}))
         super()._restore()

@@ -16,6 +16,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.envs.object_parts import NotCaptured
+from pmoe_lightning.envs.rendering import Scene
 from pmoe_lightning.errors import NonFiniteError, RunError, is_exit
 
 __all__ = ["AbstractEnvironment", "Entry", "NotCaptured", "carried_entries", "with_memory"]
@@ -39,8 +40,9 @@ class Entry(NamedTuple):
 class AbstractEnvironment(EnvBase):
     """N simulated environments with continuous actions, stepped together: the whole of what other parts ask of them.
 
-    Root keys: ``observation`` float32 [N, O], ``done``, ``terminated``, ``truncated`` bool [N, 1], and the running
-    totals since the start of the episode, ``episode_return`` float32 [N, 1] and ``episode_length`` int64 [N, 1].
+    Root keys: ``observation`` float32 [N, O], or in its place the entry that ``observed`` names; ``done``,
+    ``terminated``, ``truncated`` bool [N, 1]; and the running totals since the start of the episode, ``episode_return``
+    float32 [N, 1] and ``episode_length`` int64 [N, 1].
     ``next`` holds the same, the final totals where ``done`` is set, plus ``reward`` float32 [N, 1].
     ``done = terminated | truncated``. Where an episode ends, ``next`` holds its true last observation and the following
     root the first observation of the next episode.
@@ -62,25 +64,28 @@ class AbstractEnvironment(EnvBase):
     step of an episode, and wherever nothing was written.
 
     A simulator is one subclass: :meth:`_begin` and :meth:`_simulate`; :meth:`_capture` and :meth:`_restore` if its
-    runs are to be resumed in the middle of an episode; :meth:`picture` and ``seconds_per_step`` for films. What makes
+    runs are to be resumed in the middle of an episode; :meth:`picture` and ``seconds_per_step`` for films and
+    :meth:`picture` or :meth:`scene` for pixels (``envs.pixels``). What makes
     it, ``_target_`` of a file in ``conf/env``, is called with ``id``, ``num_envs``, ``seed`` and the other values of
     that file; for a policy with memory with ``carry``, and for a film with ``render_mode="rgb_array"``.
 
     Attributes:
         name: what messages call it.
         entries: of every root, by key.
+        observed: the key of what is observed.
         is_mujoco: whether MuJoCo simulates, whose breakdowns never end a run.
         ended_in: of every environment, the mode in which its last episode ended, -1 for none (``envs.modes``); a
             simulator that names modes writes it.
 
     Args:
         num_envs: N.
-        observation_dim: O.
+        observation_dim: O, where vectors are observed.
         low, high: bounds of the action, [A].
         name: as above.
         seed: environment i receives ``seed + i`` at its first reset (None: nondeterministic).
         carry: entries handed on to the next step.
         has_cost: whether steps have a cost.
+        observed: another entry in place of ``observation``, such as ``("pixels", Entry((9, 84, 84), torch.uint8))``.
 
     Raises:
         NonFiniteError: when stepped with an action that is not finite, or reset in vain.
@@ -92,13 +97,14 @@ class AbstractEnvironment(EnvBase):
         self,
         *,
         num_envs: int,
-        observation_dim: int,
+        observation_dim: int = 0,
         low: np.ndarray,
         high: np.ndarray,
         name: str,
         seed: int | None = None,
         carry: Sequence[str] = (),
         has_cost: bool = False,
+        observed: tuple[str, Entry] | None = None,
     ) -> None:
         super().__init__(device=None, batch_size=torch.Size([num_envs]))
         self.name = name
@@ -109,7 +115,8 @@ class AbstractEnvironment(EnvBase):
         self.carry = tuple(carry)
         self._carried = {name: f"{name}{_PREVIOUS}" for name in carry}
         number, count, flag = (Entry((1,), dtype) for dtype in (torch.float32, torch.int64, torch.bool))
-        self.entries = {"observation": Entry((observation_dim,), torch.float32)}
+        self.observed, entry = observed or ("observation", Entry((observation_dim,), torch.float32))
+        self.entries = {self.observed: entry}
         self.entries |= dict.fromkeys(_FLAGS, flag) | dict(zip(_TOTALS, (number, count), strict=True))
         self.entries |= dict.fromkeys(_COSTS if has_cost else (), number) | dict.fromkeys(self._carried.values(), count)
         totals = (*_TOTALS, *_COSTS) if has_cost else _TOTALS
@@ -168,6 +175,10 @@ class AbstractEnvironment(EnvBase):
         """
         raise RunError(f"environment {self.name} cannot render to arrays")
 
+    def scene(self) -> Scene | None:
+        """What MuJoCo draws of environment 0, for pictures of any size; None: it is drawn by :meth:`picture` alone."""
+        return None
+
     # -- what others ask -----------------------------------------------------------------------------------------------
     def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
         """Step all environments, write ``next``, reset those that are done; returns (the input, the next root)."""
@@ -188,7 +199,7 @@ class AbstractEnvironment(EnvBase):
             root: as made by ``empty_root``; the next root is written here, with new episodes where any have ended.
         """
         ended = self._step_envs(action, carried, outcome)
-        root["observation"][...] = outcome["observation"]
+        root[self.observed][...] = outcome[self.observed]
         for key in self._at_start:
             root[key][...] = outcome[key]
         if ended:
@@ -197,7 +208,8 @@ class AbstractEnvironment(EnvBase):
     def empty_root(self, *steps: int) -> dict[str, np.ndarray]:
         """Arrays [*steps, N, ...] for the entries of a root, before anything is observed."""
         n = self.batch_size[0]
-        arrays = {"observation": _aligned((*steps, n, *self.entries["observation"].shape), torch.float32)}
+        shape, dtype = self.entries[self.observed]
+        arrays = {self.observed: _aligned((*steps, n, *shape), dtype)}
         arrays |= zip(_FLAGS, np.zeros((3, *steps, n, 1), np.bool_), strict=True)
         arrays["episode_return"] = np.zeros((*steps, n, 1), np.float32)
         arrays["episode_length"] = np.zeros((*steps, n, 1), np.int64)
@@ -347,7 +359,7 @@ class AbstractEnvironment(EnvBase):
 
     def _start_episodes(self, root: Arrays, rows: Iterable[int]) -> None:
         for i in rows:
-            self._start_episode(i, root["observation"][i])
+            self._start_episode(i, root[self.observed][i])
             self._returns[i], self._lengths[i], self._costs[i] = 0.0, 0, 0.0
             for key, value in self._at_start.items():
                 root[key][i] = value

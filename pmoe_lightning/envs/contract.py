@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.spaces import Box, Dict, Tuple
 from gymnasium.spaces.utils import flatten_space
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_observation",
     "check_reset",
     "check_step",
+    "default_dtype_kept",
     "one_flag",
     "one_line",
     "one_number",
@@ -77,8 +79,8 @@ def vector_size(space: gymnasium.Space, name: str) -> int:
         for part, where in parts:
             if _is_image(part):
                 raise ConfigurationError(
-                    f"environment {name!r} has images as {where}, {_shown(part)}: there is no encoder for them; "
-                    "wrap it so that it observes a flat vector of features"
+                    f"environment {name!r} has images as {where}, {_shown(part)}, of which no vector is made: "
+                    "wrap it so that it observes a flat vector of features; env.pixels.size=84 then shows its pictures"
                 )
         flat = flatten_space(space) if parts else Box(0, 1, (0,))  # it cannot flatten a structure without parts
     except NotImplementedError:
@@ -179,7 +181,8 @@ def one_line(name: str, call: str) -> Iterator[None]:
         ConfigurationError: from any exception, whose traceback it keeps.
     """
     try:
-        yield
+        with default_dtype_kept(name):
+            yield
     except (ConfigurationError, RunError):
         raise
     except BaseException as error:
@@ -189,6 +192,24 @@ def one_line(name: str, call: str) -> Iterator[None]:
         raise ConfigurationError(
             f"environment {name!r} failed in its first {call}{wanted}: {error_line(error, named=True)}"
         ) from error
+
+
+@contextmanager
+def default_dtype_kept(name: str) -> Iterator[None]:
+    """Refuses somebody's environment that has changed the type of every tensor made from now on, networks included.
+
+    Raises:
+        ConfigurationError: it has; the type is as before then.
+    """
+    dtype = torch.get_default_dtype()
+    yield
+    changed = torch.get_default_dtype()
+    if changed is not dtype:
+        torch.set_default_dtype(dtype)
+        raise ConfigurationError(
+            f"environment {name!r} sets PyTorch's default type to {changed}, which the networks of the policy would "
+            "have, too: give dtype= where it makes its own tensors"
+        )
 
 
 def _check_tuple(result: Any, call: str, name: str) -> None:

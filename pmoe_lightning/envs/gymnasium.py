@@ -10,6 +10,7 @@ length) is computed inside.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -24,6 +25,7 @@ from pmoe_lightning.envs.contract import (
     check_observation,
     check_reset,
     check_step,
+    default_dtype_kept,
     one_flag,
     one_line,
     one_number,
@@ -31,6 +33,7 @@ from pmoe_lightning.envs.contract import (
     warn_of_lost_precision,
 )
 from pmoe_lightning.envs.packages import closest, package
+from pmoe_lightning.envs.pixels import see_pixels
 from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
 from pmoe_lightning.envs.velocity import VelocityCost
 from pmoe_lightning.errors import ConfigurationError, error_line, is_exit
@@ -185,6 +188,9 @@ class GymnasiumEnv(AbstractEnvironment):
             self._is_drawn = True
         return rendering.render(self.envs[0], self.name)
 
+    def scene(self) -> rendering.Scene | None:
+        return rendering.scene_of(self.envs[0])
+
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close every Gymnasium environment; that one cannot be closed is a warning."""
         super().close(raise_if_closed=raise_if_closed)
@@ -206,8 +212,9 @@ def make_env(
     render_mode: str | None = None,
     carry: Sequence[str] = (),
     velocity_limit: float | str | None = None,
+    pixels: Mapping[str, Any] | None = None,
     **kwargs,
-) -> GymnasiumEnv:
+) -> AbstractEnvironment:
     """Make a batch of one registered Gymnasium environment.
 
     Args:
@@ -217,6 +224,7 @@ def make_env(
         render_mode: as in :func:`gymnasium.make`.
         carry: entries of the policy handed on to its next step, see :class:`GymnasiumEnv`.
         velocity_limit: in m/s, or ``published``: steps that are faster cost 1, see :class:`VelocityCost`.
+        pixels: what is seen in place of the state: size, grey, stack and look, see :class:`PixelEnvironment`.
         **kwargs: passed to :func:`gymnasium.make`.
 
     Raises:
@@ -228,13 +236,31 @@ def make_env(
         >>> env.rollout(5)["next", "reward"].shape
         torch.Size([2, 5, 1])
     """
+    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, **kwargs)
+    return see_pixels(make, pixels, num_envs=num_envs, seed=seed, carry=carry, render_mode=render_mode)
+
+
+def _make_gymnasium(
+    id: str,
+    *,
+    num_envs: int,
+    seed: int | None,
+    carry: Sequence[str],
+    render_mode: str | None,
+    velocity_limit: float | str | None,
+    **kwargs,
+) -> GymnasiumEnv:
+    """``make_env`` of what observes its state."""
     envs: list[gymnasium.Env] = []
     if render_mode is not None:  # an environment that draws nothing need not know the word
         kwargs["render_mode"] = render_mode
     _send_mujoco_warnings_to_logging()
     try:
-        for _ in range(num_envs):
-            envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
+        with default_dtype_kept(id):
+            for _ in range(num_envs):
+                envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
+    except ConfigurationError:
+        raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigurationError(
             f"environment {id!r} needs a package that is not installed: {error_line(error)}"

@@ -15,7 +15,7 @@
 | ``pathwise`` | none, K = 1 only | 1 |
 """
 
-from pmoe_lightning.estimators.base import AbstractEstimator, Evaluation, Objective, Surrogate, check_pair
+from pmoe_lightning.estimators.base import AbstractEstimator, Objective, ObjectiveValue, Surrogate, check_pair
 from pmoe_lightning.estimators.frequency import Frequency
 from pmoe_lightning.estimators.gumbel_softmax import GumbelSoftmax
 from pmoe_lightning.estimators.half_reparameterized import HalfReparameterized
@@ -24,9 +24,13 @@ from pmoe_lightning.estimators.marginalized import Marginalized
 from pmoe_lightning.estimators.pathwise import Pathwise
 from pmoe_lightning.estimators.score_function import ScoreFunction
 
+#: What ``ObjectiveValue`` was called before.
+Evaluation = ObjectiveValue
+
 __all__ = [
+    "ESTIMATORS",
     "AbstractEstimator",
-    "Evaluation",
+    "ObjectiveValue",
     "Frequency",
     "GumbelSoftmax",
     "HalfReparameterized",
@@ -38,3 +42,10 @@ __all__ = [
     "Surrogate",
     "check_pair",
 ]
+
+#: Each by its name, which is that of its file and of ``estimator=<name>``.
+ESTIMATORS: dict[str, type[AbstractEstimator]] = {
+    found.__module__.rpartition(".")[2]: found
+    for found in tuple(globals().values())
+    if isinstance(found, type) and issubclass(found, AbstractEstimator) and found is not AbstractEstimator
+}

@@ -13,12 +13,12 @@ compares them with what the distribution offers, where a loss is made.
 Not every cost can be differentiated by u: an action transform inside the objective would need the curvature of its
 critics, of which automatic differentiation sees nothing where they are piecewise linear. Such an objective splits its
 cost, f(u) = g(u) + r(u), into a part g that can and a remainder r of which only the value is known
-(``Evaluation.remainder``). With q the density that u was drawn from, given what was chosen before,
+(``ObjectiveValue.remainder``). With q the density that u was drawn from, given what was chosen before,
 
     grad E_q[f(u)] = E_q[grad g(u(eps))  +  r(u) grad log q(u)]        (u held fixed in the last term)
 
-so an estimator that differentiates through a draw adds the score of that draw, times r (``Evaluation.scored``). g is
-a control variate: where r is small the score has little to multiply with, and where it is zero nothing is added.
+so an estimator that differentiates through a draw adds the score of that draw, times r (``ObjectiveValue.scored``). g
+is a control variate: where r is small the score has little to multiply with, and where it is zero nothing is added.
 
 Sample dimensions come first, as in ``torch.distributions``: u [*S, *B, A], densities [*S, *B].
 """
@@ -34,10 +34,10 @@ from torch import Tensor
 
 from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
 
-Scoring = Literal["component", "mixture"]
+ScoringDensity = Literal["component", "mixture"]
 
 
-class Evaluation(NamedTuple):
+class ObjectiveValue(NamedTuple):
     """What an objective says of unsquashed actions; every entry has the shape [*S, *B]."""
 
     cost: Float[Tensor, "*S"]
@@ -48,12 +48,12 @@ class Evaluation(NamedTuple):
     """Higher is better: min_i Q_i(s, a). Used only to rank components, never differentiated."""
     diagnostics: Mapping[str, Tensor] = {}
     """Detached quantities worth logging, any shape; an estimator hands them on."""
-    choose: Callable[[Int[Tensor, "*B"]], Evaluation] | None = None
+    choose: Callable[[Int[Tensor, "*B"]], ObjectiveValue] | None = None
     """What ``of`` asks, where an objective knows a cheaper way than to differentiate all samples."""
     remainder: Float[Tensor, "*S"] | None = None
     """Detached: the part of the cost whose derivative by u the graph does not hold; None where it holds everything."""
 
-    def scored(self, log_density: Callable[[], Float[Tensor, "*S"]]) -> Evaluation:
+    def scored(self, log_density: Callable[[], Float[Tensor, "*S"]]) -> ObjectiveValue:
         """The same values, with the derivative of the remainder in the graph of the cost as a score.
 
         Args:
@@ -64,13 +64,13 @@ class Evaluation(NamedTuple):
         log_q = log_density()
         return self._replace(cost=self.cost + self.remainder * (log_q - log_q.detach()), remainder=None)
 
-    def of(self, sample: Int[Tensor, "*B"]) -> Evaluation:
+    def of(self, sample: Int[Tensor, "*B"]) -> ObjectiveValue:
         """What the objective says of one sample of each state, out of the K along the first dimension."""
         if self.choose is not None:
             return self.choose(sample)
         cost, log_prob, score = (take_sample(value, sample) for value in self[:3])
         remainder = None if self.remainder is None else take_sample(self.remainder, sample)
-        return Evaluation(cost, log_prob, score, remainder=remainder)
+        return ObjectiveValue(cost, log_prob, score, remainder=remainder)
 
 
 def take_sample(values: Float[Tensor, "K *B *C"], sample: Int[Tensor, "*B"]) -> Float[Tensor, "*B *C"]:
@@ -88,7 +88,7 @@ class Objective(Protocol):
     set per state and never depending on u: all samples of a state share them, and asking again gives the same answer.
     """
 
-    def __call__(self, u: Float[Tensor, "*S A"], log_prob: Float[Tensor, "*S"]) -> Evaluation: ...
+    def __call__(self, u: Float[Tensor, "*S A"], log_prob: Float[Tensor, "*S"]) -> ObjectiveValue: ...
 
 
 class Surrogate(NamedTuple):
@@ -119,7 +119,7 @@ class AbstractEstimator(ABC):
     """The smallest K it can serve."""
     most_components: ClassVar[int | None] = None
     """The largest; None where there is none."""
-    log_prob: Scoring = "mixture"
+    log_prob: ScoringDensity = "mixture"
     """Whose log-density scores a sampled action, here, in the critic target and in the temperature loss."""
     auxiliary_losses: ClassVar[tuple[str, ...]] = ()
     """Names that ``Surrogate.auxiliary`` holds."""

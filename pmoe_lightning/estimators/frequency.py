@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pmoe_lightning.estimators.base import (
     AbstractEstimator,
-    Evaluation,
     Objective,
-    Scoring,
+    ObjectiveValue,
+    ScoringDensity,
     Surrogate,
     take_sample,
 )
@@ -60,7 +60,7 @@ class Frequency(AbstractEstimator):
         self,
         *,
         backpropagate: Literal["max", "all"] = "max",
-        log_prob: Scoring = "component",
+        log_prob: ScoringDensity = "component",
         reduction: Literal["mean", "sum"] = "mean",
         rank_by: Literal["q", "soft_q"] = "q",
         weight: NonNegativeFloat = 1.0,
@@ -104,12 +104,12 @@ class Frequency(AbstractEstimator):
         diagnostics = {"winner_frequency": _frequencies(winner, distribution.num_components)}
         return self._regression(distribution, winner), diagnostics
 
-    def _score(self, evaluation: Evaluation) -> Float[Tensor, "K *B"]:
+    def _score(self, evaluation: ObjectiveValue) -> Float[Tensor, "K *B"]:
         return (evaluation.score if self.rank_by == "q" else -evaluation.cost).detach()
 
     def _of_winner(
-        self, distribution: MixtureDistribution, evaluation: Evaluation, u: Tensor, winner: Int[Tensor, "*B"]
-    ) -> Evaluation:
+        self, distribution: MixtureDistribution, evaluation: ObjectiveValue, u: Tensor, winner: Int[Tensor, "*B"]
+    ) -> ObjectiveValue:
         """The winner's evaluation, scored.
 
         Which draw wins depends on all K of them, so each has a score. From that of component k may be subtracted what

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from pmoe_lightning.envs import AbstractEnvironment, make_env, with_memory
+from pmoe_lightning.envs.rendering import checked_picture, choose_headless_renderer
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
 from pmoe_lightning.evaluation.episodes import acting, episode_of
 from pmoe_lightning.evaluation.film_frames import film_frame, steps_between_pictures
@@ -74,17 +73,6 @@ def record_video(
     return path
 
 
-def choose_headless_renderer() -> None:
-    """Without a display, let MuJoCo render with EGL and pygame with memory only, unless the user chose otherwise.
-
-    Sets ``MUJOCO_GL`` and ``SDL_VIDEODRIVER``. They are read when the first renderer opens, so this also works after
-    MuJoCo was imported, and no environment that is not filmed depends on a graphics library.
-    """
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-
-
 def _film(
     policy: TensorDictModuleBase,
     episode: Iterator[tuple[TensorDictBase, float]],
@@ -138,19 +126,4 @@ def _pictures(
             acted.append(0 if mixture is None else int(acting_component(mixture, root)))
         if over or step % every == 0:
             caption = f"step {step} of {length}    {step * seconds:.1f} s    return {total:,.1f}"
-            yield film_frame(_checked(env.picture(), env.name), caption, acted, num_components, length)
-
-
-def _checked(picture: Any, name: str) -> np.ndarray:
-    """What an environment draws, if it is a picture.
-
-    Raises:
-        RunError: it is not.
-    """
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
-        if picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
-            return picture
-        said = f"an array of shape {picture.shape}"
-    else:
-        said = f"an array of {picture.dtype}" if isinstance(picture, np.ndarray) else f"a {type(picture).__name__}"
-    raise RunError(f"environment {name} draws {said}, not a picture: uint8 [height, width, 3]")
+            yield film_frame(checked_picture(env), caption, acted, num_components, length)

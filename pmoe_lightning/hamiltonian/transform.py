@@ -55,7 +55,7 @@ Pullback = Callable[[Float[Tensor, "Q *S"]], Float[Tensor, "*S A"]]
 ActionValue = Callable[[Float[Tensor, "*S A"]], tuple[Float[Tensor, "Q *S"], Pullback]]
 """a -> Q_i(s, a), and the map from weights c_i to sum_i c_i dQ_i/da. ``differentiable`` makes one of any function."""
 Use = Literal["acting", "actor_loss", "critic_target"]
-Scoring = Literal["joint", "base"]
+EvolvedDensity = Literal["joint", "base"]
 Reduction = Literal["min", "mean"]
 
 
@@ -131,7 +131,7 @@ class HamiltonianTransform(nn.Module):
         momentum_scale: PositiveFloat = 1.0,
         temperature: Annotated[float, Limit(low=1)] = 1.0,
         metropolis: Flag = False,
-        log_prob: Scoring = "joint",
+        log_prob: EvolvedDensity = "joint",
         critic_reduction: Reduction = "min",
         used_in: Collection[Use] = get_args(Use),
     ) -> None:

@@ -16,13 +16,19 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import ClipPPOLoss, PPOLoss
+from torchrl.objectives.ppo import _broadcast_advantage_to_log_weight, _check_advantage_broadcast
 
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Frequency, Marginalized, Objective, check_pair
+from pmoe_lightning.estimators import AbstractEstimator, Frequency, Marginalized, Objective, ObjectiveValue, check_pair
 from pmoe_lightning.limits import NonNegativeFloat, checked
 from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.modules.keys import beside
 from pmoe_lightning.modules.mixture import MixtureDistribution
+
+#: Of the parent; TorchRL drops what a call has left of them in its caches.
+_PARAMETERS = tuple(
+    f"{target}{network}_network_params" for target in ("", "target_") for network in ("actor", "critic")
+)
 
 
 class PMOEPPOLoss(ClipPPOLoss):
@@ -112,20 +118,14 @@ class PMOEPPOLoss(ClipPPOLoss):
         self.register_buffer("qvalue_coeff", torch.tensor(qvalue_coeff, device=self.entropy_coeff.device))
 
     def _get_cur_log_prob(self, tensordict: TensorDictBase, params: TensorDictParams | None = None):
-        is_current = params is None  # otherwise the one that ``delay_actor`` compares with
         unsquashed = tensordict.get(self.tensor_keys.action_unsquashed, None)
         if unsquashed is None:
-            log_prob, distribution, is_composite = super()._get_cur_log_prob(tensordict, params)
-        else:
-            with self._with(self.actor_network_params if is_current else params, self.actor_network):
-                distribution = self.actor_network.get_dist(tensordict)
-            log_prob = distribution.log_prob_unsquashed(unsquashed) - distribution.log_abs_det_jacobian(unsquashed)
-            is_composite = False
-        if is_current:
-            # ``forward`` needs this very distribution again, and the tensordict with the advantages that the parent has
-            # computed where there were none. The parent hands out neither.
-            self.__dict__["_scored"] = tensordict, distribution
-        return log_prob, distribution, is_composite
+            return super()._get_cur_log_prob(tensordict, params)
+        # Without parameters it is the current policy, with them the one that ``delay_actor`` compares with.
+        with self._with(self.actor_network_params if params is None else params, self.actor_network):
+            distribution = self.actor_network.get_dist(tensordict)
+        log_prob = distribution.log_prob_unsquashed(unsquashed) - distribution.log_abs_det_jacobian(unsquashed)
+        return log_prob, distribution, False
 
     def _with(self, parameters: TensorDictParams | None, network: TensorDictModuleBase) -> AbstractContextManager:
         """Within this context the network has these parameters; with ``functional=False`` it has its own."""
@@ -137,9 +137,9 @@ class PMOEPPOLoss(ClipPPOLoss):
         """What the entropy bonus asks the estimator to minimise: cost = log pi(a|s), of the normalised action."""
         bounds = TanhBounds.normalized(distribution.low)
 
-        def objective(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def objective(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-            return Evaluation(log_prob, log_prob, -log_prob)
+            return ObjectiveValue(log_prob, log_prob, -log_prob)
 
         return objective
 
@@ -194,15 +194,66 @@ class PMOEPPOLoss(ClipPPOLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        out = super().forward(tensordict)
-        tensordict, distribution = self.__dict__.pop("_scored")
-        if self.routing is None:
-            return out
-        loss_frequency, diagnostics = self.frequency_loss(tensordict, distribution)
-        losses = {"loss_qvalue": self.qvalue_loss(tensordict), "loss_frequency": loss_frequency}
-        for name, value in losses.items():
-            out.set(name, self._reduce_loss(value, tensordict).squeeze(-1))
-        return out.update(diagnostics)
+        # The parent's own forward keeps the distribution to itself, which ``frequency_loss`` asks, too: what follows
+        # are the parent's parts in the parent's order.
+        tensordict = tensordict.clone(False)
+        advantage = self._normalized_advantage(tensordict)
+        log_ratio, distribution, kl_approx, log_correction = self._log_weight(
+            tensordict, adv_shape=advantage.shape[:-1]
+        )
+        out = self._clipped_objective(log_ratio, log_correction, advantage)
+        out["kl_approx"] = kl_approx.detach().mean()
+        if self.entropy_bonus:
+            entropy = self._get_entropy(distribution, adv_shape=advantage.shape[:-1])
+            out |= {"entropy": entropy.detach().mean(), "loss_entropy": self._weighted_loss_entropy(entropy)}
+        if self._has_critic:
+            of_critic = self.loss_critic(tensordict)
+            names = ("loss_critic", "value_clip_fraction", "explained_variance")
+            out |= {name: value for name, value in zip(names, of_critic, strict=True) if value is not None}
+        if self.routing is not None:
+            loss_frequency, diagnostics = self.frequency_loss(tensordict, distribution)
+            out |= {"loss_qvalue": self.qvalue_loss(tensordict), "loss_frequency": loss_frequency, **diagnostics}
+        for name in [name for name in out if name.startswith("loss_")]:
+            out[name] = self._reduce_loss(out[name], tensordict).squeeze(-1)
+        output = TensorDict(out)
+        self._clear_weakrefs(tensordict, output, *_PARAMETERS)
+        return output
+
+    def _normalized_advantage(self, tensordict: TensorDictBase) -> Tensor:
+        """A, computed where the tensordict does not hold it, which then does, with the value target."""
+        key = self.tensor_keys.advantage
+        advantage = tensordict.get(key, None, as_padded_tensor=True)
+        is_new = advantage is None
+        if is_new:
+            if self.critic_network is None:
+                raise RuntimeError("without a critic_network PMOEPPOLoss computes no advantage: give it one")
+            parameters, targets = self._cached_critic_network_params_detached, self.target_critic_network_params
+            self.value_estimator(tensordict, params=parameters, target_params=targets)
+            advantage = tensordict.get(key)
+        return self._maybe_normalize_advantage(advantage, tensordict, update_norm=is_new)
+
+    def _clipped_objective(
+        self, log_ratio: Float[Tensor, "*B 1"], log_correction: Float[Tensor, "*B 1"] | None, advantage: Tensor
+    ) -> dict[str, Tensor]:
+        r"""-min(ratio A, clip(ratio) A), and how far the ratios have spread.
+
+        Args:
+            log_ratio: log(pi / pi_prox), which is clipped; pi_prox is pi_old, or what ``delay_actor`` compares with.
+            log_correction: log(pi_prox / pi_old), by which both terms are weighed, where it is not zero.
+            advantage: A [*B, 1].
+        """
+        advantage = _broadcast_advantage_to_log_weight(advantage, log_ratio)
+        _check_advantage_broadcast(advantage, log_ratio)
+        clipped = log_ratio.clamp(*self._clip_bounds)
+        clip_fraction = (clipped != log_ratio).to(log_ratio.dtype).mean()
+        if log_correction is not None:
+            log_ratio, clipped = log_ratio + log_correction, clipped + log_correction
+        ratio = log_ratio.exp()
+        gain = torch.stack([ratio * advantage, clipped.exp() * advantage], -1).min(-1).values
+        weights, ratio = log_ratio.detach().squeeze(-1), ratio.detach()
+        effective_size = (2 * weights.logsumexp(0) - (2 * weights).logsumexp(0)).exp()
+        out = {"loss_objective": -gain, "clip_fraction": clip_fraction, "ESS": effective_size / len(weights)}
+        return out | {"max_ratio": ratio.max(), "mean_ratio": ratio.mean()}
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -16,22 +16,25 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential, ValueOperator
 from torchrl.objectives import SACLoss
 from torchrl.objectives.utils import distance_loss
 
-from pmoe_lightning.estimators import AbstractEstimator, Evaluation, Marginalized, Objective, Surrogate, check_pair
+from pmoe_lightning.estimators import AbstractEstimator, Marginalized, Objective, ObjectiveValue, Surrogate, check_pair
 from pmoe_lightning.estimators.base import take_sample
 from pmoe_lightning.hamiltonian import ActionValue, Evolution, EvolveAction, HamiltonianTransform, differentiable
 from pmoe_lightning.hamiltonian.transform import Use
 from pmoe_lightning.modules.actors import MixtureActor, stated_bounds
 from pmoe_lightning.modules.critics import (
     KnownProducts,
-    Linear,
+    Products,
     QValueEnsemble,
     QValueNetwork,
-    stacked_qvalue,
+    stacked_qvalue_and_products,
     stacked_qvalue_at,
 )
 from pmoe_lightning.modules.crossq import CrossQNetwork
 from pmoe_lightning.modules.distributions import TanhBounds
+from pmoe_lightning.modules.encoders import PixelEncoder
 from pmoe_lightning.modules.mixture import MixtureDistribution
+
+_PIXELS, _OBSERVATION, _OF_TARGET = "pixels", "observation", "observation_of_target"
 
 
 class NextAction(NamedTuple):
@@ -76,6 +79,11 @@ class PMOESACLoss(SACLoss):
     their running statistics. What these become is in the output under ``statistics``; who takes the optimizer's step
     hands it to ``take_statistics``.
 
+    With an ``encoder`` minibatches hold ``pixels`` in place of the observation z = f(pixels). f learns from the loss of
+    the critics alone and at their rate: the actor sees z held fixed, and s' is encoded without a gradient. Where the
+    critics have targets, so has the encoder: Qbar_i(s', a') reads fbar(pixels'), while a' is drawn at f(pixels')
+    (Kostrikov et al. 2021, arXiv 2004.13649).
+
     Whatever the bounds in the spec of the actor (or in ``action_spec``), everything here is of the action normalised to
     [-1, 1]: what the critics read, the densities pi(a|s), the entropy and its target, the dynamics of the transform.
     Minibatches hold actions in the units of the environment, in which the actor acts and scores.
@@ -87,6 +95,7 @@ class PMOESACLoss(SACLoss):
             drawing component's log-density enters the critic target and the temperature loss too.
         action_transform: evolves the drawn actions, in actor loss and critic target as its ``used_in`` says, along the
             loss's own critics; its parameters learn from the actor loss. ``acting_policy`` acts with it.
+        encoder: writes ``observation`` from ``pixels``, see above; None where minibatches hold the observation.
         loss_function: distance of the critics to their target; ``l2`` here (TorchRL's own default is ``smooth_l1``).
         **arguments: of ``SACLoss`` (``alpha_init``, ``target_entropy``, ``fixed_alpha``, ``reduction`` ...), but for
             ``value_network`` and ``skip_done_states``, which are refused.
@@ -111,6 +120,10 @@ class PMOESACLoss(SACLoss):
     #: The names of all critics, whose parameters are each name's ``..._params``.
     critics: ClassVar[tuple[str, ...]] = ("qvalue_network",)
     _out_keys: list[str] | None
+    _in_keys: list[NestedKey]
+    encoder: PixelEncoder
+    encoder_params: TensorDictParams
+    target_encoder_params: TensorDictParams
 
     def __init__(
         self,
@@ -119,6 +132,7 @@ class PMOESACLoss(SACLoss):
         *,
         estimator: AbstractEstimator | None = None,
         action_transform: HamiltonianTransform | None = None,
+        encoder: PixelEncoder | None = None,
         loss_function: str = "l2",
         **arguments: Any,
     ) -> None:
@@ -140,6 +154,10 @@ class PMOESACLoss(SACLoss):
             self.register_buffer(f"action_{name}", bound.to(self.log_alpha), persistent=False)
         self.estimator = estimator
         self.action_transform = action_transform
+        self.encodes = encoder is not None
+        if encoder is not None:
+            self.convert_to_functional(encoder, "encoder", create_target_params=self.delay_qvalue)
+            self._set_in_keys()
         # TorchRL creates this buffer at its first use; a state dict written before would not fit one written after.
         _ = self.target_entropy
 
@@ -147,6 +165,44 @@ class PMOESACLoss(SACLoss):
         super()._make_vmap()
         if self.stacks_qvalues:
             self._vmap_qnetworkN0 = self._stacked_qvalue
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        if getattr(self, "encodes", False):  # TorchRL asks before there is an encoder, too
+            kept = [key for key in self._in_keys if key not in (_OBSERVATION, ("next", _OBSERVATION))]
+            self._in_keys = [*kept, _PIXELS, ("next", _PIXELS)]
+
+    def encoded(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """A minibatch with the observations that its pixels stand for, unless they are there.
+
+        That of s has a gradient, those of s', the encoder's and its target's, have none.
+        """
+        if not self.encodes or _OBSERVATION in tensordict.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
+            return tensordict
+        tensordict = tensordict.copy()
+        tensordict.set(_OBSERVATION, self._encode(tensordict, self.encoder_params))
+        following = tensordict.get("next", None)
+        if following is not None:
+            with torch.no_grad():
+                following.set(_OBSERVATION, self._encode(following, self.encoder_params))
+                if self.delay_qvalue:
+                    following.set(_OF_TARGET, self._encode(following, self.target_encoder_params))
+        return tensordict
+
+    def _encode(self, tensordict: TensorDictBase, parameters: TensorDictParams) -> Float[Tensor, "*B O"]:
+        with parameters.to_module(self.encoder, preserve_module_state=False):
+            return self.encoder.encode(tensordict.get(_PIXELS))
+
+    def _held_fixed(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The minibatch as the actor is to see it: what the critics make of pixels is not its to change."""
+        if not self.encodes:
+            return tensordict
+        tensordict = self.encoded(tensordict).copy()
+        return tensordict.set(_OBSERVATION, tensordict.get(_OBSERVATION).detach())
+
+    def _seen_by_target(self, following: TensorDictBase) -> TensorDictBase:
+        target = following.get(_OF_TARGET, None)
+        return following if target is None else following.copy().set(_OBSERVATION, target)
 
     @property
     def stacks_qvalues(self) -> bool:
@@ -187,20 +243,31 @@ class PMOESACLoss(SACLoss):
         tensordict: TensorDictBase,
         action: Float[Tensor, "*S A"],
         parameters: TensorDictParams,
-        linear: Linear | None = None,
     ) -> Float[Tensor, "Q *S"]:
         """Q_i(s, a) of every critic at normalised actions [*S, *B, A]; the states [*B] repeat over the samples."""
+        return self.qvalues_and_products(tensordict, action, parameters)[0]
+
+    def qvalues_and_products(
+        self,
+        tensordict: TensorDictBase,
+        action: Float[Tensor, "*S A"],
+        parameters: TensorDictParams,
+        known: KnownProducts | None = None,
+    ) -> tuple[Float[Tensor, "Q *S"], Products]:
+        """``qvalues`` and, of critics that are stacked, their hidden products; see ``KnownProducts``."""
         state_keys = [key for key in self.qvalue_network.in_keys if key != self.tensor_keys.action]
         if self.stacks_qvalues:
             network, parameters = self.qvalue_network.module, parameters["module"]
             weights, biases = network.stacked_layers(parameters)
             observation, norms = tensordict.get(*state_keys), network.layer_norms(parameters)
-            return stacked_qvalue(weights, biases, network.activation, observation, action, linear, norms)
+            layers = weights, biases, network.activation
+            return stacked_qvalue_and_products(*layers, observation, action, known, norms)
         batch = action.shape[:-1]
         entries = {key: tensordict.get(key) for key in state_keys}
         entries = {key: value.expand(*batch, value.shape[-1]) for key, value in entries.items()}
         inputs = TensorDict({**entries, self.tensor_keys.action: action}, batch_size=batch)
-        return self._vmap_qnetworkN0(inputs, parameters).get(self.tensor_keys.state_action_value).squeeze(-1)
+        values = self._vmap_qnetworkN0(inputs, parameters).get(self.tensor_keys.state_action_value)
+        return values.squeeze(-1), ()
 
     def normalize_action(self, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
         """An action of the environment as the critics read it."""
@@ -210,6 +277,7 @@ class PMOESACLoss(SACLoss):
         """The reduced critic loss; ``td_error`` [*B], the largest of the critics, ``entropy``, ``next_action`` and
         ``statistics``.
         """
+        tensordict = self.encoded(tensordict)
         following = self._next_action(tensordict.get("next"))
         values = self.critic_values(tensordict, following.action)
         target = self._critic_target(tensordict, following, values.next)
@@ -231,7 +299,9 @@ class PMOESACLoss(SACLoss):
         if not self.learns_jointly:
             here = self.qvalues(tensordict, action, parameters)
             with torch.no_grad():
-                after = self.qvalues(following, next_action, getattr(self, f"target_{critics}_params"))
+                after = self.qvalues(
+                    self._seen_by_target(following), next_action, getattr(self, f"target_{critics}_params")
+                )
             return CriticValues(here, after, {})
         network, (key, _) = self.qvalue_network.module, self.qvalue_network.in_keys
         pairs = [(tensordict.get(key), following.get(key)), (action, next_action)]
@@ -243,10 +313,12 @@ class PMOESACLoss(SACLoss):
 
     def _distribution(self, tensordict: TensorDictBase) -> MixtureDistribution:
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            return self.actor_network.get_dist(tensordict)
+            # Of entries of its own, because the actor writes the parameters of the mixture beside what it reads.
+            return self.actor_network.get_dist(tensordict.select(*self.actor_network.in_keys))
 
     @torch.no_grad()
     def _compute_target_v2(self, tensordict: TensorDictBase) -> Float[Tensor, "*B"]:
+        tensordict = self.encoded(tensordict)
         following = self._next_action(tensordict.get("next"))
         return self._critic_target(tensordict, following, self.critic_values(tensordict, following.action).next)
 
@@ -281,43 +353,59 @@ class PMOESACLoss(SACLoss):
         transform, evolve = self.action_transform, self._evolution("actor_loss", tensordict, distribution)
         bounds = TanhBounds.normalized(distribution.low)
 
-        def evaluate(
-            u: Tensor, log_prob: Tensor, qvalue: Tensor | None = None, linear: Linear | None = None
-        ) -> Evaluation:
-            if qvalue is None:
-                qvalue = self.actor_value(tensordict, bounds.squash(u), linear)
+        def evaluate(u: Tensor, log_prob: Tensor, qvalue: Tensor) -> ObjectiveValue:
             log_prob = log_prob - bounds.log_abs_det_jacobian(u)
-            return Evaluation(self._alpha * log_prob - qvalue, log_prob, qvalue)
+            return ObjectiveValue(self._alpha * log_prob - qvalue, log_prob, qvalue)
 
-        def of_draws(u: Tensor, log_prob: Tensor) -> Evaluation:
-            products = KnownProducts()
+        def of_draws(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
+            qvalue, products = self.actor_value_and_products(tensordict, bounds.squash(u))
 
-            def choose(sample: Tensor) -> Evaluation:
-                return evaluate(take_sample(u, sample), take_sample(log_prob, sample), linear=products.of(sample))
+            def choose(sample: Tensor) -> ObjectiveValue:
+                known = {critics: KnownProducts(of_critics, sample) for critics, of_critics in products.items()}
+                chosen = take_sample(u, sample)
+                value, _ = self.actor_value_and_products(tensordict, bounds.squash(chosen), known)
+                return evaluate(chosen, take_sample(log_prob, sample), value)
 
-            return evaluate(u, log_prob, linear=products)._replace(choose=choose)
+            return evaluate(u, log_prob, qvalue)._replace(choose=choose)
 
         if evolve is None or transform is None:
             return of_draws
 
-        def of_evolved(u: Tensor, log_prob: Tensor) -> Evaluation:
+        def of_evolved(u: Tensor, log_prob: Tensor) -> ObjectiveValue:
             evolution = evolve(u, log_prob.detach())
             # The dynamics know the values that are asked for, unless they climb another reduction of the critics.
-            known = transform.critic_reduction == "min"
-            values = (evolution.drawn_qvalue, evolution.qvalue) if known else (None, None)
-            drawn = evaluate(u, log_prob, values[0])
-            evolved = evaluate(evolution.u, evolution.log_prob, values[1])
+            if transform.critic_reduction == "min":
+                before, after = evolution.drawn_qvalue, evolution.qvalue
+            else:
+                before, after = (self.actor_value(tensordict, bounds.squash(at)) for at in (u, evolution.u))
+            drawn = evaluate(u, log_prob, before)
+            evolved = evaluate(evolution.u, evolution.log_prob, after)
             remainder = evolved.cost - drawn.cost.detach()
             diagnostics = transform.diagnose(u, evolution, bounds)
             return evolved._replace(cost=drawn.cost + remainder, remainder=remainder.detach(), diagnostics=diagnostics)
 
         return of_evolved
 
-    def actor_value(
-        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None
-    ) -> Float[Tensor, "*S"]:
+    def actor_value(self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """What the actor is to maximise besides its entropy: min_i Q_i(s, a), with frozen critics."""
-        return self.qvalues(tensordict, action, frozen(self.qvalue_network_params), linear).min(0).values
+        return self.actor_value_and_products(tensordict, action)[0]
+
+    def actor_value_and_products(
+        self,
+        tensordict: TensorDictBase,
+        action: Float[Tensor, "*S A"],
+        known: Mapping[str, KnownProducts] | None = None,
+    ) -> tuple[Float[Tensor, "*S"], dict[str, Products]]:
+        """``actor_value`` and the hidden products of the critics by their name; ``known`` are those of before."""
+        values, products = self._frozen_qvalues("qvalue_network", tensordict, action, known)
+        return values.min(0).values, products
+
+    def _frozen_qvalues(
+        self, critics: str, tensordict: TensorDictBase, action: Tensor, known: Mapping[str, KnownProducts] | None
+    ) -> tuple[Float[Tensor, "Q *S"], dict[str, Products]]:
+        parameters = frozen(getattr(self, f"{critics}_params"))
+        found = self.qvalues_and_products(tensordict, action, parameters, known[critics] if known else None)
+        return found[0], {critics: found[1]}
 
     def _evolution(
         self, use: Use, tensordict: TensorDictBase, distribution: MixtureDistribution
@@ -357,6 +445,8 @@ class PMOESACLoss(SACLoss):
             {"params": self._acting_parameters(), "lr": lr_actor, "name": "actor"},
             {"params": list(self.qvalue_network_params.parameters()), "lr": lr_qvalue, "name": "qvalue"},
         ]
+        if self.encodes:
+            groups.append({"params": list(self.encoder_params.parameters()), "lr": lr_qvalue, "name": "encoder"})
         return groups if self.fixed_alpha else [*groups, {"params": [self.log_alpha], "lr": lr_alpha, "name": "alpha"}]
 
     def delayed_parameters(self) -> list[nn.Parameter]:
@@ -394,6 +484,7 @@ class PMOESACLoss(SACLoss):
 
     def estimate(self, tensordict: TensorDictBase) -> Surrogate:
         """The estimator's surrogate of the actor's objective at the states [*B] of the tensordict."""
+        tensordict = self._held_fixed(tensordict)
         distribution = self._distribution(tensordict)
         check_pair(self.estimator, type(distribution))
         return self.estimator(distribution, self.objective(tensordict, distribution))
@@ -424,11 +515,13 @@ class PMOESACLoss(SACLoss):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tensordict = self.encoded(tensordict)
         of_critics, _ = self._of_critics(tensordict)
         return self._output(tensordict, self._of_actor(tensordict) | of_critics)
 
     def critic_losses(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What ``forward`` says of the critics alone: for updates that leave the actor and the temperature be."""
+        tensordict = self.encoded(tensordict)
         return self._output(tensordict, self._of_critics(tensordict)[0])
 
     def _of_critics(self, tensordict: TensorDictBase) -> tuple[dict[str, Any], Float[Tensor, "*B A"]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
 from pmoe_lightning.hamiltonian import ActionValue, EvolveAction
-from pmoe_lightning.losses.sac import PMOESACLoss, frozen
-from pmoe_lightning.modules.critics import Linear, QValueEnsemble
+from pmoe_lightning.losses.sac import PMOESACLoss
+from pmoe_lightning.modules.critics import KnownProducts, Products, QValueEnsemble
 from pmoe_lightning.safe.candidates import SafePolicy
 from pmoe_lightning.safe.constraint import CostConstraint, SafeValues, constrained_value
 
@@ -82,11 +82,15 @@ class SafeSACLoss(PMOESACLoss):
         """The price of cost, not negative, without a gradient."""
         return self.multiplier.detach().clamp_min(0.0)
 
-    def actor_value(
-        self, tensordict: TensorDictBase, action: Float[Tensor, "*S A"], linear: Linear | None = None
-    ) -> Float[Tensor, "*S"]:
-        cost = self.qvalues(tensordict, action, frozen(self.cost_network_params), linear).max(0).values
-        return super().actor_value(tensordict, action, linear) - self.nu * cost
+    def actor_value_and_products(
+        self,
+        tensordict: TensorDictBase,
+        action: Float[Tensor, "*S A"],
+        known: Mapping[str, KnownProducts] | None = None,
+    ) -> tuple[Float[Tensor, "*S"], dict[str, Products]]:
+        costs, of_cost = self._frozen_qvalues("cost_network", tensordict, action, known)
+        value, of_reward = super().actor_value_and_products(tensordict, action, known)
+        return value - self.nu * costs.max(0).values, of_reward | of_cost
 
     def action_value(self, tensordict: TensorDictBase) -> ActionValue:
         cost = self.frozen_value(tensordict, self.cost_network_params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import SafeProbabilisticTensorDictSequential
 
-from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, missing
+from pmoe_lightning.modules.encoders import PixelEncoder
+from pmoe_lightning.modules.mixture import MixtureDistribution, Offer, offers
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.modules.option_policies import OptionActor, OptionPolicies
 
@@ -30,15 +31,15 @@ def find_actor(policy: TensorDictModuleBase) -> Actor | None:
 
 
 def states_of_actor(policy: TensorDictModuleBase, states: TensorDictBase) -> TensorDictBase:
-    """States that hold what a policy reads, with what its actor and its critics read behind the normaliser."""
+    """States that hold what a policy reads, with what its actor and its critics read behind normaliser or encoder."""
     for module in policy.modules():
-        if isinstance(module, ObservationNormalizer):
+        if isinstance(module, ObservationNormalizer | PixelEncoder):
             states = module(states)
     return states
 
 
 def distribution_at(policy: TensorDictModuleBase, states: TensorDictBase) -> Distribution | OptionPolicies:
-    """What the actor of a policy draws from at states that hold what the policy reads, before its normaliser."""
+    """What the actor of a policy draws from at states that hold what the policy reads, before normaliser or encoder."""
     actor = find_actor(policy)
     if actor is None:
         raise ValueError("the policy has no actor")
@@ -56,7 +57,7 @@ def mixture_at(policy: TensorDictModuleBase, states: TensorDictBase) -> MixtureD
     inputs = states.select(*policy.in_keys, strict=False).to(next(policy.parameters()).device)
     distribution = distribution_at(policy, inputs)
     distribution = distribution.mixture if isinstance(distribution, OptionPolicies) else distribution
-    return None if missing(type(distribution), ASKS_ACTING) else cast(MixtureDistribution, distribution)
+    return distribution if offers(distribution, ASKS_ACTING) else None
 
 
 @torch.no_grad()

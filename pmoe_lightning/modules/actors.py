@@ -23,7 +23,7 @@ from torchrl.modules import SafeProbabilisticModule, SafeProbabilisticTensorDict
 
 from pmoe_lightning.limits import Of, Width, checked
 from pmoe_lightning.modules.distributions import DeterministicRule, TanhBounds, TanhGaussianMixture
-from pmoe_lightning.modules.expert_blends import Composition, add_actions, multiply_densities
+from pmoe_lightning.modules.expert_blends import Blend, add_actions, multiply_densities
 from pmoe_lightning.modules.keys import beside
 from pmoe_lightning.modules.mixture import MixtureDistribution
 from pmoe_lightning.modules.networks import Activation, HiddenSizes, Initialization, initialize, make_mlp
@@ -105,20 +105,20 @@ class MixtureNetwork(nn.Module):
         return self.router(features.detach() if self.router_is_detached else features), loc, scale
 
 
-class ComposedNetwork(nn.Module):
+class BlendedNetwork(nn.Module):
     """The experts of a ``MixtureNetwork`` merged into one Gaussian: what a mixture with K = 1 reads."""
 
     num_components = 1
 
-    def __init__(self, experts: MixtureNetwork, compose: Composition) -> None:
+    def __init__(self, experts: MixtureNetwork, blend: Blend) -> None:
         super().__init__()
-        self.experts, self.compose = experts, compose
+        self.experts, self.blend = experts, blend
 
     def forward(
         self, observation: Float[Tensor, "*B O"]
     ) -> tuple[Float[Tensor, "*B 1"], Float[Tensor, "*B 1 A"], Float[Tensor, "*B 1 A"]]:
         """Mixture logits [*B, 1] (zero), loc and scale [*B, 1, A] of the policy at the observation [*B, O]."""
-        return self.compose(*self.experts(observation))
+        return self.blend(*self.experts(observation))
 
 
 class MixtureSampler(SafeProbabilisticModule):
@@ -359,7 +359,7 @@ def make_mcp_actor(
 
 
 def _make_blend(
-    compose: Composition,
+    blend: Blend,
     num_experts: int,
     observation_dim: int,
     action_low: Tensor | Sequence[float],
@@ -369,7 +369,7 @@ def _make_blend(
     """A mixture of experts whose network says one Gaussian of them all."""
     arguments |= {"num_components": num_experts, "router": "attached"}
     actor = make_pmoe_actor(observation_dim, action_low, action_high, **arguments)
-    actor[0].module = ComposedNetwork(actor[0].module, compose)
+    actor[0].module = BlendedNetwork(actor[0].module, blend)
     return actor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
 from pmoe_lightning.limits import checked
+from pmoe_lightning.modules.borrowed import Borrowed
 from pmoe_lightning.modules.networks import (
     Activation,
     HiddenSizes,
@@ -184,7 +185,29 @@ def _value_layers(
     return layers.append(output)
 
 
-Linear = Callable[[Float[Tensor, "N I"], Float[Tensor, "O I"], Float[Tensor, "O"]], Float[Tensor, "N O"]]
+Products = tuple[tuple[Float[Tensor, "N H"], ...], ...]
+"""x W^T + b of the hidden layers of every critic, first to last; N rows, one for each action."""
+
+
+class KnownProducts(NamedTuple):
+    """What K samples of each state have computed in the hidden layers, for one of these samples.
+
+    Ranking K actions takes K evaluations of the critics. That of the best is among them: only its derivative is new.
+
+    Example:
+        >>> qvalue, products = stacked_qvalue_and_products(*layers, relu, observation, actions)     # [Q, K, *B]
+        >>> known = KnownProducts(products, qvalue.min(0).values.argmax(0))
+        >>> qvalue = stacked_qvalue(*layers, relu, observation, of_best, known)                     # [Q, *B]
+    """
+
+    products: Products
+    sample: Int[Tensor, "*B"]
+    """Which of the K."""
+
+    def at(self, critic: int, layer: int, x: Float[Tensor, "B H"], weight: Float[Tensor, "I H"]) -> Tensor:
+        """What a critic's hidden layer makes of x, which is that of the sample; a derivative reaches x alone."""
+        of_all = self.products[critic][layer].detach().unflatten(0, (-1, self.sample.numel()))
+        return _KnownProduct.apply(x, weight, of_all.take_along_dim(self.sample.view(1, -1, 1), 0).squeeze(0))
 
 
 def stacked_qvalue(
@@ -193,7 +216,7 @@ def stacked_qvalue(
     activation: Callable[[Tensor], Tensor],
     observation: Float[Tensor, "*B O"],
     action: Float[Tensor, "*S A"],
-    linear: Linear | None = None,
+    known: KnownProducts | None = None,
     norms: Sequence[Norm] = (),
 ) -> Float[Tensor, "Q *S"]:
     """Q_1..Q_n(s, a) of n critics of one shape, at actions [*S, *B, A] of the states [*B].
@@ -206,13 +229,25 @@ def stacked_qvalue(
         weights, biases: of every linear layer of a ``QValueNetwork``, first to last, critics along the first dimension.
         activation: between layers.
         observation, action: the inputs; the sample dimensions of the actions come first.
-        linear: how a hidden layer is computed where not by ``hidden_linear``; see ``KnownProducts``.
+        known: of the actions, which are one of the samples of before: no hidden product is computed anew.
         norms: of ``QValueNetwork.layer_norms``, where there are any.
     """
-    linear = linear or hidden_linear
+    return stacked_qvalue_and_products(weights, biases, activation, observation, action, known, norms)[0]
+
+
+def stacked_qvalue_and_products(
+    weights: Sequence[Float[Tensor, "Q _ _"]],
+    biases: Sequence[Float[Tensor, "Q _"]],
+    activation: Callable[[Tensor], Tensor],
+    observation: Float[Tensor, "*B O"],
+    action: Float[Tensor, "*S A"],
+    known: KnownProducts | None = None,
+    norms: Sequence[Norm] = (),
+) -> tuple[Float[Tensor, "Q *S"], Products]:
+    """``stacked_qvalue``, and what its hidden layers have computed."""
     # Matrices throughout: products of tensors with more dimensions would be batched.
     states, actions = (value.reshape(-1, value.shape[-1]) for value in (observation, action))
-    values = []
+    values, products = [], []
     for critic in range(len(weights[0])):
         (first, bias), *hidden, (last, offset) = ((w[critic], b[critic]) for w, b in zip(weights, biases, strict=True))
         own = [(gain[critic], shift[critic]) for gain, shift in norms]
@@ -226,40 +261,13 @@ def stacked_qvalue(
             of_state, of_action = first.split([states.shape[-1], actions.shape[-1]], -1)
             x = F.linear(actions, of_action).unflatten(0, (-1, len(states))) + F.linear(states, of_state, bias)
             h = activate(x, 0).flatten(0, 1)
-        for k, layer in enumerate(hidden, 1):
-            h = activate(linear(h, *layer), k)
+        of_critic: list[Tensor] = []
+        for k, (weight, bias) in enumerate(hidden):
+            of_critic.append(hidden_linear(h, weight, bias) if known is None else known.at(critic, k, h, weight))
+            h = activate(of_critic[-1], k + 1)
         values.append((h * last[0]).sum(-1) + offset[0])
-    return torch.stack(values).view(-1, *action.shape[:-1])
-
-
-class KnownProducts:
-    """Computes hidden layers for K samples of each state, and again, with no new product, for one of these samples.
-
-    Ranking K actions takes K evaluations of the critics. That of the best is among them: only its derivative is new.
-
-    Example:
-        >>> known = KnownProducts()
-        >>> qvalue = stacked_qvalue(weights, biases, relu, observation, actions, known)           # [Q, K, *B]
-        >>> best = qvalue.min(0).values.argmax(0)                                                 # [*B]
-        >>> qvalue = stacked_qvalue(weights, biases, relu, observation, of_best, known.of(best))  # [Q, *B]
-    """
-
-    def __init__(self) -> None:
-        self._products: list[Tensor] = []
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        self._products.append(hidden_linear(x, weight, bias))
-        return self._products[-1]
-
-    def of(self, sample: Int[Tensor, "*B"]) -> Linear:
-        """The same layers in the same order for one sample of each state; a derivative reaches the input alone."""
-        products = iter(self._products)
-
-        def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            of_all = next(products).detach().unflatten(0, (-1, sample.numel()))
-            return _KnownProduct.apply(x, weight, of_all.take_along_dim(sample.view(1, -1, 1), 0).squeeze(0))
-
-        return linear
+        products.append(tuple(of_critic))
+    return torch.stack(values).view(-1, *action.shape[:-1]), tuple(products)
 
 
 class _KnownProduct(torch.autograd.Function):
@@ -366,13 +374,9 @@ class QValueEnsemble(nn.Module):
     Holds the parameters it is given, not copies: those of ``SACLoss.qvalue_network_params`` stay the loss's own.
     """
 
-    network: QValueNetwork
-
     def __init__(self, network: QValueNetwork, parameters: TensorDictParams) -> None:
         super().__init__()
-        self.parameters_by_name = parameters
-        # The architecture alone; as a submodule its own weights would be trained, moved and saved for nothing.
-        self.__dict__["network"] = network
+        self.parameters_by_name, self._architecture = parameters, Borrowed(network)
 
     def forward(self, observation: Tensor) -> Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        return stacked_qvalue_at(self.network, self.parameters_by_name["module"], observation)
+        return stacked_qvalue_at(self._architecture.module, self.parameters_by_name["module"], observation)

@@ -1,6 +1,6 @@
 r"""Two ways to merge K Gaussian experts into one Gaussian: the policies that a mixture is compared with.
 
-A mixture chooses one of its experts, so its density has several modes. Both compositions here blend all of them into a
+A mixture chooses one of its experts, so its density has several modes. Both blends here merge all of them into a
 single one (Ren et al. 2021, arXiv 2104.09122, compare with both kinds). They take what the mixture's own network
 writes, ``mixture_logits`` [*B, K], ``loc`` and ``scale`` [*B, K, A], and return the same with K = 1, so that whatever
 serves a mixture serves them: distribution, losses and every gradient estimator.
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Composed = tuple[Float[Tensor, "*B 1"], Float[Tensor, "*B 1 A"], Float[Tensor, "*B 1 A"]]
-Composition = Callable[[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"]], Composed]
+Blended = tuple[Float[Tensor, "*B 1"], Float[Tensor, "*B 1 A"], Float[Tensor, "*B 1 A"]]
+Blend = Callable[[Float[Tensor, "*B K"], Float[Tensor, "*B K A"], Float[Tensor, "*B K A"]], Blended]
 
 
 def add_actions(
     mixture_logits: Float[Tensor, "*B K"], loc: Float[Tensor, "*B K A"], scale: Float[Tensor, "*B K A"]
-) -> Composed:
+) -> Blended:
     r"""The weighted sum of the experts' actions, u = sum_k w_k u_k with w = softmax(mixture_logits).
 
         u ~ N(sum_k w_k mu_k, sum_k w_k^2 sigma_k^2)
@@ -35,7 +35,7 @@ def add_actions(
 
 def multiply_densities(
     mixture_logits: Float[Tensor, "*B K"], loc: Float[Tensor, "*B K A"], scale: Float[Tensor, "*B K A"]
-) -> Composed:
+) -> Blended:
     r"""The normalised product of the experts' densities, prod_k N(u; mu_k, sigma_k^2)^{w_k} with w = sigmoid(logits).
 
         u ~ N(mu, sigma^2),    1 / sigma^2 = sum_k w_k / sigma_k^2,    mu = sigma^2 sum_k (w_k / sigma_k^2) mu_k

@@ -1,7 +1,7 @@
 """The contract of a mixture distribution: what one offers, and the members that each offer stands for.
 
-Whoever works with a distribution says what it asks for, the distribution says what it offers, and ``missing`` compares
-the two before anything is computed. Nobody looks for attributes.
+Whoever works with a distribution says what it asks for, the distribution says what it offers, and ``missing`` and
+``offers`` compare the two before anything is computed. Nobody looks for attributes.
 
 Shape letters as in ``distributions``: B batch, S sample dimensions and batch, SB the same of an index, K, A.
 """
@@ -9,7 +9,7 @@ Shape letters as in ``distributions``: B batch, S sample dimensions and batch, S
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -133,3 +133,8 @@ class MixtureDistribution(Protocol):
 def missing(distribution: type[Any], asks: Collection[Offer]) -> list[Offer]:
     """What of this a class of distributions does not offer; one that says nothing, such as torch's, offers nothing."""
     return sorted(set(asks) - getattr(distribution, "offers", frozenset()))
+
+
+def offers(distribution: object, asks: Collection[Offer]) -> TypeGuard[MixtureDistribution]:
+    """Whether a distribution can be asked for all of this."""
+    return not missing(type(distribution), asks)

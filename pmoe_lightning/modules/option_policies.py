@@ -149,6 +149,11 @@ class OptionActor(TensorDictModuleBase):
         if return_log_prob:
             self.out_keys += ["action_unsquashed", "action_log_prob", "option_log_prob"]
 
+    @property
+    def num_options(self) -> int:
+        """K."""
+        return self.network.mixture.num_components
+
     def get_dist(self, tensordict: TensorDictBase) -> OptionPolicies:
         """The policies at the observations of the tensordict; needs no ``option_previous``."""
         mixture_logits, loc, scale, termination_logits = self.network(tensordict.get(self.in_keys[0]))

@@ -6,6 +6,7 @@ This is the one place where configuration meets code: everything below receives 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from omegaconf import DictConfig
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
 from pmoe_lightning.checkpoints.io import AtomicCheckpointIO
-from pmoe_lightning.checkpoints.policy import ACTORS, CRITICS
+from pmoe_lightning.checkpoints.policy import ACTORS, CRITICS, ENCODERS
+from pmoe_lightning.data.off_policy import Pictures
 from pmoe_lightning.envs import make_env
 from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
@@ -56,16 +58,26 @@ def make_trainer(
     )
 
 
-def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[LightningModule, LightningDataModule]:
+def make_run(
+    cfg: DictConfig, rank: int = 0, world_size: int = 1, checkpoint_folder: Path | None = None
+) -> tuple[LightningModule, LightningDataModule]:
     """The algorithm and its data, with networks that are the same in every process and experience that is not.
+
+    Beside the checkpoints in ``checkpoint_folder`` lie the pictures of a replay buffer that they name.
 
     Raises:
         ConfigurationError: the algorithm learns from other data than these.
     """
     seed_everything(cfg.seed, verbose=False)
     make_env = bound(cfg.env)
-    spaces = inspect_env(make_env)
-    described, normalizing, of_data = arguments_of(cfg.actor), {}, {}
+    spaces, seen = inspect_env(make_env)
+    described, normalizing = arguments_of(cfg.actor), {}
+    of_data: dict[str, Any] = {}
+    encoder = None
+    if seen is not None:
+        with torch.random.fork_rng():  # so that actor and critics start the same with every encoder of so many features
+            encoder = call(cfg.encoder, shape=seen.shape)
+        spaces = replace(spaces, observation_dim=encoder.features)
     environments = cfg.data.num_envs * max(cfg.data.num_workers, 1)
     of_rollouts = get_object(cfg.data._target_).on_policy
     normalizer = ObservationNormalizer(spaces.observation_dim) if cfg.data.get("normalize_observation") else None
@@ -79,7 +91,9 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
         of_data = {"gamma": cfg.algo.gamma} | ({"cost_gamma": cfg.safe.get("gamma")} if cfg.safe else {})
     if of_rollouts or normalizer is not None:  # an algorithm of replayed transitions need not know of it
         normalizing = {"normalizer": normalizer}
-    algorithm = _make_algorithm(cfg, spaces, described, normalizing)
+    if seen is not None:
+        of_data["pictures"] = Pictures(seen.shape, seen.stack, checkpoint_folder)
+    algorithm = _make_algorithm(cfg, spaces, described, normalizing, encoder)
     data = call(
         cfg.data,
         make_env=make_env,
@@ -101,7 +115,7 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
 
 
 def _make_algorithm(
-    cfg: DictConfig, spaces: Spaces, described: dict[str, Any], normalizing: dict[str, Any]
+    cfg: DictConfig, spaces: Spaces, described: dict[str, Any], normalizing: dict[str, Any], encoder: Any
 ) -> AbstractAlgorithm:
     """The algorithm around an actor made with the arguments that a checkpoint is to describe."""
     actor = call(cfg.actor, **vars(spaces), **described)
@@ -114,11 +128,16 @@ def _make_algorithm(
         options["constraint"] = call(cfg.safe)
     if cfg.critic and not get_object(cfg.data._target_).on_policy:
         options["make_critic"] = bound(cfg.critic)
+    if encoder is not None:
+        options["encoder"] = encoder
+    description = _describe_policy(cfg, spaces, described, normalizing.get("normalizer") is not None)
+    if encoder is not None:
+        description["encoder"] = _describe_encoder(cfg, encoder)
     algorithm = call(
         cfg.algo,
         actor=actor,
         estimator=call(cfg.estimator) if cfg.estimator else None,
-        policy_description=_describe_policy(cfg, spaces, described, normalizing.get("normalizer") is not None),
+        policy_description=description,
         **sizes,
         **normalizing,
         **options,
@@ -130,7 +149,7 @@ def _make_algorithm(
 def own_parts(cfg: DictConfig) -> dict[str, Callable[..., Any]]:
     """The factories of the policy and of the environment that are not this package's, under ``group/option``."""
     known = {"actor": ACTORS.values(), "action_transform": [make_hamiltonian_transform], "safe": [CostConstraint]}
-    known |= {"critic": CRITICS.values(), "env": [make_env]}
+    known |= {"critic": CRITICS.values(), "encoder": ENCODERS.values(), "env": [make_env]}
     chosen = {group: get_object(cfg[group]._target_) for group in known if cfg[group]}
     names = HydraConfig.get().runtime.choices
     return {f"{group}/{names[group]}": part for group, part in chosen.items() if part not in known[group]}
@@ -146,6 +165,8 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
     own = dict(key.split("/", 1) for key in own_parts(cfg))
     known = {factory: name for name, factory in ACTORS.items()}
     environment = arguments_of(cfg.env)
+    if (environment.get("pixels") or {}).get("size") is None:
+        environment.pop("pixels", None)
     return {
         "format": 1,
         "actor": own.get("actor") or known[get_object(cfg.actor._target_)],
@@ -158,6 +179,14 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
         "own_parts": {group: name for group, name in own.items() if group != "actor"},
         "env": {"id": environment.pop("id"), "kwargs": environment},
     }
+
+
+def _describe_encoder(cfg: DictConfig, encoder: Any) -> dict[str, Any]:
+    """The kind, the shape of the pixels and the sizes; of the user's own, no kind."""
+    kinds = {factory: name for name, factory in ENCODERS.items()}
+    target = get_object(cfg.encoder._target_)
+    kind = {"kind": kinds[target]} if target in kinds else {}
+    return kind | {"shape": list(encoder.shape)} | arguments_of(cfg.encoder)
 
 
 def _describe_critic(cfg: DictConfig) -> dict[str, Any]:

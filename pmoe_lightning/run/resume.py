@@ -29,6 +29,9 @@ FREE = ("resume", "total_frames", "num_threads", "compile", "matmul_precision", 
 _DELIVERY_PATIENCE_SECONDS = 30.0
 #: What runs of a replay buffer did before these keys were there.
 _LATER = {"algo.betas": [0.9, 0.999], "algo.policy_delay": 1, "data.n_step": 1, "data.normalize_observation": False}
+#: What they did before there were pixels.
+_LATER |= {"env.pixels.size": None, "env.pixels.grey": False, "env.pixels.stack": 3, "env.pixels.look": "default"}
+_LATER |= {"encoder": None, "data.random_shift": 4}
 _log = logging.getLogger(__name__)
 _read_already: dict[Path, dict[str, Any]] = {}
 
@@ -107,10 +110,8 @@ def take_checkpoint(path: str | Path) -> dict[str, Any]:
 
     With its replay buffer it may be gigabytes: whoever takes it is the only one to keep it.
     """
-    from pmoe_lightning.checkpoints.files import read_checkpoint
-
     path = Path(path).absolute()
-    return _read_already.pop(path, None) or read_checkpoint(path)
+    return _read_already.pop(path, None) or _read(path)
 
 
 def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -119,20 +120,30 @@ def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         RunError: neither can be read.
     """
-    from pmoe_lightning.checkpoints.files import previous_checkpoint, read_checkpoint
+    from pmoe_lightning.checkpoints.files import previous_checkpoint
 
     previous = previous_checkpoint(path)
     try:
-        return path, read_checkpoint(path)
+        return path, _read(path)
     except RunError as error:
         if not previous.is_file():
             raise
         try:
-            checkpoint = read_checkpoint(previous)
+            checkpoint = _read(previous)
         except RunError as second:
             raise RunError(f"{error}; and {second}") from second
         _log.warning("%s; using the one before it, %s", error, previous)
         return previous, checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint with the blocks of its replay buffer verified."""
+    from pmoe_lightning.checkpoints.blocks import locate_blocks
+    from pmoe_lightning.checkpoints.files import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    locate_blocks(checkpoint, path)
+    return checkpoint
 
 
 def describe(cfg: DictConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
@@ -32,6 +33,14 @@ class Spaces:
     action_high: list[float]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What an environment shows in place of its state: the shape of ``pixels``, [S C, H, W], and S."""
+
+    shape: tuple[int, ...]
+    stack: int
+
+
 def check_surroundings(jobs: Sequence[DictConfig]) -> None:
     """Refuse an environment that cannot be made, devices that are not there or a tracking store that does not answer.
 
@@ -47,8 +56,31 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
         check_devices(trainer)
     for uri in {cfg.logger.get("tracking_uri") for cfg in jobs if cfg.logger}:
         check_server(uri)
-    for env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.values():
-        inspect_env(bound(env))
+    seen = {}
+    for key, env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.items():
+        seen[key] = inspect_env(bound(env))[1]
+    for cfg in jobs:
+        _check_pixels(cfg, seen[OmegaConf.to_yaml(cfg.env, resolve=True)])
+
+
+def _check_pixels(cfg: DictConfig, seen: Seen | None) -> None:
+    """Refuse pixels without an encoder, an encoder without pixels, and a buffer that the memory will not hold."""
+    if seen is None:
+        if cfg.encoder:
+            raise ConfigurationError("encoder=... encodes pixels, and this environment shows none: use encoder=none")
+        return
+    if not cfg.encoder:
+        raise ConfigurationError("this environment shows pixels: use encoder=drq")
+    try:
+        with isolate_rng(include_cuda=False):
+            call(cfg.encoder, shape=seen.shape)
+    except ValueError as error:
+        raise ConfigurationError(f"encoder: {first_line(error)}") from error
+    if "buffer_size" in cfg.data:
+        from pmoe_lightning.data.frames import check_memory, pictures_of
+
+        device = torch.device(accelerator_of(cfg.trainer.accelerator).replace("gpu", "cuda"))
+        check_memory(pictures_of(cfg.data.buffer_size, cfg.total_frames), seen.shape, seen.stack, device)
 
 
 def check_matmul_precision(precision: MatmulPrecision, accelerator: str) -> None:
@@ -81,8 +113,10 @@ def check_devices(trainer: DictConfig) -> None:
         raise ConfigurationError(f"{asked}: {first_line(error)}") from error
 
 
-def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
+def inspect_env(make_env: Callable[..., EnvBase]) -> tuple[Spaces, Seen | None]:
     """Make one environment, read its sizes and bounds, reset and step it, and close it; no random number is used up.
+
+    The size of an observation is 0 where pixels are seen.
 
     Raises:
         ConfigurationError: it cannot be made, is not supported, or fails in its first reset or step.
@@ -93,7 +127,10 @@ def inspect_env(make_env: Callable[..., EnvBase]) -> Spaces:
         try:
             env.rollout(1)
             low, high = (bound.flatten().tolist() for bound in (env.action_spec.space.low, env.action_spec.space.high))
-            return Spaces(env.observation_spec["observation"].shape[-1], low, high)
+            pixels = env.observation_spec.get("pixels", None)
+            if pixels is not None:
+                return Spaces(0, low, high), Seen(tuple(pixels.shape[1:]), getattr(env, "stack", 1))
+            return Spaces(env.observation_spec["observation"].shape[-1], low, high), None
         finally:
             env.close()
 

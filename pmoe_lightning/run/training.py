@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from pmoe_lightning.checkpoints.blocks import FOLDER
 from pmoe_lightning.errors import ConfigurationError, RunError, first_line
 from pmoe_lightning.modules.networks import set_matmul_precision
 from pmoe_lightning.processes import run_folder
@@ -45,6 +46,7 @@ def run_training(cfg: DictConfig) -> None:
     if run_folder.is_first_process():
         remove_leftovers(output_dir)
         remove_leftovers(output_dir / "checkpoints")
+        remove_leftovers(output_dir / "checkpoints" / FOLDER)
     already_read = {Path(cfg.resume): take_checkpoint(cfg.resume)} if cfg.resume else {}
     resumed = already_read[Path(cfg.resume)]["run"] if cfg.resume else {}
     with stop.interruptible():
@@ -57,7 +59,8 @@ def run_training(cfg: DictConfig) -> None:
                     f"resume={cfg.resume} holds the experience of {resumed['processes']} training processes, and this "
                     f"run has {trainer.world_size}: set trainer.devices, times trainer.num_nodes, to as many"
                 )
-            algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
+            folder = output_dir / "checkpoints"
+            algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size, folder)
         if logger is not None:
             words = [without_secrets(word) for word in HydraConfig.get().overrides.task]
             logger.start(describe_run(_run_name(cfg), words, cfg.total_frames, output_dir))
@@ -126,7 +129,7 @@ def _run_name(cfg: DictConfig) -> str:
 def _parameters(cfg: DictConfig) -> dict[str, Any]:
     """What tells runs apart: the options chosen and the numbers of the learning itself, under dotted names."""
     chosen = HydraConfig.get().runtime.choices
-    of_method = ("algo", "actor", "estimator", "critic", "action_transform", "safe")
+    of_method = ("algo", "actor", "estimator", "critic", "encoder", "action_transform", "safe")
     parameters = {group: chosen[group] for group in of_method}
     for group in (*of_method, "env", "data", "trainer"):
         if cfg[group]:

@@ -11,6 +11,7 @@ from tensordict.nn import InteractionType, TensorDictModuleBase, set_interaction
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor
 
+from pmoe_lightning.modules.borrowed import Borrowed
 from pmoe_lightning.modules.distributions import TanhBounds
 from pmoe_lightning.safe.constraint import CostConstraint, SafeValues
 
@@ -51,10 +52,9 @@ class SafePolicy(TensorDictModuleBase):
         self.policy, self.constraint = policy, constraint
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)
-        if any(module is values for module in policy.modules()):
-            # Registered once: who puts other tensors into the modules would meet those of a second place as the own.
-            self.__dict__["values"] = values
-        else:
+        self._judges = Borrowed(values)
+        if not any(module is values for module in policy.modules()):
+            # A part in one place: who puts other tensors into the parts would meet those of a second place as the own.
             self.values = values
         self.default_interaction_type = InteractionType.RANDOM
 
@@ -67,7 +67,7 @@ class SafePolicy(TensorDictModuleBase):
             proposals.append(self._propose(observation, drawn, InteractionType.RANDOM))
         candidates = torch.cat(proposals)
         normalized = TanhBounds(self.low, self.high).normalize(candidates)
-        chosen = choose_safe(*self.values.predict(observation, normalized), self.constraint.limit)
+        chosen = choose_safe(*self._judges.module.predict(observation, normalized), self.constraint.limit)
         places = chosen.unsqueeze(0).unsqueeze(-1).expand(1, *candidates.shape[1:])
         return tensordict.set("action", candidates.gather(0, places).squeeze(0))
 

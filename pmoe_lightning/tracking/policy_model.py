@@ -33,7 +33,7 @@ from pmoe_lightning.tracking.model_upload import HOW_TO_USE, how_to_use, upload_
 
 
 class PolicyFunction(nn.Module):
-    """A TensorDict policy as a plain function: ``observation [N, O] -> action [N, A]``.
+    """A TensorDict policy as a plain function: ``observation [N, O] -> action [N, A]``, or from pixels [N, C, H, W].
 
     The exported graph keeps its two questions: whoever serves it gets an error for an observation that is not finite,
     or so large that the action is not, in place of an action that is NaN.
@@ -45,7 +45,7 @@ class PolicyFunction(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         _assert_finite(observation, "the observation holds NaN or an infinity")
-        tensordict = TensorDict({"observation": observation}, batch_size=[observation.shape[0]])
+        tensordict = TensorDict({self.policy.in_keys[0]: observation}, batch_size=[observation.shape[0]])
         action = self.policy(tensordict)["action"]
         _assert_finite(action, "the observation is too large for the policy: its action is not finite")
         return action
@@ -145,7 +145,7 @@ def save_policy_model(
     # Drawn again for every action, a component is not a function of the observation.
     rule = "max_weight" if rule == "sample_component" else rule
     policy = build_policy(entry, rule=rule, parts=parts, where=where)
-    if memory := [key for key in policy.in_keys if key != "observation"]:
+    if memory := [key for key in policy.in_keys if key not in ("observation", "pixels")]:
         raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
     function = PolicyFunction(policy).eval().requires_grad_(False)
     facts = _facts(entry, policy) | {"rule": rule} | dict(metadata or {})
@@ -162,9 +162,11 @@ def save_policy_model(
 
 
 def _save(function: nn.Module, facts: Mapping[str, Any], folder: Path, note: str) -> None:
-    observations, actions = facts["observation_dim"], facts["action_dim"]
+    seen, actions = facts.get("pixels"), facts["action_dim"]
+    kind = np.dtype(np.float32 if seen is None else np.uint8)
+    single = [facts["observation_dim"]] if seen is None else seen
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, observations))]),
+        inputs=Schema([TensorSpec(kind, (-1, *single))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, actions))]),
     )
     with warnings.catch_warnings(), torch.no_grad():
@@ -178,7 +180,7 @@ def _save(function: nn.Module, facts: Mapping[str, Any], folder: Path, note: str
             serialization_format="pt2",
             signature=signature,
             # A batch of one would be traced as the constant 1.
-            input_example=np.zeros((2, observations), np.float32),
+            input_example=np.zeros((2, *single), kind),
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}"],
         )
         # An exported graph cannot change its device, and MLflow would otherwise try the GPU of whoever loads it.
@@ -197,8 +199,10 @@ def _digest(function: nn.Module, facts: Mapping[str, Any]) -> str:
 
 def _facts(entry: Mapping[str, Any], policy: nn.Module) -> dict[str, Any]:
     description = entry["description"]
-    safe = description.get("safe")
+    safe, encoder = description.get("safe"), description.get("encoder")
+    pixels = {} if encoder is None else {"pixels": encoder["shape"]}
     return {
+        **pixels,
         "env": description["env"]["id"],
         "observation_dim": description["observation_dim"],
         "action_dim": len(description["action_low"]),
