@@ -1,4 +1,4 @@
-"""Learning side by side with Stable-Baselines3: same task, sizes, frames, seeds and evaluation.
+"""Learning side by side with Stable-Baselines3 and SBX: same task, sizes, frames, seeds and evaluation.
 
 Each cell (algorithm, task, learner, seed) trains once and is judged by the mean return of ten deterministic episodes
 with seeds of their own. A finished cell is one JSON file, so an interrupted run continues where it stopped:
@@ -8,10 +8,11 @@ with seeds of their own. A finished cell is one JSON file, so an interrupted run
     python benchmarks/peers.py run --algo sac --learner gaussian_bf16 --env Pendulum-v1
     python benchmarks/peers.py table
 
-Learners: ``sb3`` (Stable-Baselines3), ``gaussian`` (ours, one component), ``pmoe`` (ours, four components), and three
-forms of ``gaussian`` that are to learn the same: ``gaussian_readable`` (never compiled), ``gaussian_compiled``,
-``gaussian_bf16`` (compiled, hidden products in bfloat16).
-Stable-Baselines3 is not a dependency of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
+Learners: ``sb3`` (Stable-Baselines3), ``sbx`` (its JAX form), ``sbx_crossq`` (SBX's CrossQ, critics of 256 units),
+``gaussian`` (ours, one component), ``pmoe`` (ours, four components), ``gaussian_crossq`` and ``pmoe_crossq`` (with
+CrossQ's critics), and three forms of ``gaussian`` that are to learn the same: ``gaussian_readable`` (never compiled),
+``gaussian_compiled``, ``gaussian_bf16`` (compiled, hidden products in bfloat16).
+The peers are not dependencies of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
 """
 
 from __future__ import annotations
@@ -40,31 +41,39 @@ OTHER_RULES = ("sample_component", "best_value", "sample")
 OURS = {
     "gaussian": ["actor=gaussian"],
     "pmoe": ["actor=pmoe"],
+    "gaussian_crossq": ["actor=gaussian", "critic=crossq"],
+    "pmoe_crossq": ["actor=pmoe", "estimator=marginalized", "critic=crossq"],
     "gaussian_readable": ["actor=gaussian", "compile=false"],
     "gaussian_compiled": ["actor=gaussian", "compile=true"],
     "gaussian_bf16": ["actor=gaussian", "compile=true", "matmul_precision=bf16-hidden"],
 }
+PEERS = ("sb3", "sbx", "sbx_crossq")
 RESULTS = Path(__file__).parent / "results" / "peers"
 # 97.5 % quantile of Student's t with n - 1 degrees of freedom, by the number of seeds n.
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def train_sb3(algo: str, env_id: str, seed: int) -> dict:
-    """Train and evaluate Stable-Baselines3 with its own defaults, which are the sizes ours uses too."""
+def train_peer(algo: str, learner: str, env_id: str, seed: int) -> dict:
+    """Train and evaluate a peer with its own defaults, which are the sizes ours uses too."""
     import gymnasium as gym
     import numpy as np
-    import stable_baselines3 as sb3
     import torch
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+    if learner == "sb3":
+        import stable_baselines3 as library
+    else:
+        import sbx as library
     torch.set_num_threads(1)
     env = DummyVecEnv([lambda: Monitor(gym.make(env_id))])
     if algo == "sac":
-        model = sb3.SAC("MlpPolicy", env, learning_starts=1000, seed=seed, device="cpu")
+        widths = {"policy_kwargs": {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}} if "crossq" in learner else {}
+        make = library.CrossQ if "crossq" in learner else library.SAC
+        model = make("MlpPolicy", env, learning_starts=1000, seed=seed, device="cpu", **widths)
     else:
         env = VecNormalize(env)
-        model = sb3.PPO("MlpPolicy", env, seed=seed, device="cpu")
+        model = library.PPO("MlpPolicy", env, seed=seed, device="cpu")
     model.learn(FRAMES[algo, env_id])
 
     returns, judge = [], gym.make(env_id)
@@ -78,7 +87,7 @@ def train_sb3(algo: str, env_id: str, seed: int) -> dict:
             observation, reward, terminated, truncated, _ = judge.step(action)
             total, done = total + float(reward), terminated or truncated
         returns.append(total)
-    return {"mean": float(np.mean(returns)), "returns": returns, "version": sb3.__version__}
+    return {"mean": float(np.mean(returns)), "returns": returns, "version": library.__version__}
 
 
 def train_ours(algo: str, learner: str, env_id: str, seed: int) -> dict:
@@ -114,8 +123,8 @@ def run(algo: str, learner: str, env_id: str, seeds: list[int]) -> None:
 def measure(algo: str, learner: str, env_id: str, seed: int) -> dict:
     """One cell, timed."""
     start, cpu = time.monotonic(), time.process_time()
-    result = train_sb3(algo, env_id, seed) if learner == "sb3" else train_ours(algo, learner, env_id, seed)
-    cpu_seconds = time.process_time() - cpu if learner == "sb3" else None
+    result = (train_peer if learner in PEERS else train_ours)(algo, learner, env_id, seed)
+    cpu_seconds = time.process_time() - cpu if learner in PEERS else None
     times = {"wall_seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds}
     head = {"algo": algo, "learner": learner, "env": env_id, "seed": seed, "frames": FRAMES[algo, env_id]}
     return head | result | times
@@ -149,7 +158,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
     runner.add_argument("--algo", choices=sorted({algo for algo, _ in FRAMES}), required=True)
-    runner.add_argument("--learner", choices=["sb3", *OURS], required=True)
+    runner.add_argument("--learner", choices=[*PEERS, *OURS], required=True)
     runner.add_argument("--env", choices=sorted({env_id for _, env_id in FRAMES}), default="HalfCheetah-v5")
     runner.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     commands.add_parser("table")
@@ -157,6 +166,8 @@ def main() -> None:
     if arguments.command == "run":
         if (arguments.algo, arguments.env) not in FRAMES:
             parser.error(f"{arguments.algo} is not compared on {arguments.env}")
+        if arguments.algo == "ppo" and "crossq" in arguments.learner:
+            parser.error(f"{arguments.learner} is of sac alone")
         run(arguments.algo, arguments.learner, arguments.env, arguments.seeds)
     else:
         table()

@@ -11,9 +11,11 @@ interval is that of the rounds' medians.
     python benchmarks/speed.py run --algo ppo --script cleanrl=../cleanrl/cleanrl/ppo_continuous_action.py
     python benchmarks/speed.py table
 
-Learners: ``gaussian`` and ``pmoe`` (ours, as a user starts them), the same with ``matmul_precision=bf16-hidden``,
-``sb3`` (Stable-Baselines3), ``sbx`` (its JAX form), ``torchrl`` (``torchrl_recipe.py``), and scripts in the manner of
-CleanRL, given by path, which are timed from outside: the difference between a long and a short run.
+Learners: ``gaussian`` and ``pmoe`` (ours, as a user starts them), the same with ``matmul_precision=bf16-hidden`` and,
+for SAC, with ``float32-onednn`` and ``critic=crossq``; ``sb3`` (Stable-Baselines3), ``sbx`` (its JAX form),
+``sbx_crossq`` and ``sbx_crossq_wide`` (SBX's CrossQ with critics of 256 units and of its own 1,024), ``torchrl``
+(``torchrl_recipe.py``), and scripts in the manner of CleanRL, given by path, which are timed from outside: the
+difference between a long and a short run.
 The peers are not dependencies of the package: ``pip install -c constraints.txt -e ".[benchmarks]"``.
 """
 
@@ -41,8 +43,15 @@ OURS = {
     "pmoe": ["actor=pmoe"],
     "gaussian_bf16": ["actor=gaussian", "matmul_precision=bf16-hidden"],
     "pmoe_bf16": ["actor=pmoe", "matmul_precision=bf16-hidden"],
+    "gaussian_onednn": ["actor=gaussian", "matmul_precision=float32-onednn"],
+    "gaussian_crossq": ["actor=gaussian", "critic=crossq"],
+    "pmoe_crossq": ["actor=pmoe", "estimator=marginalized", "critic=crossq"],
+    "gaussian_crossq_onednn": ["actor=gaussian", "critic=crossq", "matmul_precision=float32-onednn"],
 }
-LEARNERS = (*OURS, "sb3", "sbx", "torchrl")
+PEERS = ("sb3", "sbx", "sbx_crossq", "sbx_crossq_wide")
+LEARNERS = (*OURS, *PEERS, "torchrl")
+#: Those that only SAC has.
+OF_SAC = {name for name in LEARNERS if "crossq" in name or "onednn" in name}
 FRAMES = {"ppo": 24_576, "sac": 4_000}
 WINDOW = {"ppo": 2048, "sac": 500}
 #: Before these frames there are random actions, compilation and first uses.
@@ -77,18 +86,32 @@ def ours(algo: str, learner: str, num_envs: int, marks: Path) -> None:
     main()
 
 
-def stable_baselines(package: str, algo: str, num_envs: int, marks: Path) -> None:
-    """Stable-Baselines3 or SBX, which share their interface, with their defaults."""
+def make_peer(learner: str, algo: str, num_envs: int, seed: int | None = None) -> Any:
+    """A model of Stable-Baselines3 or SBX, which share their interface, with its defaults."""
     import gymnasium
     import torch
-    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-    if package == "sb3":
+    if learner == "sb3":
         import stable_baselines3 as library
     else:
         import sbx as library
     torch.set_num_threads(1)
+    env: Any = DummyVecEnv([lambda: gymnasium.make(ENV)] * num_envs)
+    if algo == "ppo":
+        sizes = {"n_steps": 2048 // num_envs, "batch_size": 64, "n_epochs": 10}
+        return library.PPO("MlpPolicy", VecNormalize(env), seed=seed, **sizes)
+    # One update per frame, as with one environment.
+    arguments: dict[str, Any] = {"learning_starts": 1000, "gradient_steps": num_envs, "seed": seed}
+    if learner == "sbx_crossq":
+        arguments["policy_kwargs"] = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
+    return (library.CrossQ if "crossq" in learner else library.SAC)("MlpPolicy", env, **arguments)
+
+
+def stable_baselines(learner: str, algo: str, num_envs: int, marks: Path) -> None:
+    """Train a model of Stable-Baselines3 or SBX."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
     recorder = Marks(str(marks), WINDOW[algo])
 
     class Recorder(BaseCallback):
@@ -99,18 +122,11 @@ def stable_baselines(package: str, algo: str, num_envs: int, marks: Path) -> Non
         def _on_rollout_start(self) -> None:
             recorder.mark(self.num_timesteps)
 
-    env: Any = DummyVecEnv([lambda: gymnasium.make(ENV)] * num_envs)
-    if algo == "sac":
-        # One update per frame, as with one environment.
-        model = library.SAC("MlpPolicy", env, learning_starts=1000, gradient_steps=num_envs)
-    else:
-        sizes = {"n_steps": 2048 // num_envs, "batch_size": 64, "n_epochs": 10}
-        model = library.PPO("MlpPolicy", VecNormalize(env), **sizes)
-    model.learn(FRAMES[algo], callback=Recorder())
+    make_peer(learner, algo, num_envs).learn(FRAMES[algo], callback=Recorder())
 
 
 def train_one(algo: str, learner: str, num_envs: int, marks: Path) -> None:
-    if learner in ("sb3", "sbx"):
+    if learner in PEERS:
         stable_baselines(learner, algo, num_envs, marks)
     elif learner == "torchrl":
         import torchrl_recipe
@@ -221,7 +237,7 @@ def main() -> None:
     runner = commands.add_parser("run", help="measure")
     runner.add_argument("--algo", choices=sorted(FRAMES), required=True)
     runner.add_argument("--num-envs", type=int, nargs="+", default=[1])
-    runner.add_argument("--learners", nargs="*", choices=LEARNERS, default=list(LEARNERS))
+    runner.add_argument("--learners", nargs="*", choices=LEARNERS)
     runner.add_argument("--script", nargs="*", default=[], metavar="NAME=PATH")
     runner.add_argument("--rounds", type=int, default=3)
     commands.add_parser("table", help="print what was measured")
@@ -230,6 +246,10 @@ def main() -> None:
         one.add_argument(name)
     arguments = parser.parse_args()
     if arguments.command == "run":
+        if arguments.learners is None:
+            arguments.learners = [name for name in LEARNERS if arguments.algo == "sac" or name not in OF_SAC]
+        if arguments.algo != "sac" and (wrong := OF_SAC.intersection(arguments.learners)):
+            parser.error(f"{', '.join(sorted(wrong))}: of SAC alone")
         run(arguments)
     elif arguments.command == "table":
         table()

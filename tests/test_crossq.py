@@ -53,7 +53,7 @@ def as_layers(network: CrossQNetwork, make_norm) -> nn.Sequential:
     linears = [layer for layer in network.layers if isinstance(layer, nn.Linear)]
     layers: list[nn.Module] = []
     for k, (norm, linear) in enumerate(zip(network.norms, linears, strict=True)):
-        layers += [*([nn.ReLU()] if k else []), make_norm(norm), linear]
+        layers += [*([copy.copy(network.activation)] if k else []), make_norm(norm), linear]
     return nn.Sequential(*layers)
 
 
@@ -97,12 +97,13 @@ def test_the_frozen_form_is_batch_normalisation_in_eval_mode():
     torch.testing.assert_close(pullback(torch.ones_like(known)), slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize(
     ("warm_up", "make_norm"), [(10, lambda norm: batch_norm(norm)), (0, Renormalization)], ids=["plain", "renormalised"]
 )
-def test_the_training_form_is_that_normalisation_as_a_layer(warm_up, make_norm):
+def test_the_training_form_is_that_normalisation_as_a_layer(warm_up, make_norm, activation):
     """Values and every gradient, those through the statistics of the batch too; some of r and d are cut off."""
-    networks, parameters = critics(warm_up=warm_up)
+    networks, parameters = critics(warm_up=warm_up, activation=activation)
     observation, action = inputs()
     values, _ = networks[0].training_values(parameters, observation, action)
     weights = torch.randn_like(values)
@@ -322,6 +323,28 @@ def test_the_factories_name_what_they_read_and_write():
         assert network(data)["state_action_value"].shape == (3, 1)
     with pytest.raises(ValueError, match="momentum=1.0 must be"):
         make_crossq_network(OBSERVATION_DIM, A, momentum=1.0)
+
+
+@pytest.mark.parametrize("betas", [(0, 0), [0.0, 0.5]], ids=str)
+def test_an_optimizer_without_memory_takes_its_step(betas):
+    algorithm = by_lightning([minibatches(1)], betas=betas, policy_delay=1000)
+    assert algorithm.updates == 1 and algorithm.betas == tuple(betas)
+
+
+@pytest.mark.parametrize("betas", [(0.5,), (0.5, 0.9, 0.9)], ids=str)
+def test_other_than_two_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="SAC: betas=.* must be two numbers, such as"):
+        by_lightning([], betas=betas)
+
+
+def test_a_minibatch_of_one_row_has_the_statistics_of_two(double_precision):
+    """s and s' in one pass."""
+    loss, optimizer = make(critic="crossq")
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    SACUpdate(loss, optimizer, tau=TAU, compile=False)(minibatches(2)[:, :1])
+    after = loss.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    assert not torch.equal(*(found["qvalue_network_params.module.norms.1.running_var"] for found in (before, after)))
 
 
 def test_critics_that_learn_from_a_batch_need_a_reduction(double_precision):

@@ -81,13 +81,15 @@ def sac_by_lightning(rank: int = 0, parts: int = 1, *, force: str | None = None)
     return dict(algorithm.loss.state_dict())
 
 
-def crossq_by_lightning(rank: int, parts: int) -> dict[str, torch.Tensor]:
+def crossq_by_lightning(
+    rank: int, parts: int, *, hidden_sizes: tuple[int, ...] = (12, 8), compile: bool = False
+) -> dict[str, torch.Tensor]:
     """Fifty updates, an actor's turn in every third."""
     torch.manual_seed(0)
-    actor = make_pmoe_actor(sac.OBSERVATION_DIM, sac.LOW, sac.HIGH, hidden_sizes=(12, 8))
-    sizes = {"observation_dim": sac.OBSERVATION_DIM, "action_dim": sac.A, "hidden_sizes": (12, 8)}
-    critic = {"make_critic": partial(make_crossq_network, hidden_sizes=(12, 8)), "policy_delay": 3}
-    algorithm = make_sac(actor, Marginalized(), lr=1e-3, **critic, **sizes)
+    actor = make_pmoe_actor(sac.OBSERVATION_DIM, sac.LOW, sac.HIGH, hidden_sizes=hidden_sizes)
+    sizes = {"observation_dim": sac.OBSERVATION_DIM, "action_dim": sac.A, "hidden_sizes": hidden_sizes}
+    critic = {"make_critic": partial(make_crossq_network, hidden_sizes=hidden_sizes), "policy_delay": 3}
+    algorithm = make_sac(actor, Marginalized(), lr=1e-3, compile=compile, **critic, **sizes)
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     trainer = Trainer(accelerator="cpu", devices=parts, max_epochs=1, use_distributed_sampler=False, **quiet)
     batches = part(sac.minibatches(50), rank, parts).split(10)
@@ -191,5 +193,27 @@ def test_two_processes_hold_the_same_parameters_and_statistics(name, processes):
     assert any("running_var" in key for key in first)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+    (counter,) = (value for key, value in first.items() if "num_updates" in key)
+    assert counter.tolist() == [50, 50]
+
+
+def compiled_in_process(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    forms = [crossq_by_lightning(rank, 2, hidden_sizes=(8,), compile=compile) for compile in (True, False)]
+    torch.save(forms, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_parameters_and_statistics_after_compiled_updates(tmp_path):
+    """Bit for bit, and, draw for draw, those of the readable form in two processes."""
+    mp.spawn(compiled_in_process, (tmp_path,), nprocs=2)
+    (first, readable), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+        torch.testing.assert_close(value, readable[key], rtol=1e-9, atol=1e-9, msg=key)
     (counter,) = (value for key, value in first.items() if "num_updates" in key)
     assert counter.tolist() == [50, 50]

@@ -30,7 +30,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from mlflow import MlflowClient
-from policies import make_policy
+from policies import make_policy, make_sac_policy
 from proxies import TROUBLES, Proxy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS, RETRIES_SECONDS, wait_until
@@ -1018,6 +1018,27 @@ def test_the_packaged_policy_follows_the_best_value_where_training_did(logger: M
             broken[row, 3] = number
             with pytest.raises(Exception, match="the observation holds NaN or an infinity"):
                 packaged.predict(broken)
+
+
+@pytest.mark.parametrize("critic", ["crossq", "layer_norm"])
+def test_the_packaged_policy_asks_critics_of_their_own_kind(critic: str, logger: MLflowLogger) -> None:
+    """With statistics and gains that training has moved, behind the statistics of observations."""
+    algorithm, _ = make_sac_policy(critic=critic, normalize=True)
+    torch.manual_seed(2)
+    for name, value in algorithm.state_dict().items():
+        if "norms" in name:
+            value.uniform_(0.5, 2.0) if "weight" in name or "var" in name else value.normal_()
+    algorithm.policy[0].update(torch.randn(100, 11) * 3 + 1)
+    checkpoint = {"policy": algorithm.policy_state()}
+    logger.start()
+    packaged = mlflow.pyfunc.load_model(log_policy_model(logger, checkpoint))
+    observation = TensorDict(observation=torch.randn(50, 11) * 3, batch_size=50)
+    best, likeliest = (
+        load_policy(checkpoint, rule=rule)(observation.clone())["action"] for rule in (None, "max_weight")
+    )
+    found = packaged.predict(observation["observation"].numpy())
+    np.testing.assert_allclose(found, best.detach(), atol=1e-5)
+    assert (best - likeliest).abs().max() > 0.01
 
 
 def test_a_served_graph_answers_what_is_not_finite_with_an_error(logger: MLflowLogger) -> None:

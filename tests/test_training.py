@@ -33,17 +33,20 @@ def test_a_gpu_is_asked_for_by_name():
 def test_a_precision_without_its_hardware_is_refused(caplog):
     with pytest.raises(ConfigurationError, match="matmul_precision=tf32"):
         check_matmul_precision("tf32", "cpu")
+    with pytest.raises(ConfigurationError, match="matmul_precision=float32-onednn is of a library for CPUs"):
+        check_matmul_precision("float32-onednn", "cuda")
     check_matmul_precision("tf32", "cuda")
     check_matmul_precision("bf16-hidden", "cuda")
     check_matmul_precision("float32", "cpu")
     assert not caplog.records
 
 
+@pytest.mark.parametrize("precision", ["bf16-hidden", "float32-onednn"])
 @pytest.mark.parametrize(("ratio", "warned"), [(0.51, False), (1.0, False), (1.06, False), (2.96, True)])
-def test_bfloat16_is_warned_of_where_it_is_slower(ratio, warned, caplog, monkeypatch):
-    monkeypatch.setattr("pmoe_lightning.run.surroundings.bfloat16_over_float32", lambda: ratio)
-    check_matmul_precision("bf16-hidden", "cpu")
-    said = "matmul_precision=bf16-hidden: a product takes 3.0 times as long as in float32 here"
+def test_a_precision_is_warned_of_where_it_is_slower(precision, ratio, warned, caplog, monkeypatch):
+    monkeypatch.setattr("pmoe_lightning.run.surroundings.over_float32", lambda asked: ratio)
+    check_matmul_precision(precision, "cpu")
+    said = f"matmul_precision={precision}: a product takes 3.0 times as long as in float32 here"
     assert caplog.messages == [said] * warned
 
 

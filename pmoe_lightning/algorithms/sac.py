@@ -15,6 +15,7 @@ from torchrl.modules import SafeProbabilisticTensorDictSequential
 from torchrl.objectives import SoftUpdate
 
 from pmoe_lightning.algorithms.base import AbstractAlgorithm
+from pmoe_lightning.errors import ConfigurationError
 from pmoe_lightning.estimators import AbstractEstimator
 from pmoe_lightning.hamiltonian import HamiltonianTransform
 from pmoe_lightning.limits import FiniteFloat, Limit, Of, PositiveFloat, PositiveInt, UnitInterval, checked
@@ -81,8 +82,9 @@ class SAC(AbstractAlgorithm):
         rates = (lr_actor, lr_qvalue, lr_alpha)
         self.lr_actor, self.lr_qvalue, self.lr_alpha = (lr if rate is None else rate for rate in rates)
         self.tau, self.policy_delay, self.compiles = tau, policy_delay, compile
-        first, second = betas
-        self.betas = first, second
+        if len(betas) != 2:
+            raise ConfigurationError(f"SAC: betas={betas!r} must be two numbers, such as (0.9, 0.999)")
+        self.betas = float(betas[0]), float(betas[1])  # Adam refuses whole numbers
         self.target_updater = SoftUpdate(loss, tau=tau) if loss.delay_qvalue else None
         self.update: SACUpdate | None = None
 

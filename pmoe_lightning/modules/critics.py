@@ -289,8 +289,8 @@ class _KnownProduct(torch.autograd.Function):
         return hidden_product(slope, weight), None, None
 
 
-# What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
-_BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
+#: What an activation with output y makes of a slope; relu's is one pass over memory where a product with y > 0 is two.
+BACKWARD: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
     nn.ReLU: lambda slope, y: torch.ops.aten.threshold_backward(slope, y, 0.0),
     nn.Tanh: lambda slope, y: slope * (1 - y.square()),
 }
@@ -315,7 +315,7 @@ def stacked_qvalue_at(
     biases = [bias.unsqueeze(1) for bias in biases]
     norms = network.layer_norms(parameters)
     activation = network.activation
-    back = _BACKWARD[type(activation)]
+    back = BACKWARD[type(activation)]
     size, (n, width, _) = observation.shape[-1], weights[0].shape
     of_state, of_action = weights[0][..., :size].mT, weights[0][..., size:]
     from_state = (observation.reshape(1, -1, size) @ of_state + biases[0]).view(n, *observation.shape[:-1], width)

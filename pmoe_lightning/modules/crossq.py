@@ -18,7 +18,7 @@ Efficiency and Simplicity", arXiv 1902.05605, whose code has these constants.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchrl.modules import ValueOperator
 
 from pmoe_lightning.limits import Limit, NonNegativeInt, checked
-from pmoe_lightning.modules.critics import QValueNetwork
+from pmoe_lightning.modules.critics import BACKWARD, QValueNetwork
 from pmoe_lightning.modules.networks import Activation, HiddenSizes, hidden_linear
 
 Momentum = Annotated[float, Limit(low=0, high=1, high_included=False)]
@@ -133,9 +133,9 @@ class CrossQNetwork(QValueNetwork):
                 if k == len(norms) - 1:
                     values.append((h * weight[0]).sum(-1) + bias[0])
                     break
-                h = self.activation((hidden_linear if k else F.linear)(h, weight, bias))
-                mean = h.mean(0)
-                var = (h.square().mean(0) - mean.square()).clamp_min(0.0)
+                product = (hidden_linear if k else F.linear)(h, weight, bias)
+                h, mean, mean_square = _ActivationWithMoments.apply(product, self.activation)
+                var = (mean_square - mean.square()).clamp_min(0.0)
             moments.append(seen)
         return torch.stack(values), self._statistics_after(parameters, moments)
 
@@ -146,6 +146,33 @@ class CrossQNetwork(QValueNetwork):
                 key = ("norms", str(k), name)
                 after[key] = parameters[key].detach().lerp(torch.stack(of_batch).detach(), 1 - self.momentum)
         return after
+
+
+class _ActivationWithMoments(torch.autograd.Function):
+    """y of an activation and, over the rows, the means of y and of y^2.
+
+    With the slope back to x written out as one pass over y. Taken apart, as automatic differentiation takes it, each of
+    the three is a pass of its own, and the sum of a product and a matrix copies the matrix.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, activation: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        y = activation(x)
+        return y, y.mean(0), y.square().mean(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, nn.Module], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[0])
+        ctx.back = BACKWARD[type(inputs[1])]
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, of_mean: Tensor, of_square: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        of_moments = (of_mean + 2 * of_square * y) / len(y)
+        # Behind the activation: the sum of a product and a matrix would be one product onto a copy of the matrix.
+        return ctx.back(slope, y) + ctx.back(of_moments, y), None
 
 
 _NORM = ("weight", "bias", *_STATISTICS)

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmoe_lightning.limits import Width, checked
+from pmoe_lightning.modules import onednn
 
 Activation = Literal["relu", "tanh"]
 HiddenSizes = Sequence[Width]
 Initialization = Literal["default", "orthogonal", "lecun_normal"]
-MatmulPrecision = Literal["float32", "bf16-hidden", "tf32"]
+MatmulPrecision = Literal["float32", "float32-onednn", "bf16-hidden", "tf32"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 _STD_OF_CUT_NORMAL = 0.87962566103423978  # of a standard normal number between -2 and 2
-_hidden_products_in_bfloat16 = False
+_of_hidden_products: MatmulPrecision = "float32"
 
 
 @checked
@@ -28,31 +29,32 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
     """The precision of matrix products in this process, as ``torch.set_float32_matmul_precision`` is of the process.
 
     Args:
-        precision: ``float32``; ``bf16-hidden``: the products between hidden layers, which are nearly all the work of
-            a network, take bfloat16 factors, everything else stays float32, the weights too; ``tf32``: every product
-            on a GPU rounds its factors to 10 bits.
+        precision: ``float32``; ``float32-onednn``: on a CPU the products between hidden layers, which are nearly all
+            the work of a network, are taken by oneDNN: other last bits, on AMD's CPUs in half the time;
+            ``bf16-hidden``: the same products take bfloat16 factors, everything else stays float32, the weights too;
+            ``tf32``: every product on a GPU rounds its factors to 10 bits.
 
     Raises:
         ValueError: an unknown precision.
     """
-    global _hidden_products_in_bfloat16
-    _hidden_products_in_bfloat16 = precision == "bf16-hidden"
+    global _of_hidden_products
+    _of_hidden_products = precision
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def matmul_precision() -> MatmulPrecision:
     """What :func:`set_matmul_precision` chose."""
-    if _hidden_products_in_bfloat16:
-        return "bf16-hidden"
+    if _of_hidden_products in ("bf16-hidden", "float32-onednn"):
+        return _of_hidden_products
     return "tf32" if torch.get_float32_matmul_precision() == "high" else "float32"
 
 
-def bfloat16_over_float32(size: int = 256, pairs: int = 9) -> float:
-    """How many times as long a hidden product takes in ``bf16-hidden`` as in float32, on one core of this CPU.
+def over_float32(precision: MatmulPrecision, size: int = 256, pairs: int = 9) -> float:
+    """How many times as long a hidden product takes in this precision as in float32, on one core of this CPU.
 
     Measured in some milliseconds: the median over pairs, of which one half follows the other at once, so that another
     process on the same core slows both or is an outlier. No flag of a CPU says it: AMX makes bfloat16 faster, on some
-    CPUs so does AVX-512 alone, and elsewhere its rounding is emulated.
+    CPUs so does AVX-512 alone, and elsewhere its rounding is emulated; which library is faster depends on both.
     """
     before, threads = matmul_precision(), torch.get_num_threads()
     x, ratios = torch.full((size, size), 0.5), []
@@ -60,8 +62,8 @@ def bfloat16_over_float32(size: int = 256, pairs: int = 9) -> float:
     try:
         for _ in range(pairs + 1):
             moments = []
-            for precision in ("bf16-hidden", "float32"):
-                set_matmul_precision(precision)
+            for each in (precision, "float32"):
+                set_matmul_precision(each)
                 moments.append(time.perf_counter())
                 hidden_product(x, x)
             moments.append(time.perf_counter())
@@ -74,14 +76,14 @@ def bfloat16_over_float32(size: int = 256, pairs: int = 9) -> float:
 
 def hidden_product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` between two hidden layers, in the precision that ``set_matmul_precision`` chose."""
-    if _hidden_products_in_bfloat16:
+    if _of_hidden_products == "bf16-hidden":
         return (x.bfloat16() @ y.bfloat16()).float()
-    return x @ y
+    return onednn.product(x, y) if _of_hidden_products == "float32-onednn" else x @ y
 
 
 def hidden_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear`` between two hidden layers, in the same precision."""
-    if _hidden_products_in_bfloat16:
+    if _of_hidden_products in ("bf16-hidden", "float32-onednn"):
         return hidden_product(x, weight.T) + bias
     return F.linear(x, weight, bias)
 

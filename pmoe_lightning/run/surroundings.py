@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import EnvBase
 
 from pmoe_lightning.errors import ConfigurationError, first_line
-from pmoe_lightning.modules.networks import bfloat16_over_float32
+from pmoe_lightning.modules import onednn
+from pmoe_lightning.modules.networks import MatmulPrecision, over_float32
 from pmoe_lightning.run.nodes import accelerator_of, bound, call
 from pmoe_lightning.tracking.server import check_server
 
@@ -91,17 +92,21 @@ def _check_pixels(cfg: DictConfig, seen: Seen | None) -> None:
         check_memory(pictures_of(cfg.data.buffer_size, cfg.total_frames), seen.shape, seen.stack, device)
 
 
-def check_matmul_precision(precision: str, accelerator: str) -> None:
+def check_matmul_precision(precision: MatmulPrecision, accelerator: str) -> None:
     """Refuse a precision that would have no effect, warn of one that would only cost time.
 
     Raises:
-        ConfigurationError: tf32 without a GPU.
+        ConfigurationError: tf32 without a GPU, oneDNN with one, or with a PyTorch that has none.
     """
     on_cpu = accelerator == "cpu"
     if precision == "tf32" and on_cpu:
         raise ConfigurationError("matmul_precision=tf32 is a number format of GPUs: use float32 on a CPU")
-    if precision == "bf16-hidden" and on_cpu and (ratio := bfloat16_over_float32()) > _SLOWER:
-        _log.warning("matmul_precision=bf16-hidden: a product takes %.1f times as long as in float32 here", ratio)
+    if precision == "float32-onednn" and not on_cpu:
+        raise ConfigurationError("matmul_precision=float32-onednn is of a library for CPUs: use float32 on a GPU")
+    if precision == "float32-onednn" and not onednn.is_available():
+        raise ConfigurationError("matmul_precision=float32-onednn: this PyTorch is built without oneDNN, use float32")
+    if precision in ("bf16-hidden", "float32-onednn") and on_cpu and (ratio := over_float32(precision)) > _SLOWER:
+        _log.warning("matmul_precision=%s: a product takes %.1f times as long as in float32 here", precision, ratio)
 
 
 def check_devices(trainer: DictConfig) -> None:
