@@ -103,7 +103,7 @@ def test_every_package_that_is_imported_is_declared():
 
     distributions = packages_distributions()
     extras = PROJECT["optional-dependencies"]
-    declared = {canonical(requirement) for requirement in [*PROJECT["dependencies"], *extras["ray"]]}
+    declared = {canonical(requirement) for requirement in [*PROJECT["dependencies"], *extras["ray"], *extras["flow"]]}
     # Brought by a declared one, which could not work without it.
     declared |= {"sqlalchemy", "pyyaml"}
     for folder in ("pmoe_lightning", "callbacks", "conf"):
