@@ -103,7 +103,7 @@ def test_every_package_that_is_imported_is_declared():
 
     distributions = packages_distributions()
     extras = PROJECT["optional-dependencies"]
-    of_extras = [requirement for name in ("dm_control", "onnx", "ray") for requirement in extras[name]]
+    of_extras = [requirement for name in ("dm_control", "flow", "onnx", "ray") for requirement in extras[name]]
     declared = {canonical(requirement) for requirement in [*PROJECT["dependencies"], *of_extras]}
     # Brought by a declared one, which could not work without it.
     declared |= {"sqlalchemy", "pyyaml"}

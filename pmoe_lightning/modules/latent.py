@@ -51,7 +51,7 @@ class LatentHead(nn.Module):
         initialization: Initialization,
     ) -> None:
         super().__init__()
-        first, *rest = cast(list[Any], list(network))
+        first, *rest = list[Any](network)
         self.latent_dim, self.num_pairs, self.action_dim = latent_dim, num_pairs, action_dim
         self.of_latent = nn.Linear(latent_dim, first.out_features, bias=False)
         self.of_latent.weight.data.copy_(first.weight.data[:, -latent_dim:])
