@@ -28,6 +28,7 @@ from pmoe_lightning.run.fit import AtLeastOneUpdate, RunRecord
 from pmoe_lightning.run.nodes import accelerator_of, arguments_of, bound, call
 from pmoe_lightning.run.resume import describe
 from pmoe_lightning.run.surroundings import Spaces, inspect_env
+from pmoe_lightning.run.warm_start import warm_start
 from pmoe_lightning.safe.constraint import CostConstraint
 
 #: Below this many updates in a process, a run is over before compiling has repaid the time it takes.
@@ -80,6 +81,8 @@ def make_run(cfg: DictConfig, rank: int = 0, world_size: int = 1) -> tuple[Light
     if of_rollouts or normalizer is not None:  # an algorithm of replayed transitions need not know of it
         normalizing = {"normalizer": normalizer}
     algorithm = _make_algorithm(cfg, spaces, described, normalizing)
+    if cfg.init_from is not None:
+        algorithm.init_from = warm_start(cfg.init_from, algorithm, of_data.get("reward_scaler"))
     data = call(
         cfg.data,
         make_env=make_env,

@@ -28,6 +28,7 @@ from pmoe_lightning.run.nodes import arguments_of, call
 from pmoe_lightning.run.report import describe_results
 from pmoe_lightning.run.resume import take_checkpoint
 from pmoe_lightning.run.surroundings import quieten
+from pmoe_lightning.run.warm_start import describe as describe_warm_start
 from pmoe_lightning.tracking.address import without_secrets
 from pmoe_lightning.tracking.logger import run_status
 from pmoe_lightning.tracking.naming import describe_run, run_name
@@ -65,6 +66,10 @@ def run_training(cfg: DictConfig) -> None:
             logger.log_dict({"overrides": words}, "overrides.json")
             logger.log_hyperparams(_parameters(cfg))
             logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
+            if algorithm.init_from:
+                logger.set_tags({"init_from": without_secrets(describe_warm_start(algorithm.init_from))})
+        if algorithm.init_from and trainer.is_global_zero:
+            print(f"init_from  {describe_warm_start(algorithm.init_from)}", flush=True)
         try:
             stop.raise_if_asked()
             fit(trainer, algorithm, data, cfg.resume)
