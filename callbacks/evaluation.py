@@ -63,6 +63,8 @@ class Evaluation(Callback):
 
     Attributes:
         history: rows (env_frames, mean return, low, high), one per evaluation.
+        returns: of every evaluation the returns of its judged episodes, by environment frames; their seeds follow
+            ``seed``.
         made_up: the mean return of an evaluation that was made up for as this run went on.
     """
 
@@ -80,6 +82,7 @@ class Evaluation(Callback):
         self.max_episode_steps = max_episode_steps
         self._stopped_at: int | None = None  # the frames of an evaluation that is to be made up for
         self.history: list[list[float]] = []
+        self.returns: dict[int, list[float]] = {}
         self.made_up: float | None = None
         self._envs: dict[int, EnvBase] = {}
 
@@ -103,10 +106,12 @@ class Evaluation(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": torch.tensor(self.history, dtype=torch.float64), "stopped_at": self._stopped_at}
+        history = torch.tensor(self.history, dtype=torch.float64)
+        return {"history": history, "returns": dict(self.returns), "stopped_at": self._stopped_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"].tolist()
+        self.returns = dict(state_dict.get("returns", {}))  # earlier checkpoints have none
         self._stopped_at = state_dict.get("stopped_at")
 
     def _evaluate(self, trainer: Trainer, pl_module: AbstractAlgorithm) -> float | None:
@@ -132,6 +137,7 @@ class Evaluation(Callback):
                 return None
         mean, (low, high) = float(result.mean), result.interval
         self.history.append([float(data.env_frames), mean, float(low), float(high)])
+        self.returns[data.env_frames] = [float(value) for value in result.returns]
         metrics = {
             "eval/episode_return": mean,
             "eval/episode_return_low": float(low),

@@ -40,7 +40,7 @@ ALLOWED = {
     "evaluation": {"errors", "processes", "modules", "envs"},
     "checkpoints": {"errors", "lazy", "processes", "modules", "hamiltonian", "safe", "limits"},
     "data": {"errors", "lazy", "processes", "modules", "updates", "envs", "checkpoints", "limits"},
-    "tracking": {"errors", "lazy", "processes", "checkpoints", "limits"},
+    "tracking": {"errors", "lazy", "processes", "evaluation", "checkpoints", "limits"},
     "callbacks": {
         "errors",
         "processes",
