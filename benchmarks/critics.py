@@ -4,10 +4,11 @@
     python benchmarks/critics.py run --envs HalfCheetah-v5 --learners gaussian_crossq --seeds 1 2 --frames 15000
     python benchmarks/critics.py table
 
-A cell is one training run through the command a user types, with the defaults of its critic, judged after so many
-frames by ten deterministic episodes with seeds of their own. The longer of two cells goes on where the shorter one
-ended, which is the run that was longer from the start. Processor seconds are those of the whole command, compiling
-included, so that a busy neighbour counts for little.
+A cell is one training run through the command a user types, with the defaults of its critic. After so many frames it is
+judged by ten deterministic episodes with seeds of their own, and by the area under the curve: the mean over intervals
+of 2,500 frames of the mean training return of the episodes that ended in them. The longer of two cells goes on where
+the shorter one ended, which is the run that was longer from the start. Processor seconds are those of the whole
+command, compiling included, so that a busy neighbour counts for little.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from resumable import fill, finished, indented, processor_seconds
 
+from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.evaluation.statistics import student_t_interval
 
 RESULTS = Path(__file__).parent / "results" / "critics"
 RUNS = RESULTS.parent / "runs"
-ENVS, FRAMES, EPISODES, EVALUATION_SEED = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), (15_000, 50_000), 10, 10_000
+ENVS, FRAMES, INTERVAL = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), (15_000, 50_000), 2_500
+EPISODES, EVALUATION_SEED = 10, 10_000
 ACTORS = {"gaussian": ["actor=gaussian", "estimator=pathwise"], "pmoe": ["actor=pmoe", "estimator=marginalized"]}
 CRITICS = {
     "plain": ["critic=plain"],
@@ -46,13 +49,19 @@ def measure(env: str, learner: str, seed: int, frames: int) -> dict:
     folder = (RUNS / f"critics-{env}-{learner}-{seed}").resolve()
     last, before = folder / "checkpoints" / "last.ckpt", processor_seconds()
     words = ["algo=sac", f"env.id={env}", *LEARNERS[learner], f"seed={seed}", f"total_frames={frames}"]
-    words += ["callbacks=minimal", "logger=none", "compile=true", "resume=auto", f"hydra.run.dir={folder}"]
+    words += ["callbacks=minimal", f"callbacks.metrics.every_frames={INTERVAL}", "logger=none", "compile=true"]
+    words += ["resume=auto", f"hydra.run.dir={folder}"]
     command("pmoe_lightning.train", *words)
     seconds = processor_seconds() - before
     judge = [f"checkpoint={last}", f"episodes={EPISODES}", f"seed={EVALUATION_SEED}", "video=false", "--json"]
     judged = json.loads(command("pmoe_lightning.evaluate", *judge))
     head = {"env": env, "learner": learner, "seed": seed, "frames": frames, "cpu_seconds": round(seconds, 1)}
-    return head | {"mean": judged["mean"], "returns": judged["returns"]}
+    rows = read_checkpoint(last)["callbacks"]["MetricsLogger"]["episodes"].tolist()
+    return head | {
+        "mean": judged["mean"],
+        "returns": judged["returns"],
+        "training": [[int(at), round(mean_return, 1)] for at, mean_return, _ in rows],
+    }
 
 
 def run(envs: list[str], learners: list[str], seeds: list[int], frames: list[int]) -> None:
@@ -64,17 +73,18 @@ def run(envs: list[str], learners: list[str], seeds: list[int], frames: list[int
 
 
 def table() -> None:
-    """Every seed, median, mean and its 95 % interval over seeds (Student's t)."""
-    found: dict[tuple[str, int, str], dict[int, float]] = {}
+    """Every seed, median, mean and its 95 % interval over seeds (Student's t), and the median area under the curve."""
+    found: dict[tuple[str, int, str], dict[int, dict]] = {}
     for cell in finished(RESULTS):
-        found.setdefault((cell["env"], cell["frames"], cell["learner"]), {})[cell["seed"]] = cell["mean"]
-    print("| task | frames | learner | return, seed by seed | median | mean | 95 % interval |")
-    print("|---|---|---|---|---|---|---|")
+        found.setdefault((cell["env"], cell["frames"], cell["learner"]), {})[cell["seed"]] = cell
+    print("| task | frames | learner | return, seed by seed | median | mean | 95 % interval | area, median |")
+    print("|---|---|---|---|---|---|---|---|")
     for (env, frames, learner), cells in sorted(found.items()):
-        values = [cells[seed] for seed in sorted(cells)]
+        values = [cells[seed]["mean"] for seed in sorted(cells)]
+        area = median(fmean(value for _, value in cell["training"]) for cell in cells.values())
         interval = "{:.0f} to {:.0f}".format(*student_t_interval(values)) if len(values) > 1 else "one seed"
-        seeds, mean = ", ".join(f"{value:.0f}" for value in values), sum(values) / len(values)
-        print(f"| {env} | {frames:,} | {learner} | {seeds} | {median(values):.0f} | {mean:.0f} | {interval} |")
+        row = [env, f"{frames:,}", learner, ", ".join(f"{value:.0f}" for value in values), f"{median(values):.0f}"]
+        print(f"| {' | '.join(row)} | {fmean(values):.0f} | {interval} | {area:.0f} |")
 
 
 def main() -> None:

@@ -111,7 +111,9 @@ def test_a_resumed_run_does_not_depend_on_where_its_process_has_memory(words, tr
     assert differing(state_of(tmp_path / "whole"), state_of(tmp_path / "resumed")) == []
 
 
-@pytest.mark.parametrize("how", ["resume=run", "resume=run/checkpoints/last.ckpt", "resume=auto"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("resume=run", marks=pytest.mark.slow), "resume=run/checkpoints/last.ckpt", "resume=auto"]
+)
 def test_a_resume_reads_its_checkpoint_once_and_lets_it_go(how, train, tmp_path, monkeypatch):
     words = [*SAC, *QUIET, "env=Pendulum-v1"]
     folder = "outputs/sac-Pendulum-v1/first" if how == "resume=auto" else "run"
@@ -161,10 +163,14 @@ def test_a_run_that_would_train_nothing_is_refused(train, tmp_path):
     assert "error: nothing was trained: no update was due by frame 112; raise total_frames" in said
 
 
-SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
-
-
-@pytest.mark.parametrize("number", SIGNALS.values(), ids=SIGNALS)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow),  # what SIGTERM does
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGKILL, id="SIGKILL"),
+    ],
+)
 def test_a_run_that_is_stopped_at_any_moment_goes_on_exactly(number, clean_environ, train, tmp_path):
     """Its own end is out of reach until it is stopped: on a busy machine it could be over before."""
     words = [*SAC, *QUIET, "env=Hopper-v5", "data.utd_ratio=0.25", "data.buffer_size=20000", "compile=false"]

@@ -163,8 +163,11 @@ def wait_for_first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
-    ids=["SIGTERM", "Ctrl-C behind tee", "SIGHUP"],
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C behind tee"),
+        pytest.param(signal.SIGHUP, 129, id="SIGHUP", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, store, clean_environ):
     """Ctrl-C ends the ``tee`` behind a run too, and SIGHUP comes from a terminal that is gone."""
@@ -199,7 +202,10 @@ def test_a_stopped_run_is_closed_and_keeps_its_policy(number, code, tmp_path, st
     assert_acts(last)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, id="Ctrl-C"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow)],
+)
 def test_a_run_stopped_under_mlflow_run_ends_as_killed(number, tmp_path, store, clean_environ):
     """``mlflow run`` itself records FAILED for whatever does not exit with 0."""
     uri = f"sqlite:///{store}"

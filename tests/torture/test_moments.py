@@ -500,8 +500,9 @@ def test_a_signal_at_any_moment(name, seed, tmp_path_factory, nursery, reference
     assert len(figures["signals"]) == SIGNALS_PER_CASE
 
 
+@pytest.mark.slow
 def test_a_few_signals_to_a_short_run(tmp_path, nursery, empty_store):
-    """The short form, in the default suite: one kind of run, forked alone, and four signals."""
+    """The short form, among the slow tests: one kind of run, forked alone, and four signals."""
     short = Kind([*KINDS["ppo"].words, "total_frames=256", "data.frames_per_epoch=128"])
     undisturbed = measure_reference(short, sqlite_place(tmp_path / "undisturbed", empty_store), nursery)
     place = sqlite_place(tmp_path / "signalled", empty_store)
