@@ -131,7 +131,7 @@ def describe_training(trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint
         "estimator": type(estimator).__name__ if estimator is not None else None,
         "action_transform": transform.get("force") if transform else None,
         "seed": trainer.datamodule.seed,
-        "begun": f"with the weights of {began['reference']}" if began else None,
+        "begun": f"with the weights of {_named(began['reference'])}" if began else None,
         "origin": provenance(),
     }
     evaluation = find_callback(trainer, Evaluation)
@@ -140,6 +140,11 @@ def describe_training(trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint
         told["evaluations"] = sum(at > 0 for at in evaluation.returns)
         told["environment"] = description.get("env")
     return told
+
+
+def _named(reference: str) -> str:
+    """Of a place on this machine the name alone: the card goes where the model goes."""
+    return Path(reference).name if Path(reference).is_absolute() else reference
 
 
 def _picture(trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path) -> bytes | None:

@@ -13,6 +13,7 @@ from test_resume import PPO, QUIET
 from waiting import HANG_SECONDS
 
 from pmoe_lightning import __version__
+from pmoe_lightning.callbacks.final_policy import _named
 from pmoe_lightning.evaluation.statistics import student_t_interval
 from pmoe_lightning.tracking.model_card import model_card
 
@@ -52,6 +53,14 @@ def test_the_card_says_what_is_known_and_nothing_else():
     assert "None" not in bare and "| return" not in bare and "no evaluation of it" in bare and "no guarantee" in bare
     one = model_card(FACTS, ".", training={"returns": [5.0], "first_seed": 0})
     assert "| return | 5.0, without an interval, of 1 episode (seed 0) |" in one and "nan" not in one
+
+
+def test_the_card_names_no_place_on_this_machine():
+    assert _named("/home/someone/runs/best.ckpt") == "best.ckpt"
+    assert [_named(reference) for reference in ("models:/hopper@best", "runs/best.ckpt")] == [
+        "models:/hopper@best",
+        "runs/best.ckpt",
+    ]
 
 
 @pytest.fixture

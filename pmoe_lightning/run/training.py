@@ -59,6 +59,7 @@ def run_training(cfg: DictConfig) -> None:
                     f"run has {trainer.world_size}: set trainer.devices, times trainer.num_nodes, to as many"
                 )
             algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size)
+        began: Any = algorithm.init_from
         if logger is not None:
             words = [without_secrets(word) for word in HydraConfig.get().overrides.task]
             logger.start(describe_run(_run_name(cfg), words, cfg.total_frames, output_dir))
@@ -66,10 +67,10 @@ def run_training(cfg: DictConfig) -> None:
             logger.log_dict({"overrides": words}, "overrides.json")
             logger.log_hyperparams(_parameters(cfg))
             logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
-            if algorithm.init_from:
-                logger.set_tags({"init_from": without_secrets(describe_warm_start(algorithm.init_from))})
-        if algorithm.init_from and trainer.is_global_zero:
-            print(f"init_from  {describe_warm_start(algorithm.init_from)}", flush=True)
+            if began:
+                logger.set_tags({"init_from": without_secrets(describe_warm_start(began))})
+        if began and trainer.is_global_zero:
+            print(f"init_from  {describe_warm_start(began)}", flush=True)
         try:
             stop.raise_if_asked()
             fit(trainer, algorithm, data, cfg.resume)

@@ -68,7 +68,8 @@ def _is_better(client: MlflowClient, name: str, number: str, holder: str) -> boo
     if new["environment"] != old["environment"]:
         _log.warning("%s: version %s was evaluated in another environment and not compared", kept, number)
         return False
-    low, high = welch_interval(*((side["mean"], side["deviation"], side["episodes"]) for side in (new, old)))
+    first, second = ((side["mean"], side["deviation"], side["episodes"]) for side in (new, old))
+    low, high = welch_interval(first, second)
     if low > 0:
         return True
     interval = "no interval, of one episode" if math.isnan(low) else f"95 % interval {low:.1f} to {high:.1f}"
