@@ -16,7 +16,7 @@ $(foreach name,ALGO ENV FRAMES SEED OVERRIDES,$(if $(filter environment,$(origin
 PARAMETERS = $(strip -P algo=$(or $(ALGO),ppo) $(if $(ENV),-P env='$(ENV)') $(if $(FRAMES),-P total_frames='$(FRAMES)') \
   $(if $(SEED),-P seed='$(SEED)') $(if $(OVERRIDES),-P overrides='$(OVERRIDES)'))
 
-.PHONY: help train test test-slow test-environments docs-check torture check format wheel ui clean
+.PHONY: help train gpu test test-slow test-environments docs-check torture check format wheel ui clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1|/' | column -t -s '|'
@@ -38,6 +38,9 @@ test-slow: $(VENV)/.installed ## also the tests that train until something is le
 test-environments: $(VENV)/.installed ## train on PyBullet's and Gymnasium-Robotics' tasks; installs both
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pybullet,robotics]"
 	$(PYTEST) -m environments tests/test_environments.py
+
+gpu: $(VENV)/.installed ## what an update takes on a GPU, in at most nine minutes; not yet run on one
+	$(BIN)/python benchmarks/gpu.py
 
 docs-check: $(VENV)/.installed ## run the train and evaluate commands of README and docs, shortened
 	$(PYTEST) -m docs tests/test_docs.py

@@ -76,6 +76,8 @@ class Evaluation(Callback):
     Attributes:
         choice: the rule that was chosen last, and how; None with ``trained``.
         history: rows (env_frames, mean return, low, high), one per evaluation.
+        returns: of every evaluation the returns of its judged episodes, by environment frames; their seeds follow
+            ``seed``.
         made_up: the mean return of an evaluation that was made up for as this run went on.
     """
 
@@ -95,6 +97,7 @@ class Evaluation(Callback):
         self.choice: RuleChoice | None = None
         self._stopped_at: int | None = None  # the frames of an evaluation that is to be made up for
         self.history: list[list[float]] = []
+        self.returns: dict[int, list[float]] = {}
         self.made_up: float | None = None
         self._envs: dict[int, EnvBase] = {}
 
@@ -122,10 +125,12 @@ class Evaluation(Callback):
     def state_dict(self) -> dict[str, Any]:
         choice = None if self.choice is None else self.choice.plain()
         history = torch.tensor(self.history, dtype=torch.float64)
-        return {"history": history, "stopped_at": self._stopped_at, "choice": choice}
+        judged = {"history": history, "returns": dict(self.returns)}
+        return {**judged, "stopped_at": self._stopped_at, "choice": choice}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"].tolist()
+        self.returns = dict(state_dict.get("returns", {}))  # earlier checkpoints have none
         self._stopped_at = state_dict.get("stopped_at")
         choice = state_dict.get("choice")
         self.choice = None if choice is None else RuleChoice(**choice)
@@ -158,6 +163,7 @@ class Evaluation(Callback):
             _log.info("evaluation at %s frames acts by the rule %s", f"{data.env_frames:,}", choice)
         mean, (low, high) = float(result.mean), result.interval
         self.history.append([float(data.env_frames), mean, float(low), float(high)])
+        self.returns[data.env_frames] = [float(value) for value in result.returns]
         metrics = {
             "eval/episode_return": mean,
             "eval/episode_return_low": float(low),

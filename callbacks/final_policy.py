@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ from pmoe_lightning.evaluation.film import record_video
 from pmoe_lightning.exporting.formats import Format, check_installed
 from pmoe_lightning.exporting.policy_file import export_policy
 from pmoe_lightning.limits import Flag, PositiveInt, Seed, Text, checked
+from pmoe_lightning.modules.acting import ASKS_ACTING
+from pmoe_lightning.modules.mixture import offers
 from pmoe_lightning.processes.stopping import stop
 from pmoe_lightning.tracking.references import load_policy
 
-from .reporting import log_artifact, warn_on_failure
+from .evaluation import Evaluation
+from .mixture import modes_along_an_episode, recent_mixture
+from .reporting import find_callback, log_artifact, warn_on_failure
 
 if TYPE_CHECKING:
     from .contract import AbstractAlgorithm, Trainer
@@ -33,6 +38,8 @@ class FinalPolicy(Checkpoint):
     saved. Without a logger only the film and the file are made, without a checkpoint nothing. What fails here, for
     example rendering on a machine that cannot, is a one-line warning: the training itself is done and kept.
 
+    The model has a card, ``README.md``: what the policy is, its returns, what they do not say, how it is loaded.
+
     A policy with memory, which needs more than an observation, is not packaged: that too is a one-line warning.
 
     After an error or an interrupt only the checkpoints are logged, because whoever stops a run does not want to wait.
@@ -45,7 +52,8 @@ class FinalPolicy(Checkpoint):
         video_seed: seed of that episode.
         video_frames: pictures of the film, about; a longer episode is drawn at every n-th step.
         model: package the policy; needs the ``MLflowLogger``.
-        register_as: also make the model the next version of this registered MLflow model.
+        register_as: also make the model the next version of this registered MLflow model, whose alias ``best`` moves to
+            it where it was evaluated better, see ``tracking.best_alias``.
         export: also write the policy beside its checkpoint, as a file of this format that acts without this package
             (``exporting``), and log it to the artifact folder ``exported``.
 
@@ -80,7 +88,7 @@ class FinalPolicy(Checkpoint):
         if self.model:
             # Not interruptible: an exception in the middle of an export can end in an abort of the process.
             with warn_on_failure("the best policy was not packaged"):
-                self._package(trainer, best)
+                self._package(trainer, pl_module, best)
         if self.export is not None:
             with warn_on_failure("the best policy was not exported"):
                 self._export(trainer, pl_module, best, self.export)
@@ -126,7 +134,7 @@ class FinalPolicy(Checkpoint):
         )
         log_artifact(trainer, written.path, "exported")
 
-    def _package(self, trainer: Trainer, checkpoint: Path) -> None:
+    def _package(self, trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path) -> None:
         for logger in trainer.loggers:
             from pmoe_lightning.tracking import MLflowLogger, queue_policy_model
 
@@ -135,8 +143,10 @@ class FinalPolicy(Checkpoint):
                     logger,
                     checkpoint,
                     checkpoint.with_suffix(".model"),
-                    parts=trainer.lightning_module.parts,
+                    parts=pl_module.parts,
                     register_as=self.register_as,
+                    training=describe_training(trainer, pl_module, checkpoint),
+                    picture=_picture(trainer, pl_module, checkpoint),
                 )
 
 
@@ -144,3 +154,45 @@ def _env_maker(pl_module: AbstractAlgorithm) -> Callable[..., Any]:
     """What makes the run's environment, whoever's it is."""
     maker = MAKERS[pl_module.policy_description["env"].get("backend", "gymnasium")]
     return next((part for name, part in pl_module.parts.items() if name.startswith("env/")), maker)
+
+
+def describe_training(trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path) -> dict[str, Any]:
+    """What the run knows of the policy in a checkpoint and its file does not say: plain values for the model card."""
+    from pmoe_lightning.tracking.origin import provenance
+
+    frames = read_checkpoint(checkpoint)["policy"]["env_frames"]
+    description, began = pl_module.policy_description, pl_module.init_from
+    transform, estimator = description.get("action_transform"), pl_module.estimator
+    told = {
+        "algorithm": type(pl_module).__name__,
+        "estimator": type(estimator).__name__ if estimator is not None else None,
+        "action_transform": transform.get("force") if transform else None,
+        "seed": trainer.datamodule.seed,
+        "begun": f"with the weights of {_named(began['reference'])}" if began else None,
+        "origin": provenance(),
+    }
+    evaluation = find_callback(trainer, Evaluation)
+    if evaluation is not None and frames in evaluation.returns:
+        told |= {"returns": evaluation.returns[frames], "first_seed": evaluation.seed}
+        told["evaluations"] = sum(at > 0 for at in evaluation.returns)
+        told["environment"] = description.get("env")
+    return told
+
+
+def _named(reference: str) -> str:
+    """Of a place on this machine the name alone: the card goes where the model goes."""
+    return Path(reference).name if Path(reference).is_absolute() else reference
+
+
+def _picture(trainer: Trainer, pl_module: AbstractAlgorithm, checkpoint: Path) -> bytes | None:
+    """The modes of the packaged mixture as a PNG; None for one Gaussian, or where nothing judges the policy."""
+    evaluation = find_callback(trainer, Evaluation)
+    mixture = None if pl_module.last_observation is None else recent_mixture(pl_module, 1)
+    if evaluation is None or mixture is None or getattr(mixture, "num_components", 1) < 2:
+        return None
+    picture = BytesIO()
+    with warn_on_failure("the model card has no picture of the mixture"):
+        if offers(mixture, ASKS_ACTING):
+            policy = load_policy(checkpoint, parts=pl_module.parts)
+            modes_along_an_episode(policy, evaluation).savefig(picture, format="png", dpi=60)
+    return picture.getvalue() or None

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from pmoe_lightning.envs import with_memory
@@ -131,7 +132,7 @@ class MixtureDiagnostics(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: AbstractAlgorithm, frames: int) -> None:
         self._measured.mark(frames)
-        mixture = _recent_mixture(pl_module, self.max_states)
+        mixture = recent_mixture(pl_module, self.max_states)
         if mixture is not None:
             self._left_out.tell(mixture, _REPORTS)
         if mixture is not None and offers(mixture, _WEIGHTS):
@@ -149,7 +150,7 @@ class MixtureDiagnostics(Callback):
             self._measure(trainer, pl_module, frames)
         if self.history:
             log_figure(trainer, "mixture_weights", self._draw_weights, frames)
-        mixture = _recent_mixture(pl_module, 1)
+        mixture = recent_mixture(pl_module, 1)
         if mixture is not None and offers(mixture, ASKS_ACTING):
             log_figure(trainer, "component_modes", partial(_draw_modes, trainer, pl_module), frames)
 
@@ -193,7 +194,7 @@ def _component_distance(mixture: MixtureDistribution) -> Tensor:
 
 
 @torch.no_grad()
-def _recent_mixture(pl_module: AbstractAlgorithm, num_states: int) -> object | None:
+def recent_mixture(pl_module: AbstractAlgorithm, num_states: int) -> object | None:
     """What the policy draws from in that many of the last states; None before the first update."""
     observation = pl_module.last_observation
     if observation is None or find_actor(pl_module.actor) is None:
@@ -205,11 +206,17 @@ def _recent_mixture(pl_module: AbstractAlgorithm, num_states: int) -> object | N
 def _draw_modes(trainer: Trainer, pl_module: AbstractAlgorithm) -> Figure:
     evaluation = find_callback(trainer, Evaluation)
     if evaluation is None:
-        recent = _recent_mixture(pl_module, _STATES)
+        recent = recent_mixture(pl_module, _STATES)
         assert offers(recent, ASKS_ACTING)  # the caller has asked
         return _modes_figure(recent)
     with isolate_rng():
-        policy = evaluation.judged_policy(pl_module)
+        return modes_along_an_episode(evaluation.judged_policy(pl_module), evaluation)
+
+
+@torch.no_grad()
+def modes_along_an_episode(policy: TensorDictModuleBase, evaluation: Evaluation) -> Figure:
+    """``component_modes`` of a mixture, along the first episode by which it was judged."""
+    with isolate_rng():
         env = with_memory(evaluation.make_env, policy)(num_envs=1, seed=evaluation.seed)
         try:
             episode = follow_episode(policy, env, seed=evaluation.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,26 @@ def test_the_table_of_the_peers_shows_every_committed_cell() -> None:
     rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
     shown = {(row[0].strip(), row[1].strip(), row[3].split(",")[0].strip()) for row in rows}
     assert shown == {(cell["env"], cell["algo"], cell["learner"]) for cell in measured}
+
+
+def run_gpu(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *words]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
+
+
+def test_the_table_of_a_gpu_is_refused_in_one_line_where_there_is_none() -> None:
+    done = run_gpu()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "make gpu: no CUDA device is there; --device cpu runs the rows without it\n"
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gpu_run_without_one() -> None:
+    done = run_gpu("--device", "cpu", "--rounds", "1", "--only", "gaussian float32 readable")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["ppo gaussian float32 readable"]
+    assert all(float(row[1]) > 0 and row[2:4] == ["-", "-"] for row in rows[2:])
+    late = run_gpu("--device", "cpu", "--seconds", "-1", "--only", "ppo gaussian float32")
+    assert "left out, for want of time: ppo gaussian float32 readable; ppo gaussian float32 graph" in late.stdout

@@ -41,7 +41,7 @@ ALLOWED = {
     "checkpoints": {"errors", "lazy", "processes", "modules", "hamiltonian", "safe", "limits"},
     "exporting": {"errors", "processes", "modules", "envs", "evaluation", "checkpoints"},
     "data": {"errors", "lazy", "processes", "modules", "updates", "envs", "checkpoints", "limits"},
-    "tracking": {"errors", "lazy", "processes", "checkpoints", "limits"},
+    "tracking": {"errors", "lazy", "processes", "evaluation", "checkpoints", "limits"},
     "callbacks": {
         "errors",
         "processes",

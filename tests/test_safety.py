@@ -358,7 +358,7 @@ def test_the_packaged_policy_draws_and_says_so(tmp_path, monkeypatch):
     logger.finish("FINISHED")
     assert mlflow.models.get_model_info(uri).metadata["deterministic"] is False
     folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
-    assert "the same observation can get" in next(folder.rglob("HOW_TO_USE.md")).read_text()
+    assert "the same observation can get" in next(folder.rglob("README.md")).read_text()
     policy, actions = mlflow.pyfunc.load_model(uri), []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)

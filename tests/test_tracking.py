@@ -1081,7 +1081,7 @@ def test_the_packaged_policy_says_what_it_is(trained: tuple, tmp_path: Path) -> 
     folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path)))
     requirements = (folder / "requirements.txt").read_text().split()
     assert sorted(line.split("==")[0] for line in requirements) == ["mlflow", "numpy", "torch"]
-    note = next(folder.rglob("HOW_TO_USE.md")).read_text()
+    note = next(folder.rglob("README.md")).read_text()
     assert uri in note and "float32 [N, 17]" in note and "always gets the same action" in note
     logged = MlflowClient(logger.tracking_uri).get_logged_model(uri.removeprefix("models:/"))
     assert (logged.name, logged.source_run_id, logged.experiment_id) == ("policy", logger.run_id, logger.experiment_id)

@@ -45,6 +45,7 @@ class AbstractAlgorithm(LightningModule, ABC):
             the log-probabilities of what was done, or from minibatches of a replay buffer.
         compiles: whether ``training_step`` is to run as a compiled program, where there is one.
         parts: what else ``load_policy`` needs, the factories that are not this package's; empty at first.
+        init_from: what a run has begun with in place of fresh weights, in plain values; None where it has not.
     """
 
     on_policy: ClassVar[bool]
@@ -61,6 +62,7 @@ class AbstractAlgorithm(LightningModule, ABC):
         self.loss, self.actor, self.policy = loss, actor, policy
         self.policy_description = dict(policy_description or {})
         self.parts: dict[str, Callable[..., Any]] = {}
+        self.init_from: dict[str, Any] | None = None
         self.compiles = False
         self.updates = 0
         self.last_observation: Tensor | None = None

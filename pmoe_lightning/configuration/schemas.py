@@ -51,6 +51,7 @@ def root_schema() -> type:
         "seed": Seed,
         "total_frames": PositiveInt,
         "num_threads": Annotated[int, Limit(low=1, high=1024)],  # a mistyped number would start them all
+        "init_from": Text | None,
         "resume": Text | None,
         "compile": Flag | Literal["auto"],
         "matmul_precision": find("pmoe_lightning.modules.networks.MatmulPrecision"),

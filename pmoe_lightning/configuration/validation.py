@@ -33,6 +33,10 @@ def validate(cfg: DictConfig) -> None:
         check_finite(path, value)
     if not isinstance(cfg.env.get("id"), str) or not cfg.env.id:
         raise ConfigurationError(f"env.id={cfg.env.get('id')} must be the name of an environment")
+    if cfg.init_from is not None and cfg.resume not in (None, "auto"):
+        raise ConfigurationError(
+            f"init_from={cfg.init_from} begins a run and resume={cfg.resume} goes on with one: leave out one of them"
+        )
     for name, node in cfg.callbacks.items():
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise ConfigurationError(f"callbacks.{name} has no _target_: choose callbacks that include it, or drop it")

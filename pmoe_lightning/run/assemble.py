@@ -30,6 +30,7 @@ from pmoe_lightning.run.fit import AtLeastOneUpdate, RunRecord
 from pmoe_lightning.run.nodes import accelerator_of, arguments_of, bound, call
 from pmoe_lightning.run.resume import describe
 from pmoe_lightning.run.surroundings import Spaces, inspect_env
+from pmoe_lightning.run.warm_start import warm_start
 from pmoe_lightning.safe.constraint import CostConstraint
 
 #: Below this many updates in a process, a run is over before compiling has repaid the time it takes.
@@ -97,6 +98,8 @@ def make_run(
     if seen is not None:
         of_data["pictures"] = Pictures(seen.shape, seen.stack, checkpoint_folder)
     algorithm = _make_algorithm(cfg, spaces, described, normalizing, encoder)
+    if cfg.init_from is not None:
+        algorithm.init_from = warm_start(cfg.init_from, algorithm, of_data.get("reward_scaler"))
     data = call(
         cfg.data,
         make_env=make_env,

@@ -101,7 +101,12 @@ class RunRecord(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = {"configuration": self.configuration, "processes": trainer.world_size}
+        if began := getattr(pl_module, "init_from", None):
+            checkpoint["run"]["init_from"] = began
         for logger in trainer.loggers:
             if hasattr(logger, "tracking_uri") and hasattr(logger, "run_id"):  # the user's own may be another's
                 where = without_secrets(logger.tracking_uri)
                 checkpoint["run"]["mlflow"] = {"run_id": logger.run_id, "tracking_uri": where}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        pl_module.init_from = checkpoint["run"].get("init_from")

@@ -12,12 +12,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pmoe_lightning.run.resume import command
+from pmoe_lightning.run.warm_start import describe as describe_warm_start
 from pmoe_lightning.tracking import runs_page, without_secrets
 
 
 def describe_results(trainer: Trainer, output_dir: Path) -> str:
     """Where the results are and how to look at them."""
     lines = ["", f"results    {output_dir}"]
+    if began := getattr(trainer.lightning_module, "init_from", None):
+        lines.append(f"init_from  {describe_warm_start(began)}")
     best = last = None
     for saver in (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)):
         # What was saved because of an error does not become a best_model_path.

@@ -25,7 +25,17 @@ from pmoe_lightning.processes import run_folder
 LAST = Path("checkpoints", "last.ckpt")
 PREVIOUS = Path("checkpoints", "last.previous.ckpt")
 #: Top-level keys that a resumed run may change.
-FREE = ("resume", "total_frames", "num_threads", "compile", "matmul_precision", "trainer", "callbacks", "logger")
+FREE = (
+    "init_from",
+    "resume",
+    "total_frames",
+    "num_threads",
+    "compile",
+    "matmul_precision",
+    "trainer",
+    "callbacks",
+    "logger",
+)
 #: Without anything arriving, for what MLflow had not taken of a finished run.
 _DELIVERY_PATIENCE_SECONDS = 30.0
 #: What runs of a replay buffer did before these keys were there.
@@ -105,6 +115,7 @@ def resume_words(
         rest.append(f"resume={quote_value(str(path.absolute()))}")
         if not names_estimator and _has_former_default(cfg, checkpoint["run"]["configuration"]):
             rest.append(f"estimator={_FORMER_DEFAULT}")
+        rest = [word for word in rest if not is_set_by(word, "init_from")]  # it has begun, and has what it took
         if not is_named and run_folder.has_begun(_home(path)):
             return with_value(rest, "hydra.run.dir", str(_home(path)))
     if folder is not None:
@@ -160,7 +171,7 @@ def describe(cfg: DictConfig) -> dict[str, Any]:
 
 def command(words: Sequence[str], output_dir: Path, flags: Sequence[str] = ()) -> str:
     """How to resume the run that these overrides and flags started, as a line for a shell."""
-    words = [word for word in words if not is_set_by(word, "resume", "hydra.run.dir")]
+    words = [word for word in words if not is_set_by(word, "resume", "init_from", "hydra.run.dir")]
     resume = f"resume={quote_value(str(output_dir))}"
     return shlex.join(["python", "-m", "pmoe_lightning.train", *flags, *words, resume])
 
@@ -354,6 +365,8 @@ def _check(cfg: DictConfig, checkpoint: dict[str, Any], path: Path, keeps_estima
     complete = isinstance(run, dict) and isinstance(run.get("configuration"), dict) and isinstance(frames, int)
     if not complete or "experience" not in checkpoint:
         raise RunError(f"checkpoint {path} holds a policy but not the run that made it: resume from its {LAST.name}")
+    if cfg.init_from is not None and run.get("init_from", {}).get("reference") != cfg.init_from:
+        raise ConfigurationError(f"resume={path} is a run that did not begin with init_from={cfg.init_from}")
     _check_units(checkpoint["policy"]["description"], path)
     now = describe(cfg)
     if keeps_estimator and _has_former_default(cfg, run["configuration"]):

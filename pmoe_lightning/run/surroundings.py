@@ -17,6 +17,7 @@ from pmoe_lightning.errors import ConfigurationError, first_line
 from pmoe_lightning.modules import onednn
 from pmoe_lightning.modules.networks import MatmulPrecision, over_float32
 from pmoe_lightning.run.nodes import accelerator_of, bound, call
+from pmoe_lightning.run.warm_start import find
 from pmoe_lightning.tracking.server import check_server
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
     Raises:
         ConfigurationError: unknown environment, or one without continuous actions; a precision without its hardware;
             devices that this machine does not have.
-        RunError: the tracking server does not answer.
+        RunError: the tracking server does not answer, or there is no checkpoint to begin with.
     """
     quieten()
     for cfg in jobs:
@@ -65,6 +66,8 @@ def check_surroundings(jobs: Sequence[DictConfig]) -> None:
         check_devices(trainer)
     for uri in {cfg.logger.get("tracking_uri") for cfg in jobs if cfg.logger}:
         check_server(uri)
+    for reference in {cfg.init_from for cfg in jobs if cfg.init_from is not None and cfg.resume is None}:
+        find(reference)
     seen = {}
     for key, env in {OmegaConf.to_yaml(cfg.env, resolve=True): cfg.env for cfg in jobs}.items():
         seen[key] = inspect_env(bound(env)).seen

@@ -29,6 +29,7 @@ from pmoe_lightning.run.nodes import arguments_of, call
 from pmoe_lightning.run.report import describe_results
 from pmoe_lightning.run.resume import take_checkpoint
 from pmoe_lightning.run.surroundings import quieten
+from pmoe_lightning.run.warm_start import describe as describe_warm_start
 from pmoe_lightning.tracking.address import without_secrets
 from pmoe_lightning.tracking.logger import run_status
 from pmoe_lightning.tracking.naming import describe_run, run_name
@@ -61,6 +62,7 @@ def run_training(cfg: DictConfig) -> None:
                 )
             folder = output_dir / "checkpoints"
             algorithm, data = make_run(cfg, trainer.global_rank, trainer.world_size, folder)
+        began: Any = algorithm.init_from
         if logger is not None:
             words = [without_secrets(word) for word in HydraConfig.get().overrides.task]
             logger.start(describe_run(_run_name(cfg), words, cfg.total_frames, output_dir))
@@ -68,6 +70,10 @@ def run_training(cfg: DictConfig) -> None:
             logger.log_dict({"overrides": words}, "overrides.json")
             logger.log_hyperparams(_parameters(cfg))
             logger.log_text(OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
+            if began:
+                logger.set_tags({"init_from": without_secrets(describe_warm_start(began))})
+        if began and trainer.is_global_zero:
+            print(f"init_from  {describe_warm_start(began)}", flush=True)
         try:
             stop.raise_if_asked()
             fit(trainer, algorithm, data, cfg.resume)

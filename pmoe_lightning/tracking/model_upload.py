@@ -8,45 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.tracking.naming import NOTE
+from pmoe_lightning.tracking.best_alias import move_best
+from pmoe_lightning.tracking.model_card import CARD, describe, model_card
+from pmoe_lightning.tracking.naming import NOTE, short_enough
 
-#: The file in the model's folder that says how to use it.
-HOW_TO_USE = "HOW_TO_USE.md"
 _DIGEST_TAG = "pmoe_lightning.policy_digest"
 _VERSIONS_TAG = "mlflow.modelVersions"
 _RETURN = "eval/episode_return"
-
-_HOW_TO_USE = """\
-# A policy for {env}
-
-It maps observations, float32 [N, {observations}], to actions, float32 [N, {actions}], in the units of the
-environment. Observations are given as the environment returns them: the normalisation is inside. One that holds NaN or
-an infinity is an error.
-{randomness}
-
-    import mlflow, numpy as np
-    policy = mlflow.pyfunc.load_model("{uri}")
-    action = policy.predict(np.asarray(observation, dtype=np.float32)[None])[0]
-
-{judged}
-
-The graph runs on the CPU. As a PyTorch module: mlflow.pytorch.load_model("{uri}", device="cpu").
-
-{metadata}
-"""
-
-
-_DETERMINISTIC = "The same observation always gets the same action."
-_DRAWS = """\
-The policy is limited in its cost and chooses among candidates, most of which it draws: the same observation can get
-another action next time. torch.manual_seed repeats them.
-"""
 
 
 def upload_model(
@@ -59,6 +34,7 @@ def upload_model(
     facts: Mapping[str, Any],
     digest: str,
     register_as: str | None,
+    training: Mapping[str, Any] | None = None,
 ) -> str:
     """Make the folder a model of the run, with the metrics that the run has at the model's step; returns its id.
 
@@ -67,6 +43,7 @@ def upload_model(
     Args:
         digest: of the policy; see :func:`~pmoe_lightning.tracking.policy_model.save_policy_model`.
         register_as: also make it the next version of this registered model.
+        training: of the card, see :func:`~pmoe_lightning.tracking.model_card.model_card`.
 
     Raises:
         MlflowException, OSError, RunError: the store does not take it, or does not have what it has said yes to.
@@ -75,8 +52,10 @@ def upload_model(
     judged = _judged(client, run, step)
     model = _known(client, run, folder) or _find(client, run, name, digest)
     model = model or _create(client, run, name, digest, facts, judged)
+    card = model_card(facts, f"models:/{model.model_id}", judged, training)
     if model.status != LoggedModelStatus.READY:
-        _write_identity(folder, model, run, facts, judged)
+        _write_identity(folder, model, run, card)
+        client.set_logged_model_tags(model.model_id, {NOTE: short_enough(card)})
         _relate(client, run, model.model_id, step)
         _upload(model, tracking_uri, folder)
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
@@ -84,29 +63,9 @@ def upload_model(
         if found is None or found.status != LoggedModelStatus.READY:
             raise RunError(f"the store has said yes to model {model.model_id} but does not have it")
     if register_as is not None:
-        _register(client, model.model_id, register_as, describe(facts, judged))
+        version = _register(client, model.model_id, register_as, short_enough(card))
+        move_best(client, version, training)
     return model.model_id
-
-
-def describe(facts: Mapping[str, Any], judged: str = "") -> str:
-    """What the policy is, in a sentence or two."""
-    trained = f"after {facts['env_frames']:,} environment frames" if facts["env_frames"] is not None else "as trained"
-    return (
-        f"Policy ({facts['actor']}) for {facts['env']} {trained}, acting by the rule {facts['rule']}. {judged}".strip()
-    )
-
-
-def how_to_use(facts: Mapping[str, Any], uri: str, judged: str = "") -> str:
-    """The text of :data:`HOW_TO_USE`."""
-    return _HOW_TO_USE.format(
-        env=facts["env"],
-        observations=facts["observation_dim"],
-        actions=facts["action_dim"],
-        uri=uri,
-        judged=describe(facts, judged),
-        randomness=_DETERMINISTIC if facts["deterministic"] else _DRAWS,
-        metadata=json.dumps(dict(facts), indent=2, default=str),
-    )
 
 
 def _judged(client: MlflowClient, run: Run, step: int) -> str:
@@ -172,12 +131,12 @@ def _relate(client: MlflowClient, run: Run, model_id: str, step: int) -> None:
         client.log_batch(run.info.run_id, metrics=metrics)
 
 
-def _write_identity(folder: Path, model: LoggedModel, run: Run, facts: Mapping[str, Any], judged: str) -> None:
+def _write_identity(folder: Path, model: LoggedModel, run: Run, card: str) -> None:
     packaged = Model.load(str(folder))
     packaged.model_id = packaged.model_uuid = model.model_id
     packaged.run_id, packaged.artifact_path = run.info.run_id, model.artifact_location
     packaged.save(str(folder / "MLmodel"))
-    (folder / HOW_TO_USE).write_text(how_to_use(facts, f"models:/{model.model_id}", judged))
+    (folder / CARD).write_text(card)
 
 
 def _upload(model: LoggedModel, tracking_uri: str, folder: Path) -> None:
@@ -191,7 +150,7 @@ def _upload(model: LoggedModel, tracking_uri: str, folder: Path) -> None:
                 raise RunError(f"the store has said yes to {path.name} of the model but does not have it")
 
 
-def _register(client: MlflowClient, model_id: str, name: str, description: str) -> None:
+def _register(client: MlflowClient, model_id: str, name: str, description: str) -> ModelVersion:
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -204,4 +163,4 @@ def _register(client: MlflowClient, model_id: str, name: str, description: str) 
         version = client.create_model_version(name, source, model_id=model_id)
         known = [{"name": version.name, "version": version.version}]
         client.set_logged_model_tags(model_id, {_VERSIONS_TAG: json.dumps(known)})
-    client.update_model_version(name, version.version, description)
+    return client.update_model_version(name, version.version, description)

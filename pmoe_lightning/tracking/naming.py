@@ -44,7 +44,7 @@ def sweep_name(words: Sequence[str]) -> str:
 
 def describe_run(name: str, words: Sequence[str], total_frames: int, folder: str | Path) -> str:
     """The text on a run's page."""
-    return _short_enough(
+    return short_enough(
         f"{name}, {total_frames:,} environment frames.\n\n"
         f"Started with `{_command(words)}`; results in `{folder}`. `config.yaml` has every value."
     )
@@ -52,7 +52,7 @@ def describe_run(name: str, words: Sequence[str], total_frames: int, folder: str
 
 def describe_sweep(words: Sequence[str], jobs: int) -> str:
     """The text on the page of a sweep's parent."""
-    return _short_enough(
+    return short_enough(
         f"{jobs} runs, started with `{_command(words)}`.\n\nAt the end `sweep.csv` and the figure `sweep` compare them."
     )
 
@@ -86,5 +86,5 @@ def _within_limit(words: Sequence[str]) -> str:
     return f"{name[: _MAX_LENGTH - 12]}... {sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _short_enough(text: str, limit: int = 4000) -> str:
+def short_enough(text: str, limit: int = 4000) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -29,7 +29,8 @@ from pmoe_lightning.errors import RunError
 from pmoe_lightning.processes.partial_files import partial_file
 from pmoe_lightning.tracking.address import store_line, without_secrets
 from pmoe_lightning.tracking.logger import MLflowLogger
-from pmoe_lightning.tracking.model_upload import HOW_TO_USE, how_to_use, upload_model
+from pmoe_lightning.tracking.model_card import CARD, PICTURE, model_card
+from pmoe_lightning.tracking.model_upload import upload_model
 
 
 class PolicyFunction(nn.Module):
@@ -110,16 +111,19 @@ def queue_policy_model(
     *,
     parts: Mapping[str, Callable[..., Any]] | None = None,
     register_as: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    picture: bytes | None = None,
     name: str = "policy",
 ) -> None:
     """Package the policy of a checkpoint into a folder, and have it logged as soon as the store takes it.
 
-    It stays there, for ``mlflow.pyfunc.load_model(folder)``. Arguments are those of :func:`log_policy_model`.
+    It stays there, for ``mlflow.pyfunc.load_model(folder)``. Arguments are those of :func:`log_policy_model` and of
+    :func:`save_policy_model`.
 
     Raises:
         RunError: the checkpoint cannot be read, or the policy has a memory or cannot be exported for another reason.
     """
-    model = save_policy_model(checkpoint, folder, parts=parts)
+    model = save_policy_model(checkpoint, folder, parts=parts, training=training, picture=picture)
     logger.log_model(folder, {"name": name, "register_as": register_as, **model})
 
 
@@ -129,11 +133,18 @@ def save_policy_model(
     *,
     parts: Mapping[str, Callable[..., Any]] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    picture: bytes | None = None,
 ) -> dict[str, Any]:
     """Package the policy of a checkpoint, as it is evaluated, as an MLflow model in ``folder``, which is replaced.
 
+    Args:
+        checkpoint, parts, metadata: as those of :func:`log_policy_model`.
+        training: what the run says of itself, for :func:`~pmoe_lightning.tracking.model_card.model_card`.
+        picture: of its mixture, a PNG for the card.
+
     Returns:
-        ``facts`` of the policy and the ``digest`` of its weights, as :func:`upload_model` takes them.
+        ``facts`` of the policy, the ``digest`` of its weights and ``training``, as :func:`upload_model` takes them.
 
     Raises:
         RunError: the checkpoint cannot be read, or the policy has a memory or cannot be exported for another reason.
@@ -147,21 +158,22 @@ def save_policy_model(
     policy = build_policy(entry, rule=rule, parts=parts, where=where)
     if memory := [key for key in policy.in_keys if key not in ("observation", "pixels")]:
         raise RunError(f"{where}: the model maps observations alone, but the policy also reads {', '.join(memory)}")
+    training = dict(training or {}) | {"picture": picture is not None}
     function = PolicyFunction(policy).eval().requires_grad_(False)
     facts = _facts(entry, policy) | {"rule": rule} | dict(metadata or {})
     folder = Path(folder).absolute()
     partial = partial_file(folder)
     try:
-        _save(function, facts, partial, how_to_use(facts, str(folder)))
+        _save(function, facts, partial, model_card(facts, ".", training=training), picture)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (MlflowException, OSError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"the policy of {where} cannot be packaged: {store_line(error)}") from error
-    return {"facts": facts, "digest": _digest(function, facts)}
+    return {"facts": facts, "digest": _digest(function, facts), "training": training}
 
 
-def _save(function: nn.Module, facts: Mapping[str, Any], folder: Path, note: str) -> None:
+def _save(function: nn.Module, facts: Mapping[str, Any], folder: Path, card: str, picture: bytes | None) -> None:
     seen, actions = facts.get("pixels"), facts["action_dim"]
     kind = np.dtype(np.float32 if seen is None else np.uint8)
     single = [facts["observation_dim"]] if seen is None else seen
@@ -186,7 +198,9 @@ def _save(function: nn.Module, facts: Mapping[str, Any], folder: Path, note: str
         # An exported graph cannot change its device, and MLflow would otherwise try the GPU of whoever loads it.
         model.flavors["python_function"]["config"] = {"device": "cpu"}
         model.save(str(folder / "MLmodel"))
-    (folder / HOW_TO_USE).write_text(note)
+    (folder / CARD).write_text(card)
+    if picture is not None:
+        (folder / PICTURE).write_bytes(picture)
 
 
 def _digest(function: nn.Module, facts: Mapping[str, Any]) -> str:
