@@ -73,10 +73,13 @@ def arrays_checked(function: Callable) -> Callable:
 
 
 def has_shape(hint: Any) -> bool:
-    if get_origin(hint) in (list, Sequence):  # beartype looks at one element, and draws which from Python's generator
-        return False
     is_array = inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)
-    return is_array or any(map(has_shape, get_args(hint)))
+    return not draws(hint) and (is_array or any(map(has_shape, get_args(hint))))
+
+
+def draws(hint: Any) -> bool:
+    """Whether a check draws from Python's generator, which a run owns: beartype looks at one of many elements."""
+    return get_origin(hint) in (list, Sequence) or ... in get_args(hint) or any(map(draws, get_args(hint)))
 
 
 @contextmanager

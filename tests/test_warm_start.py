@@ -45,7 +45,7 @@ def actions(checkpoint: Any, size: int) -> np.ndarray:
     ("words", "size", "taken"),
     [
         (PENDULUM, 3, "actor, log_alpha, qvalue;"),
-        (ROLLOUTS, 3, "actor, critic, qvalue, observation_normalizer, reward_scaler;"),
+        ([*ROLLOUTS, "estimator=frequency"], 3, "actor, critic, qvalue, observation_normalizer, reward_scaler;"),
         pytest.param(
             [*ROLLOUTS, "algo=dac"],
             None,  # it acts by more than an observation
