@@ -64,7 +64,13 @@ def is_alive(pid: int) -> bool:
 
 # SAC: an update for four frames after the warm-up, whatever the number of processes. PPO: two epochs of four
 # minibatches for each rollout but the first, which only initialises the statistics.
-@pytest.mark.parametrize("words, updates", [(SAC, (1280 - 320) // 4), (PPO, 9 * 2 * 4)], ids=["sac", "ppo"])
+@pytest.mark.parametrize(
+    "words, updates",
+    [
+        pytest.param(SAC, (1280 - 320) // 4, id="sac"),
+        pytest.param(PPO, 9 * 2 * 4, id="ppo", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_share_the_frames_and_take_the_updates_of_one(words, updates, start, tmp_path):
     process = start(*words, "total_frames=1280", "data.frames_per_epoch=640", "hydra.run.dir=run")
     out, errors = process.communicate(timeout=HANG_SECONDS)
@@ -142,7 +148,8 @@ def test_a_process_that_dies_takes_the_other_with_it(rank, start, tmp_path):
         assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_before_they_are_together_takes_the_other_with_it(rank, start):
     """The second has just been started, and waits for nobody yet."""
     process = start(*PPO, "hydra.run.dir=run")

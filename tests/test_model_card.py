@@ -80,6 +80,7 @@ def packaged(train, store: Path, tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoints" / "best.model"
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_card_of_its_policy_and_its_code_runs(packaged: Path, store: Path, tmp_path: Path):
     import mlflow
 

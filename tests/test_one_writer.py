@@ -153,7 +153,14 @@ def models(client: MlflowClient, run_id: str) -> list[str]:
     return [model.name for model in client.search_logged_models(["1"], f"source_run_id = '{run_id}'")]
 
 
-@pytest.mark.parametrize("how", [pytest.param("resume=run", marks=pytest.mark.slow), "resume=auto", "resume={run_id}"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("resume=run", marks=pytest.mark.slow),
+        "resume=auto",
+        pytest.param("resume={run_id}", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_after_its_last_checkpoint_is_finished(how, start, train, tmp_path, store):
     assert wait(start(*WHOLE, "hydra.run.dir=run", prepare=kill_at_the_end)) == -signal.SIGKILL
     client = MlflowClient(f"sqlite:///{store}")

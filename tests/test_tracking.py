@@ -741,7 +741,7 @@ def size_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize("program", ["ours", "MLflow"])
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_store_whose_making_was_killed_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, share: float
 ) -> None:

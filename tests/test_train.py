@@ -165,7 +165,7 @@ def wait_for_first_checkpoint(folder: Path, process: subprocess.Popen) -> None:
     ("number", "code"),
     [
         pytest.param(signal.SIGTERM, 143, id="SIGTERM"),
-        pytest.param(signal.SIGINT, 130, id="Ctrl-C behind tee"),
+        pytest.param(signal.SIGINT, 130, id="Ctrl-C behind tee", marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 129, id="SIGHUP", marks=pytest.mark.slow),
     ],
 )

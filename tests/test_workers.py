@@ -88,7 +88,7 @@ def change_everything(policy: TensorDictModuleBase) -> None:
                 tensor.mul_(1 + 0.5 * torch.rand(tensor.shape, generator=generator))
 
 
-@pytest.mark.parametrize("name", ["ppo-pmoe", "dac", "sac-gated-safe"])
+@pytest.mark.parametrize("name", ["ppo-pmoe", pytest.param("dac", marks=pytest.mark.slow), "sac-gated-safe"])
 def test_workers_yield_what_their_collectors_would_here_with_the_live_policy(name, closing):
     """Actions, log-probabilities, memory: with the weights, critics and statistics that training has just changed."""
     torch.manual_seed(0)
