@@ -245,6 +245,22 @@ def test_it_trains_is_judged_filmed_and_resumed_bit_for_bit(train, tmp_path, cap
     assert "maps 8 observations to 2 actions, but acrobot-swingup has 6 and 1" in capfd.readouterr().err
 
 
+def test_its_pixels_go_on_bit_for_bit() -> None:
+    seen = {"action_repeat": 8, "time_limit": SHORT, "pixels": {"size": 32, "look": "fast"}}
+    env, other = (make_dm_control("cartpole-swingup", seed=seed, **seen) for seed in (3, 99))
+    env.reset(), other.reset()
+    acts = actions(env, 12)
+    play(env, acts[:3])
+    state = saved_and_read(env)
+    whole = play(env, acts[3:])
+    assert other.load_simulator_state(state) is None
+    for ours, again in zip(whole, play(other, acts[3:]), strict=True):
+        np.testing.assert_array_equal(ours, again)
+    pictures = np.unique([value for value in whole if value.dtype == np.uint8], axis=0)
+    assert len(pictures) > 9 and env.action_repeat == 8
+    env.close(), other.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["sac", "ppo"])
 def test_it_trains_2000_frames_with_workers(algo: str, train, tmp_path) -> None:

@@ -20,7 +20,8 @@ from pmoe_lightning.envs import mujoco_state, mujoco_warnings
 from pmoe_lightning.envs.base import AbstractEnvironment, Arrays
 from pmoe_lightning.envs.object_graph import Decoder, Encoder
 from pmoe_lightning.envs.object_parts import NotCaptured
-from pmoe_lightning.envs.rendering import ModelCamera
+from pmoe_lightning.envs.pixels import see_pixels
+from pmoe_lightning.envs.rendering import ModelCamera, Scene
 from pmoe_lightning.errors import ConfigurationError, error_line
 from pmoe_lightning.limits import PositiveFloat, PositiveInt, Text, checked
 
@@ -138,6 +139,18 @@ class DMControlEnv(AbstractEnvironment):
             self._camera = ModelCamera(physics.model.ptr, physics.data.ptr, self.name)
         return self._camera.picture()
 
+    def scene(self) -> Scene:
+        """Environment 0 through the first camera of its model, as :meth:`picture` has it."""
+        import mujoco
+
+        model, data = self.envs[0].physics.model.ptr, self.envs[0].physics.data.ptr
+        camera = mujoco.MjvCamera()
+        if model.ncam:
+            camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, 0
+        else:
+            mujoco.mjv_defaultFreeCamera(model, camera)
+        return Scene(model, data, camera)
+
     def close(self, *, raise_if_closed: bool = True) -> None:
         super().close(raise_if_closed=raise_if_closed)
         for env in self.envs:
@@ -158,7 +171,8 @@ def make_dm_control(
     seed: int | None = None,
     render_mode: str | None = None,
     carry: Sequence[str] = (),
-) -> DMControlEnv:
+    pixels: Mapping[str, Any] | None = None,
+) -> AbstractEnvironment:
     """Make a batch of one task of the DeepMind Control Suite.
 
     Args:
@@ -170,6 +184,7 @@ def make_dm_control(
         seed: environment i receives ``seed + i`` at its first reset.
         render_mode: needs no preparation.
         carry: entries of the policy handed on to its next step.
+        pixels: what is seen in place of the state: size, grey, stack and look, see :class:`PixelEnvironment`.
 
     Raises:
         ConfigurationError: dm_control is missing or does not work with the installed MuJoCo, the task is unknown or
@@ -186,11 +201,14 @@ def make_dm_control(
         raise ConfigurationError(f"unknown task of dm_control {task!r}{_closest(task, suite.ALL_TASKS)}")
     limit = {} if time_limit is None else {"time_limit": time_limit}
 
-    def make() -> Any:
+    def load() -> Any:
         with _of_this_pair():
             return suite.load(domain, name, task_kwargs=limit)
 
-    return DMControlEnv(make, num_envs=num_envs, name=id or task, seed=seed, action_repeat=action_repeat, carry=carry)
+    def make(render_mode: str | None, **of_environment: Any) -> DMControlEnv:
+        return DMControlEnv(load, name=id or task, action_repeat=action_repeat, **of_environment)
+
+    return see_pixels(make, pixels, num_envs=num_envs, seed=seed, carry=carry, render_mode=render_mode)
 
 
 def control_suite() -> Any:

@@ -71,7 +71,7 @@ class PixelEnvironment(AbstractEnvironment):
             has_cost=first._has_cost,
         )
         choose_headless_renderer()
-        self.envs = list(envs)
+        self.envs, self.action_repeat = list(envs), first.action_repeat
         self._inner = [{**env.empty_root(), **env.empty_outcome()} for env in envs]
         self._renderers: list[SceneRenderer | None] = [None] * len(envs)
         self._seen = np.zeros((len(envs), *self.entries["pixels"].shape), np.uint8)
