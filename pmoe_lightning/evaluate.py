@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmoe_lightning import __version__
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
-from pmoe_lightning.processes.output import lost_result, outlive_output
+from pmoe_lightning.processes.output import exit_code_of
 
 if TYPE_CHECKING:
     from tensordict.nn import TensorDictModule
@@ -96,22 +96,7 @@ _HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    outlive_output()
-    try:
-        request = parse(sys.argv[1:] if arguments is None else arguments)
-        run(request)
-    except ConfigurationError as error:
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if lost := lost_result():
-        print(f"error: the result could not be written to standard output: {lost.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(lambda: run(parse(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(request: Request) -> None:

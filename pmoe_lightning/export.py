@@ -16,7 +16,7 @@ from pmoe_lightning import __version__
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
 from pmoe_lightning.evaluate import Request as Evaluation
 from pmoe_lightning.evaluate import check_fit, find_environment, nearest_word, read_own_parts, unquoted
-from pmoe_lightning.processes.output import lost_result, outlive_output
+from pmoe_lightning.processes.output import exit_code_of
 
 if TYPE_CHECKING:
     from pmoe_lightning.envs import AbstractEnvironment
@@ -56,21 +56,8 @@ _HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    outlive_output()
-    try:
-        print(_table(export(parse(sys.argv[1:] if arguments is None else arguments))), flush=True)
-    except ConfigurationError as error:
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if lost := lost_result():
-        print(f"error: the result could not be written to standard output: {lost.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    words = sys.argv[1:] if arguments is None else arguments
+    return exit_code_of(lambda: print(_table(export(parse(words))), flush=True))
 
 
 def parse(arguments: Sequence[str]) -> Request:

@@ -7,9 +7,11 @@ import logging
 import os
 import select
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
+from pmoe_lightning.errors import ConfigurationError, RunError, error_line
 from pmoe_lightning.processes.stopping import stop
 
 #: So much, a pipe that takes anything takes without waiting.
@@ -44,6 +46,25 @@ def lost_result() -> OSError | None:
         sys.stdout.flush()
     error = getattr(_raw(sys.stdout), "error", None) if hasattr(sys.stdout, "buffer") else None
     return None if isinstance(error, BrokenPipeError) else error
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run a command whose result is what it prints: 0, 1 for what failed, 2 for wrong words, 130 for Ctrl-C.
+
+    What the user can mend is one line on standard error, and so is a result that nobody could read.
+    """
+    outlive_output()
+    try:
+        command()
+    except (ConfigurationError, RunError) as error:
+        print(f"error: {error_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    except KeyboardInterrupt:
+        return 130
+    if lost := lost_result():
+        print(f"error: the result could not be written to standard output: {lost.strerror}", file=sys.stderr)
+        return 1
+    return 0
 
 
 class _Lenient(io.FileIO):
