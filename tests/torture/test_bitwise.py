@@ -54,7 +54,7 @@ def curves(database: Path) -> dict[tuple[str, int], list[float]]:
     points: dict[tuple[str, int], list[float]] = {}
     with sqlite3.connect(database) as connection:
         for key, step, value in connection.execute("select key, step, value from metrics order by key, step"):
-            if not key.startswith("time/"):
+            if not key.startswith("train/time/"):
                 points.setdefault((key, step), []).append(value)
     return points
 
@@ -90,7 +90,7 @@ def stop_and_resume(algo: str, env: str, transform: str, folder: Path, store: Pa
         "points_missing_or_different": sum(resumed.get(point) != values for point, values in expected.items()),
         # A stop measures the mixture once more, where it stops.
         "points_added_besides_the_mixture_at_a_stop": len(
-            [name for name, step in extra if step not in stops or not name.startswith("mixture/")]
+            [name for name, step in extra if step not in stops or not name.startswith("train/mixture/")]
         ),
     }
 
