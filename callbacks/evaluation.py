@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from pmoe_lightning.checkpoints.policy import build_policy, candidate_rules, policy_entry
+from pmoe_lightning.checkpoints.policy import build_policy, candidate_rules, leaves_rule_open, policy_entry
 from pmoe_lightning.envs import with_memory
 from pmoe_lightning.evaluation.episodes import MAX_EPISODE_STEPS, EpisodeResults, EvaluationStopped, evaluate_policy
 from pmoe_lightning.evaluation.rules import CHOICE_EPISODES, RuleChoice, choose_rule
@@ -50,12 +50,13 @@ class Evaluation(Callback):
     The drawn episodes have the seeds that follow those of the judged ones. At the last evaluation there are as many of
     them, at the others a fifth, so that they add a fifth to the time: ``ceil(episodes / 5)``.
 
-    With ``rule="chosen"`` a mixture is judged, kept, filmed and packaged by the rule that earned most: before every
-    evaluation ``mean``, ``max_weight`` and, where there are action values, ``best_value`` each act in the same four
-    episodes, whose seeds follow those of the drawn ones, and the best of them is what the judged episodes are run with.
-    The description of the policy names it from then on, and how it was chosen (``rule_chosen``), and
-    ``eval/choice/...`` are the mean returns. That is eight or twelve episodes more in every evaluation, which of ten
-    judged and two drawn ones about doubles. Where there is nothing to choose, nothing is run.
+    A mixture is judged, kept, filmed and packaged by the rule that earned most: before every evaluation ``mean``,
+    ``max_weight`` and, where there are action values, ``best_value`` each act in the same four episodes, whose seeds
+    follow those of the drawn ones, and the best of them is what the judged episodes are run with. The description of
+    the policy names it from then on, and how it was chosen (``rule_chosen``), and ``eval/choice/...`` are the mean
+    returns. That is eight or twelve episodes more in every evaluation, which of ten judged and two drawn ones about
+    doubles. Nothing is chosen, and nothing more is run, with ``rule="trained"``, where the actor says another rule
+    than its default ``best_value``, and where there is one rule.
 
     Training does not notice: the environments are separate, and the policy's mode and the global random states of
     Python, NumPy and torch are put back afterwards. Every evaluation starts from the same seed, so
@@ -71,10 +72,10 @@ class Evaluation(Callback):
         seed: seed of the evaluation environments; choose one that the training environments do not use.
         every_epochs: epochs between two evaluations. The last epoch is always evaluated.
         max_episode_steps: an episode that has not ended by then is cut short.
-        rule: by which a mixture is judged: ``trained``, the actor's own (``deterministic``), or ``chosen``.
+        rule: by which a mixture is judged: ``chosen``, see above, or ``trained``, the actor's own (``deterministic``).
 
     Attributes:
-        choice: the rule that was chosen last, and how; None with ``trained``.
+        choice: the rule that was chosen last, and how; None where none was.
         history: rows (env_frames, mean return, low, high), one per evaluation.
         returns: of every evaluation the returns of its judged episodes, by environment frames; their seeds follow
             ``seed``.
@@ -90,7 +91,7 @@ class Evaluation(Callback):
         seed: Seed = 1_000_000,
         every_epochs: PositiveInt = 1,
         max_episode_steps: PositiveInt = MAX_EPISODE_STEPS,
-        rule: Literal["trained", "chosen"] = "trained",
+        rule: Literal["chosen", "trained"] = "chosen",
     ) -> None:
         self.make_env, self.episodes, self.seed, self.every_epochs = make_env, episodes, seed, every_epochs
         self.max_episode_steps, self.rule = max_episode_steps, rule
@@ -206,7 +207,7 @@ class Evaluation(Callback):
         self, pl_module: AbstractAlgorithm, stop: StopAfterIteration | None
     ) -> tuple[RuleChoice | None, TensorDictModuleBase]:
         """The policy to judge, and how its rule was chosen, where there is one to choose."""
-        if self.rule == "trained" or not pl_module.policy_description:
+        if self.rule == "trained" or not leaves_rule_open(pl_module.policy_description):
             return None, self.judged_policy(pl_module)
         entry = policy_entry({"policy": pl_module.policy_state()})
         made = partial(build_policy, entry, device=pl_module.device, parts=pl_module.parts)

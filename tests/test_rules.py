@@ -21,10 +21,11 @@ from pmoe_lightning.evaluation.rules import RuleChoice, choose_rule
 from pmoe_lightning.tracking.policy_model import save_policy_model
 
 
-def fit_chosen(folder, *others, ckpt_path=None, **arguments):
-    evaluation, logger = Evaluation(pendulum, episodes=2, seed=1000, rule="chosen"), Recorder()
+def fit_chosen(folder, *others, ckpt_path=None, deterministic="best_value", **arguments):
+    evaluation, logger = Evaluation(pendulum, episodes=2, seed=1000), Recorder()
     trainer, algorithm, data = make_run([evaluation, *savers(folder), *others], folder, logger=logger, **arguments)
     algorithm.policy_description["critic"] = {"hidden_sizes": [8], "activation": "relu"}
+    algorithm.policy_description["arguments"]["deterministic"] = deterministic
     trainer.fit(algorithm, datamodule=data, ckpt_path=ckpt_path)
     return evaluation, logger, algorithm
 
@@ -84,8 +85,9 @@ def test_the_choice_changes_nothing_of_training_and_goes_on_in_a_resumed_run(tmp
         assert torch.equal(value, plain.loss.state_dict()[name])
 
 
-def test_one_component_has_nothing_to_choose(tmp_path):
-    evaluation, logger, _ = fit_chosen(tmp_path, num_components=1)
+@pytest.mark.parametrize("said", [{"num_components": 1}, {"deterministic": "mean"}], ids=str)
+def test_nothing_is_chosen_for_one_component_or_against_a_rule_that_the_actor_says(tmp_path, said):
+    evaluation, logger, _ = fit_chosen(tmp_path, **said)
     assert evaluation.choice is None and not logger.steps("eval/choice/mean")
     assert "rule_chosen" not in read_checkpoint(tmp_path / "last.ckpt")["policy"]["description"]
 

@@ -232,6 +232,13 @@ def trained_rule(entry: Mapping[str, Any]) -> str:
     return rule if rule != "best_value" or entry.get("action_values") else "max_weight"
 
 
+def leaves_rule_open(description: Mapping[str, Any] | None) -> bool:
+    """Whether the rule is to be chosen: the actor has rules and says ``best_value``, its default, or one was chosen."""
+    if not description:
+        return False
+    return "rule_chosen" in description or description["arguments"].get("deterministic") == "best_value"
+
+
 def candidate_rules(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """The deterministic rules that a checked entry could act by; one alone where there is nothing to choose.
 
