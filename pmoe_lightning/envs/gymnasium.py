@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.spaces.utils import flatten
 
-from pmoe_lightning.envs import mujoco_warnings, rendering
+from pmoe_lightning.envs import meta_world, mujoco_warnings, rendering
 from pmoe_lightning.envs.base import AbstractEnvironment, Arrays
 from pmoe_lightning.envs.contract import (
     check_action_space,
@@ -31,7 +31,7 @@ from pmoe_lightning.envs.contract import (
     vector_size,
     warn_of_lost_precision,
 )
-from pmoe_lightning.envs.packages import closest, package
+from pmoe_lightning.envs.packages import closest, mend, package
 from pmoe_lightning.envs.pixels import see_pixels
 from pmoe_lightning.envs.pybullet_greetings import import_quietly, quiet_connection
 from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
@@ -263,6 +263,8 @@ def _make_gymnasium(
     envs: list[gymnasium.Env] = []
     if render_mode is not None:  # an environment that draws nothing need not know the word
         kwargs["render_mode"] = render_mode
+    if meta_world.is_meta_world(id):
+        kwargs, wrappers = meta_world.ARGUMENTS | kwargs, [meta_world.SeededByReset, *wrappers]
     mujoco_warnings.send_to_logging()
     import_quietly(id)
     try:
@@ -283,7 +285,7 @@ def _make_gymnasium(
         if not (isinstance(error, Exception) or is_exit(error)):
             raise
         raise ConfigurationError(
-            f"environment {id!r} cannot be made with {kwargs}: {error_line(error, named=True)}"
+            f"environment {id!r} cannot be made with {kwargs}: {error_line(error, named=True)}{mend(id)}"
         ) from error
     envs = [reduce(lambda env, wrap: wrap(env), wrappers, env) for env in envs]
     if velocity_limit is None:
