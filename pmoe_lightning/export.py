@@ -59,7 +59,10 @@ _HELP = {
     "output": ("the file; one that exists is not overwritten", "policy.<format>"),
     "rule": ("of a mixture, as for evaluate; sample, which draws, cannot be exported", "trained"),
     "env": ("Gymnasium id in which it is compared; the environment of the checkpoint when empty", ""),
-    "+env.KEY": ("an argument of the environment, as for evaluate, such as env.wrappers=[module:Wrapper]", "as in training"),
+    "+env.KEY": (
+        "an argument of the environment, as for evaluate, such as env.wrappers=[module:Wrapper]",
+        "as in training",
+    ),
     "config_dir": ("the folder that --config-dir was in training, for parts of your own", ""),
 }
 

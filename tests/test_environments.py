@@ -62,9 +62,7 @@ def test_it_trains_2000_frames_is_filmed_and_goes_on_bit_for_bit(id: str, train,
 @pytest.mark.parametrize("id", ROBOTICS + ALSO_EXACT)
 def test_it_goes_on_bit_for_bit_through_resets(id: str) -> None:
     """Which move goals, objects and doors: parts of the model that a restore puts back as well."""
-    env, other = (
-        make_env(f"gymnasium_robotics:{id}", num_envs=2, seed=seed, max_episode_steps=25) for seed in (3, 99)
-    )
+    env, other = (make_env(f"gymnasium_robotics:{id}", num_envs=2, seed=seed, max_episode_steps=25) for seed in (3, 99))
     env.reset(), other.reset()
     begun = saved_and_read(env)
     acts = actions(env, 100)

@@ -22,7 +22,14 @@ from pmoe_lightning.export import main as export
 SHIFTED = {"wrapper": "own_wrappers:Shifted", "by": 2.0}
 WRAPPERS = "env.wrappers=[own_wrappers:Halved,{wrapper:own_wrappers:Shifted,noise:0.1},own_wrappers:OneMore]"
 TINY = ["algo=sac", "env=Pendulum-v1", "+env.max_episode_steps=20", "algo.hidden_sizes=[8]", "data.batch_size=8"]
-TINY += ["actor=gaussian", "estimator=pathwise", "data.init_random_frames=40", "data.frames_per_epoch=120", "logger=none", "compile=false"]
+TINY += [
+    "actor=gaussian",
+    "estimator=pathwise",
+    "data.init_random_frames=40",
+    "data.frames_per_epoch=120",
+    "logger=none",
+    "compile=false",
+]
 
 
 def test_the_first_is_innermost_and_takes_its_arguments() -> None:
@@ -31,8 +38,7 @@ def test_the_first_is_innermost_and_takes_its_arguments() -> None:
         for wrappers in ((), ["own_wrappers:Halved", SHIFTED], [SHIFTED, "own_wrappers:Halved"])
     )
     reward, halved_first, shifted_first = (
-        env.rollout(3, policy=lambda *observed: torch.ones(2, 1))["next", "reward"]
-        for env in (plain, inner, outer)
+        env.rollout(3, policy=lambda *observed: torch.ones(2, 1))["next", "reward"] for env in (plain, inner, outer)
     )
     torch.testing.assert_close(halved_first, reward / 2 + 2)
     torch.testing.assert_close(shifted_first, (reward + 2) / 2)
@@ -49,7 +55,10 @@ def test_spaces_that_a_wrapper_changes_are_those_of_everything() -> None:
 @pytest.mark.parametrize(
     ("wrappers", "message"),
     [
-        ("own_wrappers:Halved", "env.wrappers='own_wrappers:Halved' is not a list: write env.wrappers=[module:Wrapper]"),
+        (
+            "own_wrappers:Halved",
+            "env.wrappers='own_wrappers:Halved' is not a list: write env.wrappers=[module:Wrapper]",
+        ),
         (["Halved"], "env.wrappers: 'Halved' names no wrapper: write env.wrappers=[module:Wrapper]"),
         (["own_wrappers:"], "names no wrapper"),
         ([3], "env.wrappers: 3 names no wrapper"),
@@ -104,7 +113,9 @@ def test_values_are_written_as_overrides_that_are_read_back() -> None:
 
 def test_they_go_through_every_command_and_are_asked_for_again(train, tmp_path, monkeypatch, capfd) -> None:
     said = ["callbacks.evaluation.episodes=1", "callbacks.final_policy.export=onnx"]
-    said = train(*TINY, *said, WRAPPERS, "callbacks.final_policy.video_frames=3", "total_frames=120", "hydra.run.dir=whole")
+    said = train(
+        *TINY, *said, WRAPPERS, "callbacks.final_policy.video_frames=3", "total_frames=120", "hydra.run.dir=whole"
+    )
     checkpoint = tmp_path / "whole" / "checkpoints" / "last.ckpt"
     description = read_checkpoint(checkpoint)["policy"]["description"]
     assert description["observation_dim"] == 4 and len(description["env"]["kwargs"]["wrappers"]) == 3

@@ -44,7 +44,7 @@ def package(id: str) -> str:
         return f": a task of the DeepMind Control Suite is named env=dm_control env.task={task[1]}"
     for pattern, name, module in _PACKAGES:
         if re.match(pattern, plain, re.IGNORECASE):
-            return f': it is in a package of its own, pip install {name}, and is named env.id={module}:{plain}'
+            return f": it is in a package of its own, pip install {name}, and is named env.id={module}:{plain}"
     return ""
 
 
