@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pmoe_lightning import __version__
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
-from pmoe_lightning.evaluate import Request as Evaluation
 from pmoe_lightning.evaluate import (
     ENV_PREFIXES,
     check_fit,
@@ -24,6 +23,7 @@ from pmoe_lightning.evaluate import (
     read_own_parts,
     unquoted,
 )
+from pmoe_lightning.evaluate import Request as Evaluation
 from pmoe_lightning.processes.output import exit_code_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def parse(arguments: Sequence[str]) -> Request:
     from pmoe_lightning.configuration.arguments import needs_value, read_words
 
     known = [each.name for each in fields(Request) if each.name != "env_arguments"]
-    values, env_arguments = {}, {}
+    values: dict[str, str] = {}
+    env_arguments: dict[str, Any] = {}
     for text, key, value in read_words(arguments):
         key = {"config-dir": "config_dir", "env.id": "env"}.get(key, key)  # as the train command spells them
         of_env = key.startswith(ENV_PREFIXES)
@@ -161,8 +162,12 @@ def _environment(
 ) -> "Callable[..., AbstractEnvironment] | str":
     """What makes the environment in which the file is compared; why there is none, where none was asked for by name."""
     try:
-        of_env = {"env": request.env, "env_arguments": request.env_arguments}
-        asked = Evaluation(request.checkpoint, config_dir=request.config_dir, **of_env)
+        asked = Evaluation(
+            request.checkpoint,
+            env=request.env,
+            config_dir=request.config_dir,
+            env_arguments=request.env_arguments,
+        )
         make, env_id, arguments = find_environment(asked, description, parts)
         make_env = partial(make, id=env_id, **arguments)
         env = make_env(num_envs=1, seed=0)

@@ -1,4 +1,4 @@
-"""Environments that other packages register train, are filmed and resumed, exactly or with the line that says what is lost."""
+"""Environments that other packages register train, are filmed and resumed, exactly or with a line that says why not."""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ class Encoder:
             return self._bit_generator(value)
         if isinstance(value, np.number | np.bool_ | np.datetime64 | np.timedelta64) and kind.__module__ == "numpy":
             return ("scalar", *array_memory.pack_scalar(value))
-        if isinstance(value, np.dtype | np.ufunc | types.ModuleType) or is_builtin(value):
-            if (label := fixed_label(value)) is not None:
-                return ("fixed", label)
+        is_named = isinstance(value, np.dtype | np.ufunc | types.ModuleType) or is_builtin(value)
+        if is_named and (label := fixed_label(value)) is not None:
+            return ("fixed", label)
         if is_foreign(value):
             raise NotCaptured(f"is of {getattr(value, '__self__', value).__name__}, a module in C that may keep state")
         if kind is type and value.__module__ in ("builtins", "numpy"):

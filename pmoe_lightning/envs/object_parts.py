@@ -45,8 +45,8 @@ _CODE = (
     *(vars(collections)["_tuplegetter"], type(vars(dataclasses)["_HAS_DEFAULT_FACTORY"])),
 )
 _IMMUTABLE = (PurePath, re.Pattern, range, np.dtype, np.ufunc)
-# Parts of Gymnasium-Robotics' environments. All that such an object knows is in its attributes, which cannot be said of any
-# class: one may hold the number of a simulator that lives elsewhere. So a subclass is another.
+# Parts of Gymnasium-Robotics' environments. All that such an object knows is in its attributes, which cannot be said of
+# any class: one may hold the number of a simulator that lives elsewhere. So a subclass is another.
 _PLAIN_OBJECTS = (
     "gymnasium_robotics.envs.maze.maze.Maze",
     "gymnasium_robotics.envs.maze.maze_v4.Maze",
