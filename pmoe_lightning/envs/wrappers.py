@@ -36,8 +36,9 @@ def find_wrappers(wrappers: Sequence[str | Mapping[str, Any]]) -> list[Wrap]:
 
 def _find(written: str | Mapping[str, Any]) -> Wrap:
     arguments = dict(written) if isinstance(written, Mapping) else {"wrapper": written}
-    name = arguments.pop("wrapper", None)
-    module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
+    given = arguments.pop("wrapper", None)
+    name = given if isinstance(given, str) else ""
+    module, _, attribute = name.partition(":")
     if not (module and attribute.isidentifier()):
         raise ConfigurationError(f"env.wrappers: {written!r} names no wrapper: write {_WRITTEN}")
     kind = _attribute(_imported(module), attribute, name)
