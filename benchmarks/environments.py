@@ -2,8 +2,8 @@
 
 Bare is the simulator's own loop of step and reset; through the program is ``step_into``, as the collector calls it. One
 environment, one thread, random actions drawn beforehand, both in turns in one process. A family whose package is
-missing is left out. EnvPool, where it is installed, is measured on Gymnasium's tasks beside ``make_env``, in the processor time
-of all threads.
+missing is left out. EnvPool, where it is installed, is measured on Gymnasium's tasks beside ``make_env``, in the
+processor time of all threads.
 
     python benchmarks/environments.py
 
