@@ -56,7 +56,9 @@ def test_it_trains_2000_frames_is_filmed_and_goes_on_bit_for_bit(id: str, train,
     said = trained(train, [*words, "resume=run"], 2000, capfd)
     assert "new episode" not in said
     train(*TINY, *words, "total_frames=2000", "callbacks.final_policy.video=false", "hydra.run.dir=whole")
-    assert differing(state_of(Path("whole")), state_of(Path("run"))) == []
+    found = differing(state_of(Path("whole")), state_of(Path("run")))
+    # A maze writes its model into a file that is named by the time, reads it once, and keeps the name.
+    assert [where for where in found if not where.endswith((".tmp_xml_file_path", ".fullpath"))] == []
 
 
 @pytest.mark.parametrize("id", ROBOTICS + ALSO_EXACT)
