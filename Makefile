@@ -35,8 +35,9 @@ test: $(VENV)/.installed ## the test suite, minutes
 test-slow: $(VENV)/.installed ## also the tests that train until something is learned
 	$(PYTEST) -m "not torture and not docs and not environments"
 
-test-environments: $(VENV)/.installed ## train on PyBullet's and Gymnasium-Robotics' tasks; installs both
+test-environments: $(VENV)/.installed ## train on PyBullet's, Gymnasium-Robotics' and MetaWorld's tasks; installs them
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pybullet,robotics]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps metaworld==3.1.1
 	$(PYTEST) -m environments tests/test_environments.py
 
 gpu: $(VENV)/.installed ## what an update takes on a GPU, in at most nine minutes; not yet run on one

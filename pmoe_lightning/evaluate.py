@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _MAX_ENVS = 16
 _RULES = ("trained", "chosen", "best_value", "max_weight", "mean", "sample_component", "sample")
-_ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
+ENV_PREFIXES = ("env.", "+env.", "++env.")  # as for the train command
 _CHOSEN_HERE = ("num_envs", "seed", "render_mode", "carry")  # arguments of make_env that are not the environment's
 
 
@@ -168,7 +168,7 @@ def parse(arguments: Sequence[str]) -> Request:
     env_arguments: dict[str, Any] = {}
     for text, key, value in read_words(arguments, switches=[key for key, kind in kinds.items() if kind is bool]):
         key = "config_dir" if key == "config-dir" else key  # as the train command spells it
-        of_env = key.startswith(_ENV_PREFIXES)
+        of_env = key.startswith(ENV_PREFIXES)
         if key not in kinds and not of_env:
             raise ConfigurationError(f"unknown argument {text!r}{nearest_word(key, kinds)}")
         if value is None:
@@ -178,7 +178,7 @@ def parse(arguments: Sequence[str]) -> Request:
         if key.lstrip("+") == "env.id":
             values["env"] = unquoted("env", value.strip())
         elif of_env:
-            env_arguments |= _env_argument(key, value.strip())
+            env_arguments |= env_argument(key, value.strip())
         else:
             values[key] = _convert(key, value.strip(), kinds[key])
     if "checkpoint" not in values:
@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str]) -> Request:
     return Request(**values, env_arguments=env_arguments)
 
 
-def _env_argument(key: str, value: str) -> dict[str, Any]:
+def env_argument(key: str, value: str) -> dict[str, Any]:
     """The argument's dotted name below ``env`` and its value, read as the train command reads it."""
     from pmoe_lightning.configuration.arguments import check_finite, read_override
 
@@ -377,21 +377,39 @@ def _chosen_environment(
     if (backend := trained.get("backend")) is not None:
         if backend not in MAKERS:
             raise RunError(f"the checkpoint's environment is env={backend}, which this version does not have")
-        return MAKERS[backend], trained["id"], dict(trained.get("kwargs", {}))
+        return MAKERS[backend], trained["id"], _trained_arguments(request, trained)
     if own is not None:
         if f"env/{own}" not in parts:
             raise ConfigurationError(
                 f"the checkpoint's environment is env={own}, which is not of this package: give the --config-dir that "
                 f"holds env/{own}.yaml, or env=<id>"
             )
-        return parts[f"env/{own}"], trained["id"], dict(trained.get("kwargs", {}))
+        return parts[f"env/{own}"], trained["id"], _trained_arguments(request, trained)
     if not request.env and ":" in trained["id"]:
         # Gymnasium imports what stands before the colon, and a checkpoint must not choose what is imported.
         raise RunError(
             f"the checkpoint's environment {trained['id']} lies in a module of its own; if you trust it, say "
             f"env={trained['id']}"
         )
-    return make_env, trained["id"], dict(trained.get("kwargs", {}))
+    return make_env, trained["id"], _trained_arguments(request, trained)
+
+
+def _trained_arguments(request: Request, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the environment, as the checkpoint has them; its wrappers are modules, which it must not choose either.
+
+    Raises:
+        RunError: it has some, and the command does not say which to put around the environment.
+    """
+    arguments = dict(trained.get("kwargs", {}))
+    wrappers = arguments.pop("wrappers", None)
+    if wrappers and "wrappers" not in request.env_arguments:
+        from pmoe_lightning.configuration.arguments import write_value
+
+        raise RunError(
+            f"the checkpoint's environment {trained['id']} is wrapped by modules of their own; if you trust them, say "
+            f"env.wrappers={write_value(wrappers)}, or env.wrappers=[] to go without"
+        )
+    return arguments
 
 
 def _with_argument(arguments: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:

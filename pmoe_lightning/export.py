@@ -7,15 +7,23 @@ is written. Exit code 0; 1 when the checkpoint cannot be used or its policy cann
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pmoe_lightning import __version__
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
+from pmoe_lightning.evaluate import (
+    ENV_PREFIXES,
+    check_fit,
+    env_argument,
+    find_environment,
+    nearest_word,
+    read_own_parts,
+    unquoted,
+)
 from pmoe_lightning.evaluate import Request as Evaluation
-from pmoe_lightning.evaluate import check_fit, find_environment, nearest_word, read_own_parts, unquoted
 from pmoe_lightning.processes.output import exit_code_of
 
 if TYPE_CHECKING:
@@ -37,6 +45,7 @@ class Request:
     rule: str = "trained"
     env: str = ""
     config_dir: str = ""
+    env_arguments: dict[str, Any] = field(default_factory=dict)  # as for evaluate
 
     @property
     def path(self) -> Path:
@@ -50,6 +59,10 @@ _HELP = {
     "output": ("the file; one that exists is not overwritten", "policy.<format>"),
     "rule": ("of a mixture, as for evaluate; sample, which draws, cannot be exported", "trained"),
     "env": ("Gymnasium id in which it is compared; the environment of the checkpoint when empty", ""),
+    "+env.KEY": (
+        "an argument of the environment, as for evaluate, such as env.wrappers=[module:Wrapper]",
+        "as in training",
+    ),
     "config_dir": ("the folder that --config-dir was in training, for parts of your own", ""),
 }
 
@@ -73,19 +86,23 @@ def parse(arguments: Sequence[str]) -> Request:
         sys.exit()
     from pmoe_lightning.configuration.arguments import needs_value, read_words
 
-    known = [each.name for each in fields(Request)]
-    values = {}
+    known = [each.name for each in fields(Request) if each.name != "env_arguments"]
+    values: dict[str, str] = {}
+    env_arguments: dict[str, Any] = {}
     for text, key, value in read_words(arguments):
         key = {"config-dir": "config_dir", "env.id": "env"}.get(key, key)  # as the train command spells them
-        if key not in known:
+        of_env = key.startswith(ENV_PREFIXES)
+        if key not in known and not of_env:
             raise ConfigurationError(f"unknown argument {text!r}{nearest_word(key, known)}")
         if value is None:
             raise ConfigurationError(needs_value(key).removeprefix("" if text.startswith("--") else "--"))
-        if value.strip():
+        if of_env and value.strip():
+            env_arguments |= env_argument(key, value.strip())
+        elif value.strip():
             values[key] = unquoted(key, value.strip())
     if "checkpoint" not in values:
         raise ConfigurationError("checkpoint is missing: give checkpoint=<file, MLflow run id or models:/name@alias>")
-    request = Request(**values)
+    request = Request(**values, env_arguments=env_arguments)
     if request.rule == "sample":
         raise ConfigurationError(
             "rule=sample draws a new action every time and cannot be exported: say rule=max_weight"
@@ -145,7 +162,12 @@ def _environment(
 ) -> "Callable[..., AbstractEnvironment] | str":
     """What makes the environment in which the file is compared; why there is none, where none was asked for by name."""
     try:
-        asked = Evaluation(request.checkpoint, env=request.env, config_dir=request.config_dir)
+        asked = Evaluation(
+            request.checkpoint,
+            env=request.env,
+            config_dir=request.config_dir,
+            env_arguments=request.env_arguments,
+        )
         make, env_id, arguments = find_environment(asked, description, parts)
         make_env = partial(make, id=env_id, **arguments)
         env = make_env(num_envs=1, seed=0)
@@ -154,7 +176,7 @@ def _environment(
         finally:
             env.close()
     except (ConfigurationError, RunError) as error:
-        if request.env:
+        if request.env or request.env_arguments:
             raise
         return error_line(error)
     return make_env

@@ -25,8 +25,10 @@ import torch
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.spaces import Box, Dict
+from PIL import _imaging  # what C keeps is not seen, in PyBullet whole simulators
 
 DRAWS = np.random.default_rng(5)
+new_picture = _imaging.new
 TABLE = {"gain": [1.0, 2.0], "offset": np.zeros(2)}
 STEPS = 0
 HELPERS = types.ModuleType("helpers")
@@ -627,6 +629,27 @@ class ModuleLock(Stranger):
             return 0.0
 
 
+class ForeignModule(Stranger):
+    def moved(self, action):
+        return float(_imaging.new("L", (1, 1)).getpixel((0, 0)))
+
+
+class ForeignFunction(Stranger):
+    def moved(self, action):
+        return float(new_picture("L", (1, 1)).getpixel((0, 0)))
+
+
+class ForeignImport(Stranger):
+    def moved(self, action):
+        import PIL._imaging as imaging
+
+        return float(imaging.new("L", (1, 1)).getpixel((0, 0)))
+
+
+class ForeignOfClass(Stranger):
+    imaging = _imaging
+
+
 LOCK, COLOURS = threading.Lock(), frozenset({Colour.RED})
 
 EXACT = [Generator, SharedGenerator, SpawnedGenerators, OtherBitGenerators, RandomState, PythonRandom, TorchGenerator]
@@ -674,7 +697,8 @@ KEPT = {
 KEEPERS = {name: keeping(name, make) for name, make in KEPT.items()}
 REFUSED = [(kind, "kept") for kind in KEEPERS.values()]
 REFUSED += [(_WithMemory, "_WithMemory"), (WrongOffer, "get_state()"), (OffersTooMuch, "get_state()")]
-REFUSED += [(ModuleLock, "LOCK")]
+REFUSED += [(ModuleLock, "LOCK"), (ForeignModule, "global _imaging"), (ForeignFunction, "global new_picture")]
+REFUSED += [(ForeignImport, "import PIL._imaging"), (ForeignOfClass, "imaging")]
 
 for _kind in (*EXACT, *(kind for kind, _ in REFUSED)):
     _length = None if issubclass(_kind, Stranger) else 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Container, Iterator, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ TRUTH_VALUES = {"true": True, "false": False, "1": True, "0": False, "yes": True
 
 #: What Hydra's grammar takes for text, without quotes: the slash makes it no number and no null.
 _PLAIN_PATH = re.compile(r"[\w.@%-]*/[\w/.:@%-]*", re.ASCII)
+_PLAIN_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)  # module:Name
 
 
 class Word(NamedTuple):
@@ -102,6 +103,17 @@ def quote_value(text: str) -> str:
     text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
     # Backslashes have a meaning before a quote only, the closing one included.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", r"\'"), text) + "'"
+
+
+def write_value(value: Any) -> str:
+    """A plain value as the right side of an override."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{write_value(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(write_value, value)) + "]"
+    if isinstance(value, str):
+        return value if _PLAIN_NAME.fullmatch(value) else quote_value(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_value(words: Sequence[str], key: str) -> str | None:

@@ -149,15 +149,22 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     if owners and group != "callbacks":
         chosen = next((word for word in overrides if word.startswith(f"{group}=")), f"the chosen {group}")
         return f"unknown key {key}: {chosen} has no {name}, {group}={owners[0]} has"
+    if group == "env" and _chosen_env(overrides) and key in _keys(compose("config")):
+        return f"unknown key {key}: env={_chosen_env(overrides)} has no {name}, environments of Gymnasium have"
     choices = [word for word in overrides if word.split("=")[0].lstrip("+~") in group_choices()]
     try:
         known = list(_keys(compose("config", choices)))
     except (HydraException, OmegaConfBaseException):
         known = list(_keys(compose("config")))
-    backends = {word.removeprefix("env=") for word in overrides if word.startswith("env=")}
-    takes_any = group == "env" and not backends & schemas()["env"].keys()
+    takes_any = group == "env" and _chosen_env(overrides) not in schemas()["env"]
     hint = f"; an argument of the environment is added with a plus sign: +{key}=..." if takes_any else ""
     return f"unknown key {key}{nearest(key, [*group_choices(), *known])}{hint}"
+
+
+def _chosen_env(overrides: Sequence[str]) -> str | None:
+    """The choice of ``conf/env``; None for the first one."""
+    chosen = [word.removeprefix("env=") for word in overrides if word.startswith("env=")]
+    return chosen[-1] if chosen and chosen[-1] != "gymnasium" else None
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str:

@@ -9,8 +9,7 @@ length) is computed inside.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import gymnasium
@@ -18,7 +17,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.spaces.utils import flatten
 
-from pmoe_lightning.envs import mujoco_warnings, rendering
+from pmoe_lightning.envs import meta_world, mujoco_warnings, rendering
 from pmoe_lightning.envs.base import AbstractEnvironment, Arrays
 from pmoe_lightning.envs.contract import (
     check_action_space,
@@ -32,10 +31,12 @@ from pmoe_lightning.envs.contract import (
     vector_size,
     warn_of_lost_precision,
 )
-from pmoe_lightning.envs.packages import closest, package
+from pmoe_lightning.envs.packages import closest, mend, package
 from pmoe_lightning.envs.pixels import see_pixels
+from pmoe_lightning.envs.pybullet_greetings import import_quietly, quiet_connection
 from pmoe_lightning.envs.simulator_state import capture, is_mujoco, restore
 from pmoe_lightning.envs.velocity import VelocityCost
+from pmoe_lightning.envs.wrappers import Wrap, find_wrappers
 from pmoe_lightning.errors import ConfigurationError, error_line, is_exit
 
 __all__ = ["GymnasiumEnv", "make_env"]
@@ -135,7 +136,11 @@ class GymnasiumEnv(AbstractEnvironment):
         return super()._broken_down(outcome) | [_was_reset_by_mujoco(env) for env in self.envs]
 
     def _begin(self, i: int, seed: int | None, observation: np.ndarray) -> None:
-        with one_line(self.name, "reset") if i in self._never_reset else nullcontext():
+        if i in self._never_reset:
+            with quiet_connection(), one_line(self.name, "reset"):
+                result = self.envs[i].reset(seed=seed)
+                check_reset(self._observation_space, result, self.name)
+        else:
             result = self.envs[i].reset(seed=seed)
             check_reset(self._observation_space, result, self.name)
         self._never_reset.discard(i)
@@ -211,6 +216,7 @@ def make_env(
     render_mode: str | None = None,
     carry: Sequence[str] = (),
     velocity_limit: float | str | None = None,
+    wrappers: Sequence[str | Mapping[str, Any]] = (),
     pixels: Mapping[str, Any] | None = None,
     **kwargs,
 ) -> AbstractEnvironment:
@@ -223,19 +229,22 @@ def make_env(
         render_mode: as in :func:`gymnasium.make`.
         carry: entries of the policy handed on to its next step, see :class:`GymnasiumEnv`.
         velocity_limit: in m/s, or ``published``: steps that are faster cost 1, see :class:`VelocityCost`.
+        wrappers: put around each environment, the first innermost: ``"module:Wrapper"``, or
+            ``{"wrapper": "module:Wrapper", **arguments}``. The modules are imported.
         pixels: what is seen in place of the state: size, grey, stack and look, see :class:`PixelEnvironment`.
         **kwargs: passed to :func:`gymnasium.make`.
 
     Raises:
         ConfigurationError: if the id is unknown, a package it needs is missing, an argument is not accepted, or the
-            spaces are not supported (see :class:`GymnasiumEnv`); if its velocity cannot be limited.
+            spaces are not supported (see :class:`GymnasiumEnv`); if its velocity cannot be limited; if a wrapper is
+            none or cannot be made.
 
     Example:
         >>> env = make_env("Pendulum-v1", num_envs=2, seed=0)
         >>> env.rollout(5)["next", "reward"].shape
         torch.Size([2, 5, 1])
     """
-    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, **kwargs)
+    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, wrappers=find_wrappers(wrappers), **kwargs)
     return see_pixels(make, pixels, num_envs=num_envs, seed=seed, carry=carry, render_mode=render_mode)
 
 
@@ -247,15 +256,19 @@ def _make_gymnasium(
     carry: Sequence[str],
     render_mode: str | None,
     velocity_limit: float | str | None,
+    wrappers: Sequence[Wrap],
     **kwargs,
 ) -> GymnasiumEnv:
     """``make_env`` of what observes its state."""
     envs: list[gymnasium.Env] = []
     if render_mode is not None:  # an environment that draws nothing need not know the word
         kwargs["render_mode"] = render_mode
+    if meta_world.is_meta_world(id):
+        kwargs, wrappers = meta_world.ARGUMENTS | kwargs, [meta_world.SeededByReset, *wrappers]
     mujoco_warnings.send_to_logging()
+    import_quietly(id)
     try:
-        with default_dtype_kept(id):
+        with quiet_connection(), default_dtype_kept(id):
             for _ in range(num_envs):
                 envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
     except ConfigurationError:
@@ -272,8 +285,9 @@ def _make_gymnasium(
         if not (isinstance(error, Exception) or is_exit(error)):
             raise
         raise ConfigurationError(
-            f"environment {id!r} cannot be made with {kwargs}: {error_line(error, named=True)}"
+            f"environment {id!r} cannot be made with {kwargs}: {error_line(error, named=True)}{mend(id)}"
         ) from error
+    envs = [reduce(lambda env, wrap: wrap(env), wrappers, env) for env in envs]
     if velocity_limit is None:
         return GymnasiumEnv(envs, seed=seed, carry=carry)
     cost = VelocityCost(id, velocity_limit)

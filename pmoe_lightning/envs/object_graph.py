@@ -5,8 +5,9 @@ Only what can be put back to the last bit is accepted; anything else is refused 
 * plain values by their exact type: a subclass or an enumeration may mean more than its value;
 * NumPy arrays with their memory: two names for one array, or a view of a part of it, stay that;
 * random generators of NumPy, Python and torch;
-* environments and spaces with all their attributes, inside other environments too, and functions; with them the data of
-  their classes, and the globals, classes and modules that their methods use;
+* environments and spaces with all their attributes, inside other environments too, the plain objects that
+  Gymnasium-Robotics keeps in its own, and functions; with them the data of their classes, and the globals, classes and
+  modules that their methods use;
 * MuJoCo's models and data.
 
 Sets are refused: the order in which they iterate depends on what was in them before.
@@ -41,6 +42,8 @@ from pmoe_lightning.envs.object_parts import (
     import_as_before,
     is_all_python,
     is_builtin,
+    is_foreign,
+    is_object,
     is_searched,
     offers_its_state,
     searched_classes,
@@ -103,14 +106,17 @@ class Encoder:
         kind = type(value)
         if kind in self._WRITERS:
             return self._WRITERS[kind](self, value)
-        if isinstance(value, gymnasium.Env | gymnasium.Space):
+        if is_object(value):
             return self._offered(value) if offers_its_state(value) else self._object(value)
         if kind.__name__ in _BIT_GENERATORS and kind.__module__.startswith("numpy."):
             return self._bit_generator(value)
         if isinstance(value, np.number | np.bool_ | np.datetime64 | np.timedelta64) and kind.__module__ == "numpy":
             return ("scalar", *array_memory.pack_scalar(value))
-        if isinstance(value, np.dtype | np.ufunc) or is_builtin(value):
-            return ("fixed", fixed_label(value))
+        is_named = isinstance(value, np.dtype | np.ufunc | types.ModuleType) or is_builtin(value)
+        if is_named and (label := fixed_label(value)) is not None:
+            return ("fixed", label)
+        if is_foreign(value):
+            raise NotCaptured(f"is of {getattr(value, '__self__', value).__name__}, a module in C that may keep state")
         if kind is type and value.__module__ in ("builtins", "numpy"):
             return ("fixed", repr(value))
         if isinstance(value, type) and is_searched(value):
@@ -186,11 +192,11 @@ class Encoder:
     def _mujoco_data(self, value: Any) -> tuple:
         return ("mujoco_data", self.encode(value.model), mujoco_state.capture_data(value))
 
-    def _object(self, value: gymnasium.Env | gymnasium.Space) -> tuple:
+    def _object(self, value: Any) -> tuple:
         if not is_all_python(type(value)):
             raise NotCaptured(f"is a {full_name(type(value))}, which is not all Python's")
         parts = self._children(value, attributes(value))
-        classes = searched_classes(type(value)) if isinstance(value, gymnasium.Env) else ()
+        classes = () if isinstance(value, gymnasium.Space) else searched_classes(type(value))
         return ("object", full_name(type(value)), parts, [self._node(cls, self._class) for cls in classes])
 
     def _offered(self, value: Any) -> tuple:
@@ -352,7 +358,7 @@ class Decoder:
         self._writes.append(lambda: mujoco_state.restore_data(present, state))
 
     def _object(self, index: int, present: Any, label: str, parts: Mapping[str, Encoded], classes: list) -> None:
-        is_it = isinstance(present, gymnasium.Env | gymnasium.Space) and full_name(type(present)) == label
+        is_it = is_object(present) and full_name(type(present)) == label
         self._find(index, present, label, is_it and not offers_its_state(present))
         decoded = self._children(present, parts, attributes(present))
         for part, cls in zip(classes, searched_classes(type(present)) if classes else (), strict=True):

@@ -19,6 +19,7 @@ import types
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cache, cached_property
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import PurePath
 from typing import Any
 
@@ -44,6 +45,14 @@ _CODE = (
     *(vars(collections)["_tuplegetter"], type(vars(dataclasses)["_HAS_DEFAULT_FACTORY"])),
 )
 _IMMUTABLE = (PurePath, re.Pattern, range, np.dtype, np.ufunc)
+# Parts of Gymnasium-Robotics' environments. All that such an object knows is in its attributes, which cannot be said of
+# any class: one may hold the number of a simulator that lives elsewhere. So a subclass is another.
+_PLAIN_OBJECTS = (
+    "gymnasium_robotics.envs.maze.maze.Maze",
+    "gymnasium_robotics.envs.maze.maze_v4.Maze",
+    "gymnasium_robotics.utils.mujoco_utils.MujocoModelNames",
+)
+_PLAIN_MODULES = ("gymnasium_robotics.utils.mujoco_utils",)  # functions alone
 # Their classes and functions are not searched: they keep no state there that a step depends on, or training keeps it.
 _LIBRARIES = {"gymnasium", "mujoco", "numpy", "scipy", "torch", *sys.stdlib_module_names} - {"__main__"}
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -100,6 +109,11 @@ def attributes(value: Any) -> dict[str, Any]:
     return {key: part for key, part in found.items() if full_name(type(part)) not in _IGNORED}
 
 
+def is_object(value: Any) -> bool:
+    """Whether a value is what its attributes are: an environment, a space, or a known part of one."""
+    return isinstance(value, gymnasium.Env | gymnasium.Space) or full_name(type(value)) in _PLAIN_OBJECTS
+
+
 def set_attributes(owner: Any, values: dict[str, Any]) -> None:
     """Make :func:`attributes` of an object these, and no others."""
     slots = _slots(type(owner))
@@ -154,9 +168,22 @@ def class_bindings(kind: type) -> dict[str, Any]:
             bindings |= {f"{key}({i})": function for i, function in enumerate(_functions(value))}
         elif isinstance(value, type) and _is_class_of_others(value, kind):
             continue
-        elif not (key.startswith("__") and key.endswith("__") or key == "_abc_impl" or isinstance(value, _CODE)):
+        elif is_foreign(value) or not (
+            key.startswith("__") and key.endswith("__") or key == "_abc_impl" or isinstance(value, _CODE)
+        ):
             bindings[key] = value
     return bindings
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether this is a module written in C, or a function of one, that may keep what a step depends on.
+
+    PyBullet does: its simulators are numbers to whoever calls it. Modules of libraries and of what draws are known.
+    """
+    module = value.__self__ if type(value) is types.BuiltinFunctionType else value
+    if not isinstance(module, types.ModuleType) or _top(module.__name__) in _LIBRARIES | {"pygame"}:
+        return False
+    return (getattr(module, "__file__", None) or "").endswith(tuple(EXTENSION_SUFFIXES))
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -174,6 +201,8 @@ def function_bindings(function: types.FunctionType) -> dict[str, Any]:
     if _package(function) not in _LIBRARIES:
         for key in sorted(_global_names(function.__code__) & function.__globals__.keys()):
             bindings[f"global {key}"] = function.__globals__[key]
+        imported = {name: sys.modules.get(name) for name in _imported(function)}
+        bindings |= {f"import {name}": module for name, module in imported.items() if is_foreign(module)}
         for label, module in _modules(function).items():
             names = sorted(_attribute_names(function.__code__) & vars(module).keys())
             bindings |= {f"module {label}.{name}": vars(module)[name] for name in names}
@@ -222,6 +251,8 @@ def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
 
 def _is_code_of_others(value: Any, function: types.FunctionType) -> bool:
     """Whether a function refers to code, which does not change; that of the environment's own package is searched."""
+    if is_foreign(value):
+        return False
     if type(value) is types.FunctionType:
         return _package(value) in _LIBRARIES or (
             _package(value) != _package(function) and _is_installed(value.__code__.co_filename)
@@ -293,16 +324,22 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _package(value: Any) -> str:
-    return (value.__module__ or "").split(".")[0]
+    return _top(value.__module__ or "")
+
+
+def _top(module: str) -> str:
+    return module.split(".")[0]
 
 
 def fixed_label(value: Any) -> str | None:
     """A name for a value that is left as it is where a fresh environment has the same; None for any other."""
     if isinstance(value, enum.Enum):
         return f"{full_name(type(value))}.{value.name}"
+    if isinstance(value, types.ModuleType) and (_top(value.__name__) in _LIBRARIES or value.__name__ in _PLAIN_MODULES):
+        return f"module {value.__name__}"
     if isinstance(value, set | frozenset):
         return f"a {type(value).__name__} of {sorted(map(repr, value))}"
-    return repr(value) if isinstance(value, _IMMUTABLE) or is_builtin(value) else None
+    return repr(value) if isinstance(value, _IMMUTABLE) or is_builtin(value) and not is_foreign(value) else None
 
 
 def function_label(function: Any) -> str | None:

@@ -173,6 +173,8 @@ def _describe_policy(cfg: DictConfig, spaces: Spaces, arguments: dict[str, Any],
     environment, backends = arguments_of(cfg.env), {maker: name for name, maker in MAKERS.items()}
     if (environment.get("pixels") or {}).get("size") is None:
         environment.pop("pixels", None)
+    if not environment.get("wrappers"):
+        environment.pop("wrappers", None)
     backend = backends.get(get_object(cfg.env._target_), "gymnasium")
     return {
         "format": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pmoe_lightning.configuration.arguments import write_value
 from pmoe_lightning.run.resume import command
 from pmoe_lightning.run.warm_start import describe as describe_warm_start
 from pmoe_lightning.tracking import runs_page, without_secrets
@@ -40,8 +42,19 @@ def describe_results(trainer: Trainer, output_dir: Path) -> str:
         lines.append(f"resume     {command(words, output_dir, flags)}")
     if best or last:
         words = [Path(sys.executable).name, "-m", "pmoe_lightning.evaluate", *flags, f"checkpoint={best or last}"]
+        words += _asked_again(getattr(trainer.lightning_module, "policy_description", {}))
         lines.append(f"evaluate   {shlex.join(words)}")
     return "\n".join(lines)
+
+
+def _asked_again(description: Mapping[str, Any]) -> list[str]:
+    """What of the environment ``evaluate`` does not take from a checkpoint: names of modules, which it would import."""
+    env, words = description.get("env", {"id": "", "kwargs": {}}), []
+    if ":" in env["id"] and "backend" not in env and "env" not in description["own_parts"]:
+        words.append(f"env={env['id']}")
+    if wrappers := env["kwargs"].get("wrappers"):
+        words.append(f"env.wrappers={write_value(wrappers)}")
+    return words
 
 
 def _describe_run_pages(logger: Any) -> list[str]:
