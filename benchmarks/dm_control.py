@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +70,9 @@ class Cell(NamedTuple):
         # A thousand random actions, and minibatches after every second action, whatever the repeat.
         words += [f"data.init_random_frames={WARM_UP * repeat}", f"data.frames_per_batch={2 * repeat}"]
         words += [f"data.frames_per_epoch={INTERVAL}", f"callbacks.metrics.every_frames={INTERVAL}"]
-        return [*words, f"seed={self.seed}", f"total_frames={self.frames}", "callbacks=minimal", "logger=none"]
+        words += ["callbacks=minimal", "logger=none", "compile=true"]
+        words += ["~callbacks.evaluation"] if self.study == "pixels" else []  # the preset's, which are five
+        return [*words, f"seed={self.seed}", f"total_frames={self.frames}"]
 
 
 def processor_seconds(pid: int) -> float:
@@ -86,13 +89,16 @@ def train(words: list[str], clock: Path) -> float:
     """
     before = float(clock.read_text()) if clock.exists() else 0.0
     process = subprocess.Popen([sys.executable, "-m", "pmoe_lightning.train", *words], stdout=subprocess.DEVNULL)
-    used = before
-    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        used = before + processor_seconds(process.pid)
+    try:
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            clock.write_text(f"{before + processor_seconds(process.pid):.1f}")
+            time.sleep(1)
+        used = before + processor_seconds(process.pid)  # it has ended, and waits to be waited for
         clock.write_text(f"{used:.1f}")
-        time.sleep(1)
-    used = before + processor_seconds(process.pid)  # it has ended, and waits to be waited for
-    clock.write_text(f"{used:.1f}")
+    except BaseException:  # this process is stopped: the run saves itself and stops too
+        process.terminate()
+        process.wait()
+        raise
     if code := process.wait():
         sys.exit(f"python -m pmoe_lightning.train {' '.join(words)} ended with code {code}")
     return used
@@ -190,6 +196,7 @@ def main() -> None:
     commands.add_parser("table")
     commands.add_parser("figure")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if arguments.command == "run":
         run(arguments)
     else:

@@ -303,6 +303,8 @@ def test_a_shift_is_a_crop_of_the_padded_picture() -> None:
 def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made() -> None:
     said = check_memory(100_000, (9, 84, 84), 3, torch.device("cpu"), refuse=False)
     assert said == "data.buffer_size: 100,000 pictures of 3 x 84 x 84 take 1.97 GiB"
+    assert check_memory(60, (3, 32, 32), 3, torch.device("cpu")).endswith("60 pictures of 1 x 32 x 32 take 60.00 KiB")
+    assert check_memory(1000, (3, 64, 64), 3, torch.device("cpu")).endswith("take 3.91 MiB")
     with pytest.raises(ConfigurationError, match="GiB free: lower data.buffer_size"):
         check_memory(10**12, (9, 84, 84), 3, torch.device("cpu"))
 
