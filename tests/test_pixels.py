@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -416,6 +417,38 @@ def test_a_run_from_pixels_is_judged_packaged_and_resumed_bit_for_bit(train, tmp
     block.write_bytes(block.read_bytes()[:-1])
     printed = train(*WORDS, minimal, "total_frames=200", "resume=cut", code=1)
     assert printed.count("is damaged") == 2 and "Traceback" not in printed  # in the last one and the one before
+
+
+def test_a_run_goes_on_from_what_mlflow_holds_of_it(train, tmp_path, monkeypatch, empty_store) -> None:
+    import mlflow
+
+    monkeypatch.setattr(frames_module, "_BLOCK_BYTES", 12 * 32 * 32)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    words = [word for word in WORDS if word not in ("logger=none", "callbacks.evaluation.episodes=1")]
+    words += ["callbacks=[checkpoint_last,final_policy]", "callbacks.final_policy.video=false"]
+    words += ["callbacks.final_policy.model=false", f"logger.tracking_uri={uri}", "compile=false"]
+    train(*words, "total_frames=96", "hydra.run.dir=here")
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs(["1"])
+    here = read_checkpoint(Path("here/checkpoints/last.ckpt"))["experience"][0]["replay"]["frames"]
+    held = Path(client.download_artifacts(run.info.run_id, "checkpoints/frames"))
+    assert {path.name for path in held.iterdir()} == set(here["blocks"].values()) != set()
+    written = {path.name: path.stat().st_mtime_ns for path in held.iterdir()}
+
+    shutil.rmtree("here")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    train(*words, "total_frames=144", f"resume={run.info.run_id}", "hydra.run.dir=elsewhere")
+    there = read_checkpoint(Path("elsewhere/checkpoints/last.ckpt"))["experience"][0]["replay"]["frames"]
+    assert there["count"] > here["count"] and set(there["blocks"].values()) & set(here["blocks"].values())
+    held = Path(client.download_artifacts(run.info.run_id, "checkpoints/frames"))
+    assert set(there["blocks"].values()) <= {path.name for path in held.iterdir()}
+    assert all((held / name).stat().st_mtime_ns == then for name, then in written.items())  # none was sent again
+
+    shutil.rmtree("elsewhere")
+    (held / min(there["blocks"].values())).unlink()
+    said = train(*words, "total_frames=192", f"resume={run.info.run_id}", "hydra.run.dir=third", code=1)
+    assert "lacks a block of the replay buffer" in said and "Traceback" not in said
 
 
 def test_a_policy_of_pixels_is_a_model_of_bytes(tmp_path: Path) -> None:

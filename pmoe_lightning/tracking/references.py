@@ -109,7 +109,9 @@ def resolve_last_checkpoint(run_id: str) -> tuple[Path, str | None]:
     try:
         for block in named_blocks(path):
             artifact = f"{Path(_LAST).parent}/{block.parent.name}/{block.name}"
-            client.download_artifacts(run_id, artifact, path.parents[1])
+            block.parent.mkdir(exist_ok=True)
+            # Where below the folder it comes to lie, the stores of MLflow do not agree.
+            Path(client.download_artifacts(run_id, artifact, str(block.parent))).replace(block)
     except (MlflowException, OSError) as error:
         raise RunError(
             f"MLflow run {run_id} lacks a block of the replay buffer that its {_LAST} names: {store_line(error)}; "
