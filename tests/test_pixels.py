@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from probe_envs import DrawnEnv
 from shapes import unchecked
 from tensordict import TensorDict
 from test_env_backend import BACKEND
@@ -225,6 +226,23 @@ def test_the_compiled_update_takes_the_same_steps(critic: str, transform: bool) 
     assert any(name.startswith("encoder_params") for name in moved)
 
 
+@pytest.mark.parametrize("form", DrawnEnv.SPACES)
+def test_an_environment_of_images_is_seen_through_its_camera(form: str) -> None:
+    with pytest.raises(ConfigurationError, match="has images as observation.*see its pictures by env.pixels.size"):
+        make_env("Drawn-v0", form=form)
+    env = make_env("Drawn-v0", form=form, seed=0, pixels={"size": 32, "stack": 2})
+    played = env.rollout(5, break_when_any_done=False)
+    red = (100 + 100 * played["action"][..., 0]).int()
+    assert played["pixels"].shape == (1, 5, 6, 32, 32)
+    assert torch.equal(played["next", "pixels"][..., 3, 5, 5].int(), red)
+    assert played["pixels"][..., 3, 5, 5].tolist() == [[0, *red[0, :2].tolist(), 0, red[0, 3].item()]]
+    state = env.simulator_state()
+    again = make_env("Drawn-v0", form=form, seed=1, pixels={"size": 32, "stack": 2})
+    assert again.load_simulator_state(state) is None
+    env.close()
+    again.close()
+
+
 # -- how it is stored --------------------------------------------------------------------------------------------------
 def rollouts(number: int, steps: int, envs: int = 2, seed: int = 0) -> list[TensorDict]:
     """Rollouts [N, T] that follow on from one another, of episodes of 1 to 6 steps, in 2 x 2 pictures of noise."""
@@ -438,7 +456,7 @@ def test_a_run_goes_on_from_what_mlflow_holds_of_it(train, tmp_path, monkeypatch
 
     shutil.rmtree("here")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    train(*words, "total_frames=144", f"resume={run.info.run_id}", "hydra.run.dir=elsewhere")
+    train(*words, "total_frames=112", f"resume={run.info.run_id}", "hydra.run.dir=elsewhere")
     there = read_checkpoint(Path("elsewhere/checkpoints/last.ckpt"))["experience"][0]["replay"]["frames"]
     assert there["count"] > here["count"] and set(there["blocks"].values()) & set(here["blocks"].values())
     held = Path(client.download_artifacts(run.info.run_id, "checkpoints/frames"))
@@ -447,7 +465,7 @@ def test_a_run_goes_on_from_what_mlflow_holds_of_it(train, tmp_path, monkeypatch
 
     shutil.rmtree("elsewhere")
     (held / min(there["blocks"].values())).unlink()
-    said = train(*words, "total_frames=192", f"resume={run.info.run_id}", "hydra.run.dir=third", code=1)
+    said = train(*words, "total_frames=128", f"resume={run.info.run_id}", "hydra.run.dir=third", code=1)
     assert "lacks a block of the replay buffer" in said and "Traceback" not in said
 
 

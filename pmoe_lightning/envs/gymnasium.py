@@ -26,6 +26,7 @@ from pmoe_lightning.envs.contract import (
     check_reset,
     check_step,
     default_dtype_kept,
+    has_images,
     one_flag,
     one_line,
     one_number,
@@ -235,7 +236,8 @@ def make_env(
         >>> env.rollout(5)["next", "reward"].shape
         torch.Size([2, 5, 1])
     """
-    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, **kwargs)
+    is_seen = isinstance(pixels, Mapping) and pixels.get("size") is not None
+    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, is_seen=is_seen, **kwargs)
     return see_pixels(make, pixels, num_envs=num_envs, seed=seed, carry=carry, render_mode=render_mode)
 
 
@@ -247,9 +249,10 @@ def _make_gymnasium(
     carry: Sequence[str],
     render_mode: str | None,
     velocity_limit: float | str | None,
+    is_seen: bool,
     **kwargs,
 ) -> GymnasiumEnv:
-    """``make_env`` of what observes its state."""
+    """``make_env`` of what observes its state; one that ``is_seen`` may observe images, which nobody looks at."""
     envs: list[gymnasium.Env] = []
     if render_mode is not None:  # an environment that draws nothing need not know the word
         kwargs["render_mode"] = render_mode
@@ -257,7 +260,8 @@ def _make_gymnasium(
     try:
         with default_dtype_kept(id):
             for _ in range(num_envs):
-                envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
+                env = gymnasium.make(id, disable_env_checker=True, **kwargs)
+                envs.append(_Unobserved(env) if is_seen and has_images(env.observation_space) else env)
     except ConfigurationError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
@@ -283,6 +287,17 @@ def _make_gymnasium(
         *_, info = envs[0].step(envs[0].action_space.sample())
     cost(info)
     return GymnasiumEnv(envs, seed=seed, carry=carry, cost=cost)
+
+
+class _Unobserved(gymnasium.ObservationWrapper):
+    """An environment of images, seen through its camera: what it observes itself is not copied."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.observation_space = Box(0.0, 1.0, (1,), np.float32)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        return np.zeros(1, np.float32)
 
 
 def _was_reset_by_mujoco(env: gymnasium.Env) -> bool:
