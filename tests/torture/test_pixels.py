@@ -21,7 +21,7 @@ from test_kills import until
 from test_resume import differing, state_of
 
 from pmoe_lightning.checkpoints import read_checkpoint
-from pmoe_lightning.checkpoints.blocks import FOLDER, locate_blocks
+from pmoe_lightning.checkpoints.blocks import FOLDER, locate_blocks, named_blocks
 from pmoe_lightning.checkpoints.files import previous_checkpoint
 from pmoe_lightning.data import frames as frames_module
 from pmoe_lightning.data.off_policy import OffPolicyData
@@ -98,11 +98,7 @@ def test_twenty_stops_of_a_run_from_pixels_leave_no_trace(tmp_path):
 
 def blocks_named(folder: Path) -> set[str]:
     """By any checkpoint there that can be read."""
-    named = set()
-    for path in folder.glob("*.ckpt"):
-        frames = read_checkpoint(path)["experience"][0]["replay"]["frames"]
-        named |= set(frames["blocks"].values())
-    return named
+    return {block.name for path in folder.glob("*.ckpt") for block in named_blocks(path)}
 
 
 def kill_once(words: list[str], folder: Path, rng: random.Random, moment: str) -> Watched:
