@@ -24,7 +24,7 @@ from pmoe_lightning.tracking.references import load_policy
 
 from .evaluation import Evaluation
 from .mixture import modes_along_an_episode, recent_mixture
-from .reporting import find_callback, log_artifact, warn_on_failure
+from .reporting import find_callback, log_artifact, log_blocks, warn_on_failure
 
 if TYPE_CHECKING:
     from .contract import AbstractAlgorithm, Trainer
@@ -106,6 +106,8 @@ class FinalPolicy(Checkpoint):
         saved += [Path(saver.format_checkpoint_name({})) for saver in savers if saver.save_on_exception]
         kept = [path for path in dict.fromkeys(saved) if path.is_file()]
         for path in kept:
+            if path.name == "last.ckpt":  # what a run goes on from, elsewhere too; a policy needs no replay buffer
+                log_blocks(trainer, path, "checkpoints")
             log_artifact(trainer, path, "checkpoints")
         return kept[0] if kept else None
 

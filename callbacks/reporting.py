@@ -46,6 +46,17 @@ def log_artifact(trainer: Trainer, path: Path, folder: str) -> None:
         logger.log_artifact(path, folder)
 
 
+def log_blocks(trainer: Trainer, checkpoint: Path, folder: str) -> None:
+    """Send the blocks of a replay buffer that a checkpoint names, each once, to MLflow's loggers."""
+    from pmoe_lightning.checkpoints.blocks import named_blocks
+    from pmoe_lightning.tracking import MLflowLogger
+
+    loggers = [logger for logger in loggers_with(trainer, "log_artifact") if isinstance(logger, MLflowLogger)]
+    for block in named_blocks(checkpoint) if loggers else ():
+        for logger in loggers:
+            logger.log_artifact(block, f"{folder}/{block.parent.name}", once=True)
+
+
 def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
     """The first callback of this kind, if the run has one."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

@@ -109,3 +109,34 @@ def _transitions(identity: float, script: tuple[tuple[str, int], ...]) -> Iterat
                 episode_return=total,
                 episode_length=step,
             )
+
+
+class DrawnEnv(gymnasium.Env):
+    """Observes images, in any of the forms there are; its picture is as red as its last action is large."""
+
+    render_mode, metadata = "rgb_array", {"render_modes": ["rgb_array"], "render_fps": 30}
+    action_space = Box(-1.0, 1.0, (2,))
+    SPACES = {
+        "last": Box(0, 255, (96, 96, 3), np.uint8),
+        "first": Box(0, 255, (3, 96, 96), np.uint8),
+        "float": Box(0.0, 1.0, (96, 96, 3), np.float32),
+        "dict": gymnasium.spaces.Dict(image=Box(0, 255, (96, 96, 3), np.uint8), speed=Box(-1.0, 1.0, (2,))),
+    }
+
+    def __init__(self, form: str, render_mode: str | None = None) -> None:
+        self.observation_space, self.red, self.elapsed = self.SPACES[form], 0, 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.red = self.elapsed = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.red, self.elapsed = int(100 + 100 * action[0]), self.elapsed + 1
+        return self.observation_space.sample(), float(action[1]), False, self.elapsed == 3, {}
+
+    def render(self) -> np.ndarray:
+        return np.full((96, 96, 3), (self.red, 0, 0), np.uint8)
+
+
+gymnasium.register("Drawn-v0", DrawnEnv)

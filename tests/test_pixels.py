@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from probe_envs import DrawnEnv
 from shapes import unchecked
 from tensordict import TensorDict
 from test_env_backend import BACKEND
@@ -224,6 +226,23 @@ def test_the_compiled_update_takes_the_same_steps(critic: str, transform: bool) 
     assert any(name.startswith("encoder_params") for name in moved)
 
 
+@pytest.mark.parametrize("form", DrawnEnv.SPACES)
+def test_an_environment_of_images_is_seen_through_its_camera(form: str) -> None:
+    with pytest.raises(ConfigurationError, match="has images as observation.*see its pictures by env.pixels.size"):
+        make_env("Drawn-v0", form=form)
+    env = make_env("Drawn-v0", form=form, seed=0, pixels={"size": 32, "stack": 2})
+    played = env.rollout(5, break_when_any_done=False)
+    red = (100 + 100 * played["action"][..., 0]).int()
+    assert played["pixels"].shape == (1, 5, 6, 32, 32)
+    assert torch.equal(played["next", "pixels"][..., 3, 5, 5].int(), red)
+    assert played["pixels"][..., 3, 5, 5].tolist() == [[0, *red[0, :2].tolist(), 0, red[0, 3].item()]]
+    state = env.simulator_state()
+    again = make_env("Drawn-v0", form=form, seed=1, pixels={"size": 32, "stack": 2})
+    assert again.load_simulator_state(state) is None
+    env.close()
+    again.close()
+
+
 # -- how it is stored --------------------------------------------------------------------------------------------------
 def rollouts(number: int, steps: int, envs: int = 2, seed: int = 0) -> list[TensorDict]:
     """Rollouts [N, T] that follow on from one another, of episodes of 1 to 6 steps, in 2 x 2 pictures of noise."""
@@ -303,6 +322,8 @@ def test_a_shift_is_a_crop_of_the_padded_picture() -> None:
 def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made() -> None:
     said = check_memory(100_000, (9, 84, 84), 3, torch.device("cpu"), refuse=False)
     assert said == "data.buffer_size: 100,000 pictures of 3 x 84 x 84 take 1.97 GiB"
+    assert check_memory(60, (3, 32, 32), 3, torch.device("cpu")).endswith("60 pictures of 1 x 32 x 32 take 60.00 KiB")
+    assert check_memory(1000, (3, 64, 64), 3, torch.device("cpu")).endswith("take 3.91 MiB")
     with pytest.raises(ConfigurationError, match="GiB free: lower data.buffer_size"):
         check_memory(10**12, (9, 84, 84), 3, torch.device("cpu"))
 
@@ -414,6 +435,37 @@ def test_a_run_from_pixels_is_judged_packaged_and_resumed_bit_for_bit(train, tmp
     block.write_bytes(block.read_bytes()[:-1])
     printed = train(*WORDS, minimal, "total_frames=200", "resume=cut", code=1)
     assert printed.count("is damaged") == 2 and "Traceback" not in printed  # in the last one and the one before
+
+
+def test_a_run_goes_on_from_what_mlflow_holds_of_it(train, tmp_path, monkeypatch, empty_store) -> None:
+    import mlflow
+
+    monkeypatch.setattr(frames_module, "_BLOCK_BYTES", 12 * 32 * 32)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    words = [word for word in WORDS if word not in ("logger=none", "callbacks.evaluation.episodes=1")]
+    words += ["callbacks=[checkpoint_last,final_policy]", "callbacks.final_policy.video=false"]
+    words += ["callbacks.final_policy.model=false", f"logger.tracking_uri={uri}", "compile=false"]
+    train(*words, "total_frames=96", "hydra.run.dir=here")
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs(["1"])
+    here = read_checkpoint(Path("here/checkpoints/last.ckpt"))["experience"][0]["replay"]["frames"]
+    held = Path(run.info.artifact_uri.removeprefix("file://"), "checkpoints", "frames")
+    assert {path.name for path in held.iterdir()} == set(here["blocks"].values()) != set()
+    written = {path.name: path.stat().st_mtime_ns for path in held.iterdir()}
+
+    shutil.rmtree("here")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    train(*words, "total_frames=112", f"resume={run.info.run_id}", "hydra.run.dir=elsewhere")
+    there = read_checkpoint(Path("elsewhere/checkpoints/last.ckpt"))["experience"][0]["replay"]["frames"]
+    assert there["count"] > here["count"] and set(there["blocks"].values()) & set(here["blocks"].values())
+    assert set(there["blocks"].values()) <= {path.name for path in held.iterdir()}
+    assert all((held / name).stat().st_mtime_ns == then for name, then in written.items())  # none was sent again
+
+    shutil.rmtree("elsewhere")
+    (held / min(there["blocks"].values())).unlink()
+    said = train(*words, "total_frames=128", f"resume={run.info.run_id}", "hydra.run.dir=third", code=1)
+    assert "lacks a block of the replay buffer" in said and "Traceback" not in said
 
 
 def test_a_policy_of_pixels_is_a_model_of_bytes(tmp_path: Path) -> None:

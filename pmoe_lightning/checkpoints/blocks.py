@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pmoe_lightning.errors import RunError
-from pmoe_lightning.processes.partial_files import partial_file
+from pmoe_lightning.processes.partial_files import partial_file, sync_folder
 
-__all__ = ["FOLDER", "locate_blocks", "read_block", "remove_unnamed", "write_block"]
+__all__ = ["FOLDER", "locate_blocks", "named_blocks", "read_block", "remove_unnamed", "write_block"]
 
 #: Of the blocks, beside the checkpoints.
 FOLDER = "frames"
@@ -38,8 +38,9 @@ def write_block(content: Tensor, folder: Path) -> str:
     values = content.contiguous().numpy().tobytes()
     name = hashlib.sha256(values).hexdigest()
     path = folder / name
-    if path.is_file() and path.stat().st_size == len(values):
-        return name
+    with suppress(OSError):  # one that a killed run has left, or that was damaged since
+        if path.read_bytes() == values:
+            return name
     partial = partial_file(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +49,7 @@ def write_block(content: Tensor, folder: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(folder)
     except OSError as error:
         reason = error.strerror or error
         raise RunError(
@@ -81,12 +83,20 @@ def locate_blocks(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         RunError: one is missing or damaged, or a name is no digest.
     """
     folder = Path(path).absolute().parent / FOLDER
+    for name in _names(checkpoint, path):
+        read_block(folder / name)
     for frames in _frames(checkpoint):
-        for name in frames["blocks"].values():
-            if not _is_digest(name):
-                raise RunError(f"checkpoint {path} names a block {name!r}, which is no SHA-256")
-            read_block(folder / name)
         frames["folder"] = str(folder)
+
+
+def named_blocks(path: Path) -> list[Path]:
+    """The files of the blocks that a checkpoint, already verified, names; none where it has no pictures.
+
+    Raises:
+        RunError: a name is no digest.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return [path.parent / FOLDER / name for name in dict.fromkeys(_names(content, path))]
 
 
 def remove_unnamed(folder: Path) -> None:
@@ -98,8 +108,7 @@ def remove_unnamed(folder: Path) -> None:
     for path in folder.parent.glob("*.ckpt"):
         try:
             newest = max(newest, path.stat().st_mtime)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            names.update(name for frames in _frames(content) for name in frames["blocks"].values())
+            names.update(block.name for block in named_blocks(path))
         except Exception as error:  # whatever a damaged file makes of itself
             _log.debug("blocks are kept, because %s cannot be read: %s", path, error)
             return
@@ -114,6 +123,14 @@ def _frames(checkpoint: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         frames = experience.get("replay", {}).get("frames")
         if frames is not None:
             yield frames
+
+
+def _names(checkpoint: Mapping[str, Any], path: str | Path) -> Iterator[str]:
+    for frames in _frames(checkpoint):
+        for name in frames["blocks"].values():
+            if not _is_digest(name):
+                raise RunError(f"checkpoint {path} names a block {name!r}, which is no SHA-256")
+            yield name
 
 
 def _is_digest(name: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from pmoe_lightning.errors import RunError, first_line
-from pmoe_lightning.processes.partial_files import partial_file
+from pmoe_lightning.processes.partial_files import partial_file, sync_folder
 
 _LABEL = b"sha256:"
 _COMMENT_LENGTH = len(_LABEL) + 2 * hashlib.sha256().digest_size
@@ -47,7 +47,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         partial.unlink(missing_ok=True)
         raise
     _whole[path.absolute()] = _fingerprint(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def previous_checkpoint(path: str | Path) -> Path:
@@ -111,16 +111,6 @@ def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     # A zip file ends with the length of its comment, zero as torch wrote it, and the comment.
     file.seek(-2, os.SEEK_END)
     file.write(_COMMENT_LENGTH.to_bytes(2, "little") + _LABEL + hashing.digest.hexdigest().encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder; its rename is journalled.
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def verify_checkpoint(path: str | Path) -> None:

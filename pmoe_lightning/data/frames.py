@@ -15,7 +15,6 @@ from pmoe_lightning.errors import ConfigurationError
 __all__ = ["FrameStore", "check_memory", "pictures_of", "random_shift"]
 
 _BLOCK_BYTES = 16 * 2**20
-_GIB = 2**30
 
 
 class FrameStore:
@@ -188,12 +187,18 @@ def check_memory(number: int, shape: tuple[int, ...], stack: int, device: torch.
     size = number * (shape[0] // stack) * shape[1] * shape[2]
     free = free_memory(device)
     said = f"data.buffer_size: {number:,} pictures of {shape[0] // stack} x {shape[1]} x {shape[2]} take"
-    said = f"{said} {size / _GIB:.2f} GiB"
+    said = f"{said} {_amount(size)}"
     if refuse and free is not None and size > free:
         raise ConfigurationError(
-            f"{said}, and {device.type} has {free / _GIB:.2f} GiB free: lower data.buffer_size, or env.pixels.size"
+            f"{said}, and {device.type} has {_amount(free)} free: lower data.buffer_size, or env.pixels.size"
         )
     return said
+
+
+def _amount(size: int) -> str:
+    """Bytes in the largest unit of which there is one."""
+    unit, name = next((each for each in ((2**30, "GiB"), (2**20, "MiB")) if size >= each[0]), (2**10, "KiB"))
+    return f"{size / unit:.2f} {name}"
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -80,7 +80,8 @@ def vector_size(space: gymnasium.Space, name: str) -> int:
             if _is_image(part):
                 raise ConfigurationError(
                     f"environment {name!r} has images as {where}, {_shown(part)}, of which no vector is made: "
-                    "wrap it so that it observes a flat vector of features; env.pixels.size=84 then shows its pictures"
+                    "see its pictures by env.pixels.size=84 encoder=drq, or wrap it so that it observes a flat vector "
+                    "of features"
                 )
         flat = flatten_space(space) if parts else Box(0, 1, (0,))  # it cannot flatten a structure without parts
     except NotImplementedError:
@@ -90,6 +91,14 @@ def vector_size(space: gymnasium.Space, name: str) -> int:
     if flat.shape[0] == 0:
         raise ConfigurationError(f"{described}, which are empty: wrap it so that it observes at least one number")
     return flat.shape[0]
+
+
+def has_images(space: Any) -> bool:
+    """Whether an observation is an image, or has one among its parts."""
+    try:
+        return any(_is_image(part) for part, _ in _parts(space, "observation"))
+    except NotImplementedError:
+        return False
 
 
 def check_reset(space: gymnasium.Space, result: Any, name: str) -> None:

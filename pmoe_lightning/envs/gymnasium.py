@@ -25,6 +25,7 @@ from pmoe_lightning.envs.contract import (
     check_reset,
     check_step,
     default_dtype_kept,
+    has_images,
     one_flag,
     one_line,
     one_number,
@@ -244,7 +245,9 @@ def make_env(
         >>> env.rollout(5)["next", "reward"].shape
         torch.Size([2, 5, 1])
     """
-    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, wrappers=find_wrappers(wrappers), **kwargs)
+    is_seen = isinstance(pixels, Mapping) and pixels.get("size") is not None
+    others = {"wrappers": find_wrappers(wrappers), "is_seen": is_seen}
+    make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, **others, **kwargs)
     return see_pixels(make, pixels, num_envs=num_envs, seed=seed, carry=carry, render_mode=render_mode)
 
 
@@ -257,9 +260,10 @@ def _make_gymnasium(
     render_mode: str | None,
     velocity_limit: float | str | None,
     wrappers: Sequence[Wrap],
+    is_seen: bool,
     **kwargs,
 ) -> GymnasiumEnv:
-    """``make_env`` of what observes its state."""
+    """``make_env`` of what observes its state; one that ``is_seen`` may observe images, which nobody looks at."""
     envs: list[gymnasium.Env] = []
     if render_mode is not None:  # an environment that draws nothing need not know the word
         kwargs["render_mode"] = render_mode
@@ -270,7 +274,8 @@ def _make_gymnasium(
     try:
         with quiet_connection(), default_dtype_kept(id):
             for _ in range(num_envs):
-                envs.append(gymnasium.make(id, disable_env_checker=True, **kwargs))
+                env = gymnasium.make(id, disable_env_checker=True, **kwargs)
+                envs.append(_Unobserved(env) if is_seen and has_images(env.observation_space) else env)
     except ConfigurationError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
@@ -297,6 +302,17 @@ def _make_gymnasium(
         *_, info = envs[0].step(envs[0].action_space.sample())
     cost(info)
     return GymnasiumEnv(envs, seed=seed, carry=carry, cost=cost)
+
+
+class _Unobserved(gymnasium.ObservationWrapper):
+    """An environment of images, seen through its camera: what it observes itself is not copied."""
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self.observation_space = Box(0.0, 1.0, (1,), np.float32)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        return np.zeros(1, np.float32)
 
 
 def _was_reset_by_mujoco(env: gymnasium.Env) -> bool:

@@ -27,6 +27,17 @@ def partial_file(path: str | Path) -> Path:
     return path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.partial")
 
 
+def sync_folder(folder: Path) -> None:
+    """Write to the disk which files are there, so that one just renamed keeps its name when the power goes."""
+    if os.name == "nt":  # Windows cannot open a folder; its rename is journalled.
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process of this number runs on this machine; one that nobody has waited for has ended."""
     try:

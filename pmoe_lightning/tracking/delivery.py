@@ -215,7 +215,7 @@ class Delivery:
             raise _CannotBeSent(error_line(error)) from error
         if content is None:
             # Below the run's folder it is found wherever that has been moved to.
-            self._upload(spool.folder.parent / entry.values["source"], name, folder, spool)
+            self._upload(spool.folder.parent / entry.values["source"], name, folder, spool, entry.values.get("once"))
             return
         # MLflow takes the name of an artifact from the name of the file. It lies beside the entry, where a killed run's
         # leftovers go with the spool.
@@ -224,19 +224,21 @@ class Delivery:
             file.write_bytes(content)
             self._upload(file, name, folder, spool)
 
-    def _upload(self, file: Path, name: str, folder: str | None, spool: Spool) -> None:
+    def _upload(self, file: Path, name: str, folder: str | None, spool: Spool, once: bool | None = None) -> None:
         if not file.is_file():
             raise _CannotBeSent(f"{file} is gone")
         # Not by the client, which would remember the place that something else has answered with.
         place = get_artifact_repository(self.read_run().info.artifact_uri, tracking_uri=self.tracking_uri)
-        spool.uploading_bytes = file.stat().st_size
+        path, size = f"{folder}/{name}" if folder else name, file.stat().st_size
+        sizes = lambda: {found.path: found.file_size for found in place.list_artifacts(folder)}  # noqa: E731
+        if once and sizes().get(path) == size:  # its name says its content
+            return
+        spool.uploading_bytes = size
         try:
             place.log_artifact(str(file), folder)
         finally:
             spool.uploading_bytes = 0
-        path = f"{folder}/{name}" if folder else name
-        sizes = {found.path: found.file_size for found in place.list_artifacts(folder)}
-        if sizes.get(path, -1) not in (None, file.stat().st_size):
+        if sizes().get(path, -1) not in (None, size):
             raise NotConfirmed(f"the store has said yes to {path} but does not have it")
 
     def _send_model(self, entry: Entry, spool: Spool) -> None:

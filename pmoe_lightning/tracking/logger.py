@@ -390,11 +390,15 @@ class MLflowLogger(MLFlowLogger):
         self._log_bytes((json.dumps(dictionary, indent=2, default=str) + "\n").encode(), artifact_file)
 
     @rank_zero_only
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Queue the upload of a file into artifact folder ``folder``; it must stay in place until :meth:`flush`."""
+    def log_artifact(self, path: str | Path, folder: str | None = None, *, once: bool = False) -> None:
+        """Queue the upload of a file into artifact folder ``folder``; it must stay in place until :meth:`flush`.
+
+        One whose name says its content needs to be sent ``once``: not again where the run has it.
+        """
         _ = self.experiment
         path = Path(path).absolute()
-        self._writer.put("upload", {"source": self._relative(path), "name": path.name, "folder": folder})
+        values = {"source": self._relative(path), "name": path.name, "folder": folder}
+        self._writer.put("upload", values | ({"once": True} if once else {}))
 
     @rank_zero_only
     def log_model(self, folder: str | Path, model: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from pmoe_lightning.checkpoints.files import previous_checkpoint, read_checkpoint
+from pmoe_lightning.checkpoints.blocks import named_blocks
+from pmoe_lightning.checkpoints.files import previous_checkpoint, read_checkpoint, verify_checkpoint
 from pmoe_lightning.checkpoints.loaded import LoadedPolicy
 from pmoe_lightning.checkpoints.policy import build_policy, policy_entry
 from pmoe_lightning.errors import RunError
@@ -103,7 +104,20 @@ def resolve_last_checkpoint(run_id: str) -> tuple[Path, str | None]:
     local = Path(run.data.tags.get("output_dir", ""), _LAST)
     if "output_dir" in run.data.tags and (local.is_file() or previous_checkpoint(local).is_file()):
         return local, None
-    return _of_run(run_id, (_LAST,)), run.info.status
+    path = _of_run(run_id, (_LAST,))
+    verify_checkpoint(path)
+    try:
+        for block in named_blocks(path):
+            artifact = f"{Path(_LAST).parent}/{block.parent.name}/{block.name}"
+            block.parent.mkdir(exist_ok=True)
+            # Where below the folder it comes to lie, the stores of MLflow do not agree.
+            Path(client.download_artifacts(run_id, artifact, str(block.parent))).replace(block)
+    except (MlflowException, OSError) as error:
+        raise RunError(
+            f"MLflow run {run_id} lacks a block of the replay buffer that its {_LAST} names: {store_line(error)}; "
+            "begin a new run with its weights: init_from=<run id>"
+        ) from error
+    return path, run.info.status
 
 
 def _of_run(run_id: str, wanted: Sequence[str] = _CHECKPOINTS) -> Path:
