@@ -246,7 +246,7 @@ def make_env(
         torch.Size([2, 5, 1])
     """
     is_seen = isinstance(pixels, Mapping) and pixels.get("size") is not None
-    others = {"wrappers": find_wrappers(wrappers), "is_seen": is_seen}
+    others: dict[str, Any] = {"wrappers": find_wrappers(wrappers), "is_seen": is_seen}
     make = partial(_make_gymnasium, id, velocity_limit=velocity_limit, **others, **kwargs)
     return see_pixels(make, pixels, num_envs=num_envs, seed=seed, carry=carry, render_mode=render_mode)
 
