@@ -126,12 +126,14 @@ def _metadata(entry: Mapping[str, Any], rule: str, graph: PolicyGraph, parity: P
     description = entry["description"]
     facts = {
         "env": description["env"]["id"],
+        "env_backend": description["env"].get("backend", description.get("own_parts", {}).get("env", "gymnasium")),
         "env_kwargs": description["env"]["kwargs"],
         "actor": description["actor"],
         "rule": rule,
         "inputs": graph.in_keys,
         "outputs": graph.out_keys,
         "observation_dim": description["observation_dim"],
+        **({} if description.get("encoder") is None else {"pixels": description["encoder"]["shape"]}),
         "action_low": description["action_low"],
         "action_high": description["action_high"],
         "env_frames": entry.get("env_frames"),
