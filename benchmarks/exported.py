@@ -1,6 +1,6 @@
-"""Exported policies beside those that they were made of: every kind of policy, in a process without PyTorch and without this package.
+"""Exported policies of every kind beside those that they were made of, in a process without PyTorch and this package.
 
-    python benchmarks/exported.py run --folder outputs/exported [--only 'sac flow']    # train, export, act: hours on one core
+    python benchmarks/exported.py run --folder outputs/exported [--only 'sac flow']    # an hour of one core in all
     python benchmarks/exported.py table --folder outputs/exported                      # what is there, as a table
 
 A row trains a policy for some thousand frames, exports it by the command, and then acts by ONNX Runtime alone, where an
@@ -40,7 +40,8 @@ _SEED = 10_000  # of the logged episodes: the export has its own from 0 on
 ALONE = """
 import json, runpy, sys
 import numpy as np, onnxruntime
-sys.modules |= dict.fromkeys(["pmoe_lightning", "torch", "tensordict", "torchrl", "lightning"])  # importing these now fails
+absent = ["pmoe_lightning", "torch", "tensordict", "torchrl", "lightning"]
+sys.modules |= dict.fromkeys(absent)  # importing these now fails
 path, logged, loop, episodes = sys.argv[1:]
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 with np.load(logged) as rows:
@@ -49,7 +50,7 @@ actions = session.run(["action"], inputs)[0]
 sys.argv = [loop, path, "--episodes", episodes]
 returns = runpy.run_path(loop, run_name="__main__")["returns"]
 loaded = {name.split(".")[0] for name, module in sys.modules.items() if module is not None}
-assert not {"pmoe_lightning", "torch", "tensordict", "torchrl", "lightning"} & loaded
+assert not loaded.intersection(absent)
 print(json.dumps({"actions": actions.tolist(), "returns": returns}))
 """
 

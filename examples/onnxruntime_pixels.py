@@ -3,9 +3,9 @@
     python -m pmoe_lightning.export checkpoint=<checkpoint, run id or models:/name@alias> output=policy.onnx
     python examples/onnxruntime_pixels.py policy.onnx [--episodes 20] [--seed 0]
 
-Neither this package nor PyTorch is imported. The environment is Gymnasium's or dm_control's, as the file's metadata say,
-and so are the pictures: side, grey or coloured, how many at once, with shadows or without. Episode i is seeded with
-seed + i, as ``evaluate`` seeds it.
+Neither this package nor PyTorch is imported. The file's metadata say which environment that is, Gymnasium's or
+dm_control's, and what is seen of it: pictures of which side, grey or coloured, how many, with shadows or without.
+Episode i is seeded with seed + i, as ``evaluate`` seeds it.
 """
 
 import argparse
@@ -101,9 +101,8 @@ policy = onnxruntime.InferenceSession(arguments.policy, options, providers=["CPU
 facts = policy.get_modelmeta().custom_metadata_map
 low, high = (np.array(json.loads(facts[f"action_{end}"]), np.float32) for end in ("low", "high"))
 settings = json.loads(facts["env_kwargs"])
-seen = settings.pop("pixels")
 env = Suite(**settings) if facts["env_backend"] == "dm_control" else Gymnasium(facts["env"], **settings)
-camera = Camera(env, **seen)
+camera = Camera(env, **json.loads(facts["pixels"]))
 
 returns = []
 for episode in range(arguments.episodes):

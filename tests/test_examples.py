@@ -16,7 +16,7 @@ import shapes
 import torch
 from conftest import ROOT
 from mlflow.tracking import MlflowClient
-from policies import make_policy
+from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS
 
@@ -26,6 +26,7 @@ from pmoe_lightning.evaluate import Request
 from pmoe_lightning.evaluate import evaluate as run_episodes
 from pmoe_lightning.evaluate import main as evaluate
 from pmoe_lightning.export import main as export
+from pmoe_lightning.exporting import policy_file
 
 EXAMPLES = ROOT / "examples"
 
@@ -64,8 +65,10 @@ print(names["returns"])
 
 def test_the_onnxruntime_loop_returns_what_evaluate_does(tmp_path):
     """In a process that has neither torch nor this package. The same seeds begin the same episodes."""
-    checkpoint = tmp_path / "policy.ckpt"
-    write_checkpoint(make_policy("Pendulum-v1")[1], checkpoint)
+    checkpoint, content = tmp_path / "policy.ckpt", make_policy("Pendulum-v1")[1]
+    # As the train command writes it; whoever makes the environment elsewhere knows nothing of it.
+    content["policy"]["description"]["env"]["kwargs"] = {"velocity_limit": None}
+    write_checkpoint(content, checkpoint)
     with shapes.unchecked():
         assert export([f"checkpoint={checkpoint}", f"output={tmp_path}/policy.onnx", "rule=max_weight"]) == 0
     command = [sys.executable, "-c", LOOP, str(EXAMPLES / "onnxruntime_loop.py"), "policy.onnx", "--episodes", "20"]
@@ -80,6 +83,21 @@ def test_the_onnxruntime_loop_returns_what_evaluate_does(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pixel_loop_sees_what_evaluate_shows(run_example, tmp_path, monkeypatch):
+    """To the byte: the returns are the same. The task of dm_control is seen in ``benchmarks/exported.py``."""
+    monkeypatch.setattr(policy_file, "OBSERVATIONS", 250)
+    seen = {"size": 32, "grey": True, "stack": 2, "look": "fast"}
+    content = make_sac_policy("gaussian", env_id="InvertedPendulum-v5", pixels=seen)[1]
+    checkpoint = tmp_path / "policy.ckpt"
+    write_checkpoint(content, checkpoint)
+    with shapes.unchecked():
+        assert export([f"checkpoint={checkpoint}", f"output={tmp_path}/policy.onnx"]) == 0
+    names, said = run_example("onnxruntime_pixels.py", "policy.onnx", "--episodes", 3)
+    judged = run_episodes(Request(str(checkpoint), episodes=3)).result
+    np.testing.assert_allclose(names["returns"], judged.returns)
+    assert "3 episodes of InvertedPendulum-v5" in said
+
+
 def test_sac_in_torchrl(run_example):
     """Pendulum's episodes have 200 steps: two end in 400 frames, of which the last 50 are learned from."""
     names, printed = run_example("torchrl_sac.py", "--frames", 400, "--warmup", 400, "--episodes", 1)
