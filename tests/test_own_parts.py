@@ -137,8 +137,8 @@ def test_parts_of_ones_own_go_through_every_command(mine, train, tmp_path, store
     with shapes.unchecked():  # which torch.export traces
         assert export(["--config-dir", mine, f"checkpoint={LAST}", "format=pt2", "rule=max_weight"]) == 0
     exported = torch.export.load("policy.pt2").module()({"observation": torch.tensor([[0.1, 0.2, 0.3]])})["action"]
-    alike = {"actor/mine": own.make_doubling_actor}
-    torch.testing.assert_close(exported, acts(load_policy(LAST, parts=alike, rule="max_weight")), atol=2e-5, rtol=0)
+    both = {"actor/mine": own.make_doubling_actor, "critic/mine": own.make_my_critic}
+    torch.testing.assert_close(exported, acts(load_policy(LAST, parts=both, rule="max_weight")), atol=2e-5, rtol=0)
     assert "its episodes in Pendulum-v1" in capfd.readouterr().out
 
     train(*words[:-1], "total_frames=144", "resume=run")
