@@ -136,7 +136,7 @@ def export(request: Request) -> "PolicyFile":
     from pmoe_lightning.exporting.policy_file import check_place, export_policy
 
     format = cast("Format", request.format)
-    check_place(request.path)
+    check_place(request.path, format)
     check_installed(format)
     from pmoe_lightning.checkpoints.files import read_checkpoint
     from pmoe_lightning.checkpoints.policy import policy_entry

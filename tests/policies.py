@@ -11,8 +11,9 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from pmoe_lightning.algorithms import make_sac
 from pmoe_lightning.algorithms.sac import SAC
 from pmoe_lightning.checkpoints.policy import ACTORS, CRITICS
-from pmoe_lightning.estimators import Marginalized
+from pmoe_lightning.estimators import Marginalized, Pathwise
 from pmoe_lightning.hamiltonian import make_hamiltonian_transform
+from pmoe_lightning.modules.encoders import make_drq_encoder
 from pmoe_lightning.modules.normalization import ObservationNormalizer
 from pmoe_lightning.safe.constraint import CostConstraint
 
@@ -64,15 +65,24 @@ def make_sac_policy(
     safe: bool = False,
     critic: str = "plain",
     normalize: bool = False,
+    num_candidates: int = 5,
+    pixels: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> tuple[SAC, dict[str, Any]]:
-    """SAC on the spaces of an environment, and the checkpoint of its policy, which is judged by a rule."""
-    observation_dim, low, high = SPACES[env_id]
+    """SAC on the spaces of an environment, and the checkpoint of its policy, which is judged by a rule.
+
+    With ``pixels``, the settings of a ``PixelEnvironment`` whose pictures are grey, it sees these.
+    """
+    observation_dim, low, high = (6, *SPACES[env_id][1:]) if pixels else SPACES[env_id]
+    encoder = None
+    if pixels:
+        shape = [pixels["stack"], pixels["size"], pixels["size"]]
+        encoder = {"kind": "drq", "shape": shape, "channels": [4, 4], "strides": [2, 2], "features": 6}
     arguments = {"hidden_sizes": [16, 16], **arguments}
     arguments |= {"observation_key": "observation_normalized"} if normalize else {}
     sizes = {"observation_dim": observation_dim, "action_dim": len(low)}
     transform = {"force": force, "step_size": 0.3, "used_in": ["acting", "actor_loss"]} if force else None
-    constraint = {"num_candidates": 5, "cost_limit": 0.0} if safe else None
+    constraint = {"num_candidates": num_candidates, "cost_limit": 0.0} if safe else None
     description = {
         "format": 1,
         "actor": actor,
@@ -84,13 +94,14 @@ def make_sac_policy(
         "action_transform": transform,
         "safe": constraint,
         "critic": {"kind": critic, "hidden_sizes": [16, 16], "activation": "relu"},
-        "env": {"id": env_id, "kwargs": {"max_episode_steps": 20}},
-    }
+        "env": {"id": env_id, "kwargs": {"max_episode_steps": 20} | ({"pixels": pixels} if pixels else {})},
+    } | ({"encoder": encoder} if encoder else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         algorithm = make_sac(
             ACTORS[actor](observation_dim, low, high, **arguments),
-            Marginalized(),
+            Pathwise() if actor == "latent" else Marginalized(),
+            encoder=make_drq_encoder(**{key: encoder[key] for key in encoder if key != "kind"}) if encoder else None,
             make_critic=partial(CRITICS[critic], hidden_sizes=(16, 16)),
             normalizer=ObservationNormalizer(observation_dim) if normalize else None,
             action_transform=make_hamiltonian_transform(**sizes, **transform) if transform else None,

@@ -8,6 +8,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,6 +198,16 @@ def test_observations_may_be_of_any_number_type(actor: str, normalize: bool) -> 
     np.testing.assert_allclose(policy.predict(observation[0]), expected[0], atol=1e-6)
     assert policy.predict(observation[0]).shape == (1,) and policy.predict(observation[:0]).shape == (0, 1)
     assert policy.predict(np.zeros(3, dtype=np.int64)).shape == (1,)
+    fixed = observation.copy()
+    fixed.setflags(write=False)
+    others = (fixed, observation.astype(">f8"), np.asfortranarray(observation), observation[::-1][::-1])
+    others += (np.ma.masked_array(observation), list(torch.as_tensor(observation)), observation.astype(object))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in others:
+            np.testing.assert_array_equal(policy.predict(given), expected)
+    short = torch.as_tensor(observation).bfloat16()
+    np.testing.assert_array_equal(policy.predict(short), policy.predict(short.float()))
     with set_exploration_type(ExplorationType.RANDOM):
         assert np.ptp(policy.predict(np.zeros((50, 3)))) > 0
 
@@ -219,6 +230,10 @@ def test_every_policy_predicts_on_arrays(force: str | None, safe: bool) -> None:
         ([[0.0, 1.0, 2.0], [0.0]], "is not an array of numbers"),
         ({"position": [0.0, 1.0, 2.0]}, "is not an array of numbers"),
         (["a", "b", "c"], "is not an array of numbers"),
+        (["1", "2", "3"], "is not an array of numbers: it holds <U1"),
+        (np.zeros(3) * 1j, "is not an array of numbers: it holds complex128"),
+        (np.zeros(3, "M8[s]"), "is not an array of numbers: it holds datetime64"),
+        (np.ma.masked_array(np.zeros(3), [0, 1, 0]), "is masked in places"),
         (None, r"must be of shape"),
         ([np.nan, 0.0, 0.0], "holds NaN"),
         ([[0.0, 0.0, 0.0], [np.inf, 0.0, 0.0]], "an infinity"),

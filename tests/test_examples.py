@@ -16,7 +16,7 @@ import shapes
 import torch
 from conftest import ROOT
 from mlflow.tracking import MlflowClient
-from policies import make_policy
+from policies import make_policy, make_sac_policy
 from tensordict import TensorDict
 from waiting import HANG_SECONDS
 
@@ -26,6 +26,7 @@ from pmoe_lightning.evaluate import Request
 from pmoe_lightning.evaluate import evaluate as run_episodes
 from pmoe_lightning.evaluate import main as evaluate
 from pmoe_lightning.export import main as export
+from pmoe_lightning.exporting import policy_file
 
 EXAMPLES = ROOT / "examples"
 
@@ -62,24 +63,42 @@ print(names["returns"])
 """
 
 
+def returns_alone(loop: str, folder: Path, episodes: int) -> np.ndarray:
+    """Of the loop with policy.onnx of a folder, in a process that has neither torch nor this package."""
+    command = [sys.executable, "-c", LOOP, str(EXAMPLES / loop), "policy.onnx", "--episodes", str(episodes)]
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(done.stdout.splitlines()[-1]))
+
+
 def test_the_onnxruntime_loop_returns_what_evaluate_does(tmp_path):
-    """In a process that has neither torch nor this package. The same seeds begin the same episodes."""
-    checkpoint = tmp_path / "policy.ckpt"
-    write_checkpoint(make_policy("Pendulum-v1")[1], checkpoint)
+    """The same seeds begin the same episodes."""
+    checkpoint, content = tmp_path / "policy.ckpt", make_policy("Pendulum-v1")[1]
+    # As the train command writes it; whoever makes the environment elsewhere knows nothing of it.
+    content["policy"]["description"]["env"]["kwargs"] = {"velocity_limit": None}
+    write_checkpoint(content, checkpoint)
     with shapes.unchecked():
         assert export([f"checkpoint={checkpoint}", f"output={tmp_path}/policy.onnx", "rule=max_weight"]) == 0
-    command = [sys.executable, "-c", LOOP, str(EXAMPLES / "onnxruntime_loop.py"), "policy.onnx", "--episodes", "20"]
-    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert done.returncode == 0, done.stderr
-    returns = np.array(json.loads(done.stdout.splitlines()[-1]))
+    returns = returns_alone("onnxruntime_loop.py", tmp_path, 20)
     judged = run_episodes(Request(str(checkpoint), episodes=20, rule="max_weight")).result
     assert abs(returns.mean() - judged.mean) < 2 * np.std(judged.returns, ddof=1) / 20**0.5
     # A last bit of an action can become another swing; most episodes are the same to the second decimal.
     assert np.median(np.abs(returns - np.array(judged.returns))) < 0.01
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pixel_loop_sees_what_evaluate_shows(tmp_path, monkeypatch):
+    """To the byte: the returns are the same. A task of dm_control is seen in ``benchmarks/exported.py``."""
+    monkeypatch.setattr(policy_file, "OBSERVATIONS", 250)
+    seen = {"size": 32, "grey": True, "stack": 2, "look": "fast"}
+    checkpoint = tmp_path / "policy.ckpt"
+    write_checkpoint(make_sac_policy("gaussian", env_id="InvertedPendulum-v5", pixels=seen)[1], checkpoint)
+    with shapes.unchecked():
+        assert export([f"checkpoint={checkpoint}", f"output={tmp_path}/policy.onnx"]) == 0
+    judged = run_episodes(Request(str(checkpoint), episodes=3)).result
+    np.testing.assert_allclose(returns_alone("onnxruntime_pixels.py", tmp_path, 3), judged.returns)
+
+
 def test_sac_in_torchrl(run_example):
     """Pendulum's episodes have 200 steps: two end in 400 frames, of which the last 50 are learned from."""
     names, printed = run_example("torchrl_sac.py", "--frames", 400, "--warmup", 400, "--episodes", 1)

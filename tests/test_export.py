@@ -113,19 +113,79 @@ def test_the_best_value_with_a_transform_as_onnx(tmp_path: Path, few: None) -> N
     assert facts["rule"] == "best_value" and json.loads(facts["env_kwargs"]) == {"max_episode_steps": 20}
 
 
+GREY = {"size": 32, "grey": True, "stack": 2, "look": "fast"}
+
+
+@pytest.mark.parametrize(
+    ("actor", "force"),
+    [
+        ("gaussian", None),
+        *(pytest.param("pmoe", force, marks=pytest.mark.slow) for force in (None, "gated")),
+        pytest.param("flow", "gated", marks=pytest.mark.slow),
+    ],
+)
+def test_policies_that_see_pixels(tmp_path: Path, monkeypatch, actor: str, force: str | None) -> None:
+    """They are tried on pictures of their episodes, and on pictures of black and white points alone."""
+    monkeypatch.setattr(policy_file, "OBSERVATIONS", 1_000 if actor == "pmoe" else 250)
+    _, checkpoint = make_sac_policy(actor, force=force, env_id="InvertedPendulum-v5", pixels=GREY)
+    path = tmp_path / "policy.onnx"
+    assert main([written(decided(checkpoint), tmp_path), f"output={path}"]) == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 2, 32, 32), dtype=np.uint8)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    actions = session.run(["action"], {"pixels": pixels})[0]
+    policy = load_policy(checkpoint)
+    rows = {"pixels": torch.from_numpy(pixels)}
+    tied = near_ties(policy, "best_value" if actor == "pmoe" else "max_weight", rows, torch.tensor([3.0])).numpy()
+    np.testing.assert_allclose(actions[~tied], policy.predict(pixels)[~tied], atol=3e-5)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["pixels"]) == GREY and json.loads(facts["env_kwargs"]) == {"max_episode_steps": 20}
+    assert "its episodes in InvertedPendulum-v5" in facts["parity_source"]
+
+
+def test_the_corners_of_pixels_are_black_and_white() -> None:
+    inputs = with_extremes({"pixels": torch.full((300, 1, 4, 4), 7, dtype=torch.uint8)})["pixels"]
+    assert inputs.dtype == torch.uint8 and (inputs[:200] == 7).all() and not inputs[-1].any()
+    assert set(inputs[200:-1].unique().tolist()) == {0, 255}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("actor", ["gaussian", "pmoe"])
+@pytest.mark.parametrize("actor", ["gaussian", "pmoe", "flow"])
 @pytest.mark.parametrize("force", [None, "raw", "normalized", "gated"])
-def test_policies_of_sac(tmp_path: Path, actor: str, force: str | None) -> None:
-    _, checkpoint = make_sac_policy(actor, force=force, critic="crossq" if force == "raw" else "plain")
-    assert_acts_alike(decided(checkpoint), tmp_path)
+@pytest.mark.parametrize("critic", ["plain", "crossq", "layer_norm"])
+def test_policies_of_sac(tmp_path: Path, actor: str, force: str | None, critic: str) -> None:
+    normalize = force in (None, "gated")
+    assert_acts_alike(decided(make_sac_policy(actor, force=force, critic=critic, normalize=normalize)[1]), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actor", ["gaussian", "pmoe", "additive_moe", "mcp", "options"])
+def test_a_latent_policy_and_a_safe_one_of_a_single_candidate(tmp_path: Path) -> None:
+    assert_acts_alike(make_sac_policy("latent")[1], tmp_path)
+    (tmp_path / "policy.onnx").unlink()
+    assert_acts_alike(make_sac_policy("gaussian", safe=True, num_candidates=1)[1], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actor", ["gaussian", "pmoe", "additive_moe", "mcp", "options", "flow"])
 def test_policies_of_ppo(tmp_path: Path, actor: str) -> None:
     facts = assert_acts_alike(make_policy("Hopper-v5", actor=actor)[1], tmp_path)
     assert json.loads(facts["inputs"]) == ["observation", "option_previous"][: 1 + (actor == "options")]
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_any_number_of_rows(tmp_path: Path, few: None, format: str) -> None:
+    """None, one, and more than it was tried on at once."""
+    _, checkpoint = make_policy("Pendulum-v1", actor="gaussian")
+    path = tmp_path / f"policy.{format}"
+    assert main([written(checkpoint, tmp_path), f"output={path}", f"format={format}"]) == 0
+    policy = load_policy(checkpoint)
+    for rows in (0, 1, 20_011):
+        inputs = draw(policy, rows)
+        if format == "onnx":
+            actions = onnx_actions(path, inputs)
+        else:
+            actions = torch.export.load(path).module()(inputs)["action"].numpy(force=True)
+        assert actions.shape == (rows, 1)
+        np.testing.assert_allclose(actions, policy.predict(inputs["observation"]), atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +198,12 @@ def test_policies_of_ppo(tmp_path: Path, actor: str) -> None:
         (["output"], 2, "output needs a value"),
         (["rule=sample_component"], 1, "draws random numbers"),
         (["rule=best_value"], 1, "holds no action values"),
+        (["output=.."], 2, "is a folder: name a file"),
+        (["output=policy.ckpt"], 2, "policy.ckpt exists, and is not overwritten"),
+        (["output=policy.ckpt/a.onnx"], 2, "policy.ckpt is not a folder"),
+        (["output=a.pt2"], 2, "has the suffix of format=pt2"),
+        (["output=a.onnx", "format=pt2"], 2, "has the suffix of format=onnx"),
+        ([f"output={'a' * 300}"], 2, "File name too long"),
         (["env=NoSuch-v0"], 2, "unknown environment id 'NoSuch-v0'"),
         (["env=HalfCheetah-v5"], 2, "the policy maps 3 observations to 1 actions"),
         (["checkpoint=nowhere.ckpt"], 1, "nowhere.ckpt does not exist"),
@@ -152,6 +218,19 @@ def test_what_cannot_be_exported_is_refused_in_a_line_and_leaves_no_file(
     said = capsys.readouterr().err
     assert line in said and said.startswith("error: ") and said.count("\n") == 1
     assert os.listdir(tmp_path) == ["policy.ckpt"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, few: None, capsys) -> None:
+    _, checkpoint = make_policy()
+    next(value for key, value in checkpoint["policy"]["state_dict"].items() if key.endswith("weight")).fill_(torch.nan)
+    assert main([written(checkpoint, tmp_path), f"output={tmp_path}/a.onnx"]) == 1
+    assert "weight is not finite" in capsys.readouterr().err and os.listdir(tmp_path) == ["policy.ckpt"]
+
+
+def test_a_folder_that_may_not_be_written_in_is_refused_before_the_work(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(policy_file.os, "access", lambda folder, mode: False)  # whoever is root may write everywhere
+    assert main([written(make_policy()[1], tmp_path), f"output={tmp_path}/new/a.onnx"]) == 2
+    assert f"{tmp_path} may not be written in" in capsys.readouterr().err and os.listdir(tmp_path) == ["policy.ckpt"]
 
 
 def test_a_safe_policy_that_draws_its_candidates_is_refused(tmp_path: Path, few: None, capsys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import shapes
 import torch
 from mlflow.tracking import MlflowClient
 from tensordict import TensorDict
@@ -18,6 +19,8 @@ from pmoe_lightning.checkpoints import read_checkpoint
 from pmoe_lightning.configuration import normalise_argv
 from pmoe_lightning.errors import RunError
 from pmoe_lightning.evaluate import main as evaluate
+from pmoe_lightning.export import main as export
+from pmoe_lightning.exporting import policy_file
 
 PACKAGE = '''
 """Parts of a user's own."""
@@ -104,7 +107,8 @@ def acts(policy) -> torch.Tensor:
     return policy(TensorDict(observation=torch.tensor([[0.1, 0.2, 0.3]]), batch_size=1))["action"].detach()
 
 
-def test_parts_of_ones_own_go_through_every_command(mine, train, tmp_path, store, capfd):
+def test_parts_of_ones_own_go_through_every_command(mine, train, tmp_path, store, capfd, monkeypatch):
+    monkeypatch.setattr(policy_file, "OBSERVATIONS", 320)
     chosen = ["algo=mine", "actor=mine", "estimator=mine", "critic=mine", "env=other"]
     callbacks = ["callbacks=[evaluation,checkpoint_last,final_policy,counter]", "callbacks.final_policy.video=false"]
     words = ["--config-dir", mine, *chosen, *callbacks, *SHORT]
@@ -129,6 +133,13 @@ def test_parts_of_ones_own_go_through_every_command(mine, train, tmp_path, store
     assert evaluate([f"checkpoint={LAST}", "episodes=1"]) == 1
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and "unknown actor 'mine'" in line
+
+    with shapes.unchecked():  # which torch.export traces
+        assert export(["--config-dir", mine, f"checkpoint={LAST}", "format=pt2", "rule=max_weight"]) == 0
+    exported = torch.export.load("policy.pt2").module()({"observation": torch.tensor([[0.1, 0.2, 0.3]])})["action"]
+    both = {"actor/mine": own.make_doubling_actor, "critic/mine": own.make_my_critic}
+    torch.testing.assert_close(exported, acts(load_policy(LAST, parts=both, rule="max_weight")), atol=2e-5, rtol=0)
+    assert "its episodes in Pendulum-v1" in capfd.readouterr().out
 
     train(*words[:-1], "total_frames=144", "resume=run")
     assert read_checkpoint(LAST)["policy"]["env_frames"] == 144

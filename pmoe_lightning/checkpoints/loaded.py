@@ -87,32 +87,22 @@ class LoadedPolicy(TensorDictModuleBase):
 
     def _seen(self, pixels: Any, shape: tuple[int, ...]) -> Tensor:
         """Pixels as a tensor beside the weights, checked."""
-        try:
-            pixels = pixels.numpy(force=True) if isinstance(pixels, Tensor) else pixels
-            values = np.asarray(pixels)
-            values = values if values.dtype.kind in "biuf" else values.astype(np.float64)
-            with np.errstate(invalid="ignore"):  # what is no byte is said below
-                whole = values.astype(np.uint8)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the pixels are not an array of numbers: {error_line(error)}") from None
+        values = _numbers(pixels, "the pixels are")
         if values.ndim not in (3, 4) or values.shape[-3:] != shape:
             raise ValueError(f"the pixels must be of shape {list(shape)} or [B, ...], not {list(values.shape)}")
+        with np.errstate(invalid="ignore"):  # what is no byte is said below
+            whole = values.astype(np.uint8)
         if not np.array_equal(whole, values):
             raise ValueError("the pixels must be whole numbers from 0 to 255")
-        return torch.from_numpy(np.ascontiguousarray(whole)).to(next(self.policy.parameters()).device)
+        return torch.from_numpy(whole.copy()).to(next(self.policy.parameters()).device)
 
     def _observation(self, observation: Any) -> Tensor:
         """The observation as a tensor beside the weights, checked."""
-        try:
-            observation = observation.numpy(force=True) if isinstance(observation, Tensor) else observation
-            values = np.asarray(observation, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the observation is not an array of numbers: {error_line(error)}") from None
+        values = _numbers(observation, "the observation is")
         if values.ndim not in (1, 2) or values.shape[-1] != self.observation_dim:
             size = self.observation_dim
             raise ValueError(f"the observation must be of shape [{size}] or [B, {size}], not {list(values.shape)}")
-        weight = next(self.policy.parameters())
-        observation = torch.as_tensor(values).to(weight)
+        observation = torch.from_numpy(values.astype(np.float64, order="C")).to(next(self.policy.parameters()))
         if not observation.isfinite().all():
             raise ValueError("the observation holds NaN, an infinity, or a number too large for the policy's float32")
         return observation
@@ -125,3 +115,24 @@ class LoadedPolicy(TensorDictModuleBase):
             return inputs
         key = self.in_keys[0]
         return inputs.set(key, inputs.get(key).to(dtype))
+
+
+def _numbers(given: Any, subject: str) -> np.ndarray:
+    """The array of real numbers that NumPy makes of it; text, times and what a mask hides are none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = (given.float() if given.dtype == torch.bfloat16 else given).numpy()  # which NumPy does not know
+        values = np.asarray(given)
+        values = values.astype(np.float64) if values.dtype.kind == "O" else values
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{subject} not an array of numbers: {error_line(error)}") from None
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{subject} not an array of numbers: it holds {values.dtype}")
+    if np.ma.is_masked(given):
+        raise ValueError(f"{subject} masked in places: fill them first")
+    return values

@@ -60,14 +60,18 @@ def draw(policy: LoadedPolicy, number: int) -> dict[str, Tensor]:
 
 
 def with_extremes(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries, the last rows replaced: corners ten deviations from the mean, and one row of zeros."""
+    """The entries, the last rows replaced: corners ten deviations from the mean, and one row of zeros.
+
+    The corners of pixels are pictures of black and white points alone.
+    """
     generator = torch.Generator().manual_seed(0)
     tried = {}
     for key, values in inputs.items():
         tried[key] = values = values.clone()
-        if values.is_floating_point() and len(values) > 2 * _CORNERS:
-            signs = torch.randint(0, 2, (_CORNERS, *values.shape[1:]), generator=generator) * 2 - 1
-            values[-_CORNERS:] = values.mean(0) + _DEVIATIONS * values.std(0) * signs
+        if values.dtype != torch.int64 and len(values) > 2 * _CORNERS:  # which numbers an option
+            ends = torch.randint(0, 2, (_CORNERS, *values.shape[1:]), generator=generator)
+            far = values.mean(0) + _DEVIATIONS * values.std(0) * (2 * ends - 1) if key != "pixels" else 255 * ends
+            values[-_CORNERS:] = far.to(values.dtype)
             values[-1] = 0
     return tried
 

@@ -27,6 +27,7 @@ NEAR_TIE, _RESOLUTION = 1e-4, 1e-6
 #: So many of the observations may be left out of the comparison.
 MAX_LEFT_OUT = 1e-3
 _SINGLE_ROWS = 100  # are also given one at a time, as a control loop does
+_BLOCK = 500  # rows at once: what an encoder makes of ten thousand pictures would take a machine's memory
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,18 @@ def compare(policy: LoadedPolicy, rule: str, run: Run, inputs: Entries, half_ran
         RunError: they differ by more than ``TOLERANCE``, or too many rows would be left out.
     """
     number = len(next(iter(inputs.values())))
-    expected, written = PolicyGraph(policy)(dict(inputs)), run(inputs)
-    difference = _difference(expected, written, half_range)
-    for row in range(min(_SINGLE_ROWS, number)):
-        alone = run({key: values[row : row + 1] for key, values in inputs.items()})
-        one = {key: values[row : row + 1] for key, values in expected.items()}
-        difference[row] = torch.maximum(difference[row], _difference(one, alone, half_range)[0])
-    ties = near_ties(policy, rule, inputs, half_range)
-    ill = _ill_conditioned(policy, inputs, expected, half_range) & ~ties
+    exact = PolicyGraph(copy.deepcopy(policy).double())
+    found = []
+    for start in range(0, number, _BLOCK):
+        block = {key: values[start : start + _BLOCK] for key, values in inputs.items()}
+        expected = PolicyGraph(policy)(dict(block))
+        difference = _difference(expected, run(block), half_range)
+        if start == 0:
+            alone = _difference_alone(expected, run, block, half_range)
+            difference[: len(alone)] = torch.maximum(difference[: len(alone)], alone)
+        ties = near_ties(policy, rule, block, half_range)
+        found.append((difference, ties, _ill_conditioned(exact, block, expected, half_range) & ~ties))
+    difference, ties, ill = map(torch.cat, zip(*found, strict=True))
     compared = difference[~(ties | ill)]
     largest = compared.max().item() if len(compared) else math.nan
     parity = Parity(number, largest, int(ties.sum()), int(ill.sum()))
@@ -81,6 +86,15 @@ def compare(policy: LoadedPolicy, rule: str, run: Run, inputs: Entries, half_ran
             f"action, more than {TOLERANCE:.0e}"
         )
     return parity
+
+
+def _difference_alone(expected: Entries, run: Run, inputs: Entries, half_range: Tensor) -> Tensor:
+    """That of the first rows [M], each of them given to the file alone."""
+    differences = []
+    for row in range(min(_SINGLE_ROWS, len(expected["action"]))):
+        one, given = ({key: values[row : row + 1] for key, values in each.items()} for each in (expected, inputs))
+        differences.append(_difference(one, run(given), half_range))
+    return torch.cat(differences)
 
 
 def _difference(expected: Entries, written: Entries, half_range: Tensor) -> Tensor:
@@ -128,10 +142,9 @@ def _choice(policy: LoadedPolicy, rule: str, states: TensorDict) -> tuple[Tensor
     return mixture.log_weights, mixture.component_modes
 
 
-def _ill_conditioned(policy: LoadedPolicy, inputs: Entries, actions: Entries, half_range: Tensor) -> Tensor:
+def _ill_conditioned(exact: PolicyGraph, inputs: Entries, actions: Entries, half_range: Tensor) -> Tensor:
     """Where the policy's own action is another one in double precision, bool [N]."""
     try:
-        exact = PolicyGraph(copy.deepcopy(policy).double())(dict(inputs))
+        return _difference(exact(dict(inputs)), actions, half_range) > TOLERANCE
     except RuntimeError:  # a part of somebody's own that knows single precision only: then every row is compared
         return torch.zeros(len(actions["action"]), dtype=torch.bool)
-    return _difference(exact, actions, half_range) > TOLERANCE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pmoe_lightning.checkpoints.loaded import LoadedPolicy
 from pmoe_lightning.checkpoints.policy import build_policy, trained_rule
 from pmoe_lightning.envs import AbstractEnvironment
 from pmoe_lightning.errors import ConfigurationError, RunError, error_line
-from pmoe_lightning.exporting.formats import Format, check_installed, convert, encode, load
+from pmoe_lightning.exporting.formats import FORMATS, Format, check_installed, convert, encode, load
 from pmoe_lightning.exporting.graph import PolicyGraph, trace
 from pmoe_lightning.exporting.observations import draw, observe, with_extremes
 from pmoe_lightning.exporting.parity import TOLERANCE, Parity, compare
@@ -69,11 +69,11 @@ def export_policy(
         RunError: the policy cannot be exported, the file does not act as it does, or it cannot be written.
     """
     path = Path(path)
-    check_place(path, overwrite)
+    check_place(path, format, overwrite)
     check_installed(format)
     with _in_float32():
         content, metadata, parity = _made(entry, format, rule or trained_rule(entry), parts, make_env, env_id, where)
-    _write(content, path, overwrite)
+    _write(content, path, format, overwrite)
     return PolicyFile(path, metadata, parity)
 
 
@@ -88,6 +88,9 @@ def _made(
 ) -> tuple[bytes, dict[str, str], Parity]:
     """The content of the file, what it says of itself, and how it compares with the policy."""
     policy = build_policy(entry, rule=rule, parts=parts, where=where).requires_grad_(False)
+    for name, values in policy.state_dict().items():
+        if not values.isfinite().all():
+            raise RunError(f"{where}: the policy cannot be exported: {name} is not finite")
     inputs, source = _tried_on(policy, make_env, env_id or entry["description"]["env"]["id"])
     graph = PolicyGraph(policy, guarded=format == "pt2").eval()
     converted = convert(trace(graph, inputs), format, graph)
@@ -124,9 +127,15 @@ def _tried_on(
 def _metadata(entry: Mapping[str, Any], rule: str, graph: PolicyGraph, parity: Parity, source: str) -> dict[str, str]:
     """The facts of a file; what is not text is JSON."""
     description = entry["description"]
+    environment = description["env"]
+    arguments = dict(environment["kwargs"])
+    # Of this package alone, and not of whoever makes the environment elsewhere.
+    ours = {key: arguments.pop(key, None) for key in ("pixels", "velocity_limit")}
     facts = {
-        "env": description["env"]["id"],
-        "env_kwargs": description["env"]["kwargs"],
+        "env": environment["id"],
+        "env_backend": environment.get("backend", description.get("own_parts", {}).get("env", "gymnasium")),
+        "env_kwargs": arguments,
+        **{key: value for key, value in ours.items() if value},
         "actor": description["actor"],
         "rule": rule,
         "inputs": graph.in_keys,
@@ -148,19 +157,31 @@ def _metadata(entry: Mapping[str, Any], rule: str, graph: PolicyGraph, parity: P
     return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in facts.items()}
 
 
-def check_place(path: Path, overwrite: bool = False) -> None:
-    """Refuse a place where a file must not be written.
+def check_place(path: Path, format: Format, overwrite: bool = False) -> None:
+    """Refuse a place where a file must not or cannot be written, before minutes of work.
 
     Raises:
-        ConfigurationError: a folder is there, or a file that must not be replaced.
+        ConfigurationError: a folder is there, or a file that must not be replaced; its folder is none, or not ours to
+            write in; its suffix is that of another format.
     """
-    if path.is_dir():
-        raise ConfigurationError(f"output={path} is a folder: name a file")
-    if path.exists() and not overwrite:
-        raise ConfigurationError(f"output={path} exists, and is not overwritten: name another file, or remove it")
+    if path.suffix[1:] in FORMATS and path.suffix[1:] != format:
+        raise ConfigurationError(
+            f"output={path} has the suffix of format={path.suffix[1:]}: say that, or name a file .{format}"
+        )
+    try:
+        if path.is_dir():
+            raise ConfigurationError(f"output={path} is a folder: name a file")
+        if os.path.lexists(path) and not overwrite:
+            raise ConfigurationError(f"output={path} exists, and is not overwritten: name another file, or remove it")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:  # a name that is too long, a loop of links
+        raise ConfigurationError(f"output={path} cannot be a file: {error.strerror}") from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "may not be written in" if folder.is_dir() else "is not a folder"
+        raise ConfigurationError(f"output={path} cannot be written: {folder} {why}")
 
 
-def _write(content: bytes, path: Path, overwrite: bool) -> None:
+def _write(content: bytes, path: Path, format: Format, overwrite: bool) -> None:
     partial = partial_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,9 +189,10 @@ def _write(content: bytes, path: Path, overwrite: bool) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        check_place(path, overwrite)  # it may have appeared meanwhile
+        check_place(path, format, overwrite)  # it may have appeared meanwhile
         os.replace(partial, path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error_line(error)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of the folder, which has been said
+            partial.unlink(missing_ok=True)
