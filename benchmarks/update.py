@@ -114,11 +114,13 @@ class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.multiplications: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+        aten, of_onednn = torch.ops.aten, torch.ops.pmoe_lightning.product.default
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, of_onednn):
             self.factors.append(tuple(torch.randn_like(x) for x in args[-2:]))
+            self.multiplications.append(func if func is of_onednn else torch.matmul)
         return func(*args, **(kwargs or {}))
 
     @property
@@ -128,8 +130,8 @@ class Products(TorchDispatchMode):
 
     def replay(self, updates: int) -> None:
         for _ in range(updates):
-            for first, second in self.factors:
-                torch.matmul(first, second)
+            for multiply, factors in zip(self.multiplications, self.factors, strict=True):
+                multiply(*factors)
 
 
 def readable_form(algorithm: SAC) -> Callable[[TensorDict], None]:

@@ -24,7 +24,7 @@ ALLOWED = {
     "hamiltonian": {"modules", "limits"},
     "safe": {"modules", "hamiltonian", "limits"},
     "losses": {"modules", "estimators", "hamiltonian", "safe", "limits"},
-    "updates": {"processes"},
+    "updates": {"processes", "modules"},
     "algorithms": {
         "errors",
         "processes",

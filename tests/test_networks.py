@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.profiler import ProfilerActivity, profile
 
 from pmoe_lightning.hamiltonian import differentiable
 from pmoe_lightning.modules.critics import make_qvalue_network, stacked_qvalue, stacked_qvalue_at
@@ -17,6 +18,7 @@ from pmoe_lightning.modules.networks import (
     over_float32,
     set_matmul_precision,
 )
+from pmoe_lightning.updates.compilation import compile_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,25 @@ def test_what_onednn_is_not_asked_for_is_torchs_product(onednn, monkeypatch):
     assert not onednn
     hidden_product(torch.randn(64, 256), y)
     assert len(onednn) == 1
+
+
+@pytest.mark.slow
+def test_a_program_calls_the_kernel_of_onednn_not_the_operator(monkeypatch):
+    """The operator is Python: a program of sixteen products would wait for it as long as for two of them."""
+
+    def products(x, y):
+        h = hidden_product(x, y.mT).relu()
+        return (hidden_product(h, y), hidden_product(h.mT, x))
+
+    monkeypatch.setattr("pmoe_lightning.modules.onednn.SMALLEST", 0)
+    set_matmul_precision("float32-onednn")
+    x, y = torch.randn(64, 32), torch.randn(32, 32)
+    expected = products(x, y)
+    program = compile_tensors(products, [x], [y], "products")
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+        found = program(x, y)
+    torch.testing.assert_close(found, expected)
+    assert "pmoe_lightning::product" not in {event.key for event in record.key_averages()}
 
 
 def test_networks_of_one_hidden_layer_stay_exact_in_bf16_hidden():

@@ -41,13 +41,21 @@ def test_a_precision_without_its_hardware_is_refused(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("precision", ["bf16-hidden", "float32-onednn"])
-@pytest.mark.parametrize(("ratio", "warned"), [(0.51, False), (1.0, False), (1.06, False), (2.96, True)])
-def test_a_precision_is_warned_of_where_it_is_slower(precision, ratio, warned, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "ratio", "said"),
+    [
+        ("bf16-hidden", 0.51, None),
+        ("bf16-hidden", 1.06, None),
+        ("bf16-hidden", 2.96, "3.0"),
+        ("float32-onednn", 0.51, None),
+        ("float32-onednn", 0.96, "1.0"),  # whose copies of transposed factors then make an update slower
+    ],
+)
+def test_a_precision_is_warned_of_where_it_does_not_pay(precision, ratio, said, caplog, monkeypatch):
     monkeypatch.setattr("pmoe_lightning.run.surroundings.over_float32", lambda asked: ratio)
     check_matmul_precision(precision, "cpu")
-    said = f"matmul_precision={precision}: a product takes 3.0 times as long as in float32 here"
-    assert caplog.messages == [said] * warned
+    line = f"matmul_precision={precision}: a product takes {said} times as long as in float32 here"
+    assert caplog.messages == [line] * (said is not None)
 
 
 @pytest.mark.parametrize("make", [torch.empty, np.empty])

@@ -30,7 +30,7 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
 
     Args:
         precision: ``float32``; ``float32-onednn``: on a CPU the products between hidden layers, which are nearly all
-            the work of a network, are taken by oneDNN: other last bits, on AMD's CPUs in half the time;
+            the work of a network, are taken by oneDNN: other last bits, on AMD's CPUs from Zen 5 on in half the time;
             ``bf16-hidden``: the same products take bfloat16 factors, everything else stays float32, the weights too;
             ``tf32``: every product on a GPU rounds its factors to 10 bits.
 

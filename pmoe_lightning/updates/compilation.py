@@ -20,6 +20,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pmoe_lightning.modules import onednn
 from pmoe_lightning.processes.stopping import stop
 
 __all__ = ["ModuleState", "compile_tensors", "signature"]
@@ -57,6 +58,7 @@ def compile_tensors(function: Function, state: Sequence[Tensor], examples: Seque
         # products, and what the first product has left in the cache would be gone by then.
         options["score_fusion_memory_threshold"] = 2**16  # bytes
     with stop.unbreakable():
+        onednn.teach_compiler()
         graph = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         with torch.no_grad():
             program = torch._inductor.compile(graph, inputs, options=options)
