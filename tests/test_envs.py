@@ -225,7 +225,10 @@ def probe_with(**attributes) -> ScriptedEnv:
             r"shimmy\[dm-control\].*env.id=shimmy:dm_control/cheetah-run-v0",
         ),
         (lambda: make_env("shimmy:dm_control/cheetah-run-v0"), r"No module named 'shimmy'.*shimmy\[dm-control\]"),
-        (lambda: make_env("HopperBulletEnv-v0"), "pmoe-lightning.pybullet..*pybullet_envs_gymnasium:HopperBulletEnv-v0"),
+        (
+            lambda: make_env("HopperBulletEnv-v0"),
+            "pmoe-lightning.pybullet..*pybullet_envs_gymnasium:HopperBulletEnv-v0",
+        ),
         (lambda: make_env("FetchReach-v4"), "pmoe-lightning.robotics..*gymnasium_robotics:FetchReach-v4"),
         (lambda: make_env("AntMaze_UMaze-v5"), "gymnasium_robotics:AntMaze_UMaze-v5"),
         (lambda: make_env("PandaReach-v3"), "panda-gym.*panda_gym:PandaReach-v3"),
