@@ -281,7 +281,8 @@ def test_a_stop_ends_an_evaluation_and_the_resumed_run_makes_up_for_it(
     """Here an evaluation of what turns out to be the best policy: with seed 0 after 320 frames, with 4 after 480."""
     words = [*SAC, "env=Pendulum-v1", "data.utd_ratio=0.25", "total_frames=480", "algo.hidden_sizes=[16]"]
     words += ["+env.max_episode_steps=50", "logger=none", "callbacks=[evaluation,checkpoint_best,checkpoint_last]"]
-    words += ["callbacks.evaluation.episodes=1", f"seed={0 if frames == 320 else 4}"]
+    words += ["callbacks.evaluation.episodes=1", "callbacks.evaluation.rule=trained"]
+    words += [f"seed={0 if frames == 320 else 4}"]
     step, steps = GymnasiumEnv.step_and_maybe_reset, []  # for training has a faster way; 50 of the rule, 50 drawn
 
     def step_and_stop(self, root):

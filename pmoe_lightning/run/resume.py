@@ -40,8 +40,9 @@ FREE = (
 _DELIVERY_PATIENCE_SECONDS = 30.0
 #: What runs of a replay buffer did before these keys were there.
 _LATER = {"algo.betas": [0.9, 0.999], "algo.policy_delay": 1, "data.n_step": 1, "data.normalize_observation": False}
-#: What they did before there were pixels.
+#: What they did before there were pixels and wrappers.
 _LATER |= {"env.pixels.size": None, "env.pixels.grey": False, "env.pixels.stack": 3, "env.pixels.look": "default"}
+_LATER |= {"env.wrappers": []}
 _LATER |= {"encoder": None, "data.random_shift": 4}
 #: What PPO's default estimator was, and what it is. A run that goes on keeps its own where the command names none.
 _FORMER_DEFAULT, _DEFAULT = "frequency", "marginalized"
