@@ -22,6 +22,7 @@ from waiting import HANG_SECONDS
 
 from pmoe_lightning import Marginalized, load_policy, make_pmoe_actor, make_qvalue_network
 from pmoe_lightning.checkpoints import read_checkpoint, write_checkpoint
+from pmoe_lightning.checkpoints.policy import candidate_rules
 from pmoe_lightning.evaluate import Request
 from pmoe_lightning.evaluate import evaluate as run_episodes
 from pmoe_lightning.evaluate import main as evaluate
@@ -188,7 +189,7 @@ def train(monkeypatch, tmp_path):
 def test_a_policy_that_the_train_command_has_registered_is_trained_further(
     words, train, run_example, store, tmp_path, monkeypatch, capsys
 ):
-    """With what the commands do unless told otherwise: a mixture judged by the best value, PPO normalised."""
+    """With what the commands do unless told otherwise: a mixture judged by the chosen rule, PPO normalised."""
     uri = f"sqlite:///{store}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     chosen = ["callbacks=[minimal,evaluation,checkpoint_best,final_policy]", "callbacks.evaluation.episodes=1"]
@@ -203,8 +204,8 @@ def test_a_policy_that_the_train_command_has_registered_is_trained_further(
     capsys.readouterr()
     assert evaluate(["checkpoint=finetuned.ckpt", "episodes=1", "--json"]) == 0
     judged = json.loads(capsys.readouterr().out)
-    values = read_checkpoint(tmp_path / "finetuned.ckpt")["policy"]["action_values"]
-    assert judged["rule"] == ("best_value" if values else "max_weight")
+    entry = read_checkpoint(tmp_path / "finetuned.ckpt")["policy"]
+    assert judged["rule"] == entry["description"]["rule_chosen"]["rule"] and judged["rule"] in candidate_rules(entry)
 
 
 VARIANTS = [[*algo, f"actor={actor}"] for algo in (SAC, PPO) for actor in ("gaussian", "additive_moe", "mcp")]
